@@ -1,0 +1,32 @@
+"""Fused per-token KL and position-weighted constrained losses between a policy and a reference model.
+
+The method is that of "Safety Alignment Should Be Made More Than Just a Few Tokens Deep" (arXiv 2406.05946).
+Importing this package needs torch alone and touches no device.
+"""
+
+from deepalign_kernels.backends import use_backend
+from deepalign_kernels.losses import BetaSchedule, reduce_tokens, response_positions
+from deepalign_kernels.ops import (
+    ConstrainedParts,
+    TokenStats,
+    checked,
+    constrained_loss,
+    token_kl,
+    token_logp,
+    token_stats,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "BetaSchedule",
+    "ConstrainedParts",
+    "TokenStats",
+    "checked",
+    "constrained_loss",
+    "reduce_tokens",
+    "response_positions",
+    "token_kl",
+    "token_logp",
+    "token_stats",
+    "use_backend",
+]

@@ -1,0 +1,147 @@
+"""The one place that decides which implementation of an op runs, and says why another cannot.
+
+eager   deepalign_kernels/reference/<stem>.py       always there; the specification; the only one for fp64
+triton  deepalign_kernels/triton_kernels/<stem>.py  CUDA and ROCm tensors (CPU ones under TRITON_INTERPRET=1)
+native  csrc/{cpu,cuda}/<stem>, as torch.ops.deepalign_native.<op>   whatever setup.py could build
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("native", "triton", "eager")
+ORDER = {"cuda": ("native", "triton", "eager"), "cpu": ("native", "eager")}  # best first
+# Ops whose CUDA C++ was run and checked on a GPU *and* won there (benchmarks/results/). Until an op
+# stands here, its CUDA C++ runs only when forced.
+CUDA_CPP_VERIFIED: frozenset[str] = frozenset()
+
+STEMS = {  # internal op -> file name in every room
+    "token_logp_fwd": "token_logp",
+    "token_logp_bwd": "token_logp",
+    "token_kl_fwd": "token_kl",
+    "token_kl_bwd": "token_kl",
+    "constrained_loss_fwd": "constrained_loss",
+    "constrained_loss_fused": "constrained_loss",
+    "token_stats_fwd": "token_stats",
+    "scale_grad": "scale_grad",
+}
+OPS = tuple(STEMS)
+
+_PACKAGE = {"eager": "reference", "triton": "triton_kernels"}
+_HERE = pathlib.Path(__file__).parent
+_forced = os.environ.get("DEEPALIGN_BACKEND", "auto")
+
+
+@functools.cache
+def native_library(device: str) -> str | None:
+    """Load the native library for "cpu" or "cuda" once; why it is not there, or None if it is."""
+    path = _HERE / f"_native_{device}.so"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if not path.exists():
+        note = _HERE / "_native_build.txt"
+        why = note.read_text().strip() if note.exists() else "the package was built without it"
+        return f"{path.name} was not built: {why}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+def unavailable(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot run `op` on `device` ("cpu" or "cuda") for logits of `dtype`; None if it can."""
+    if backend not in BACKENDS:
+        return f"there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}"
+    if backend == "eager":
+        return None
+    if dtype == torch.float64:
+        return "fp64 logits run on the eager backend only"
+    if backend == "native":
+        if why := native_library(device):
+            return why
+        name = f"deepalign_native::{op}"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
+            return None
+        return f"no native kernel for {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs CPU tensors only in its interpreter, TRITON_INTERPRET=1 (slow; for tests)"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def _held_back(backend: str, op: str, device: str) -> str | None:
+    """Why auto passes over a backend that could run."""
+    if backend == "native" and device == "cuda" and op not in CUDA_CPP_VERIFIED:
+        return "CUDA C++ not verified on a GPU yet: runs only when forced"
+    return None
+
+
+def reason(backend: str, op: str, device: str) -> str | None:
+    """What the backend table says: why auto cannot or does not take `backend`, or None."""
+    if why := unavailable(backend, op, device):
+        return why
+    if backend not in ORDER[device]:
+        return "runs only when forced"
+    return _held_back(backend, op, device)
+
+
+def selected(op: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the backend that runs `op` now, in `auto` or as forced (see `choose`)."""
+    if _forced != "auto":
+        if why := unavailable(_forced, op, device, dtype):
+            raise RuntimeError(f"{op}: backend {_forced!r} was asked for but cannot run: {why}")
+        return _forced
+    for name in ORDER.get(device, ("eager",)):
+        if not unavailable(name, op, device, dtype) and not _held_back(name, op, device):
+            return name
+    raise AssertionError("eager ends every list")
+
+
+def choose(op: str, device: str, dtype: torch.dtype) -> Callable[..., object]:
+    """Implementation of `op` (such as "token_kl_fwd") for tensors on `device` ("cpu" or "cuda").
+
+    Raises:
+        RuntimeError: when a backend was forced and cannot run. Only "auto" moves down ORDER.
+    """
+    return _choose(op, device, dtype, _forced)
+
+
+@functools.cache
+def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[..., object]:
+    name = selected(op, device, dtype)
+    if name == "native":
+        return getattr(torch.ops.deepalign_native, op).default
+    module = importlib.import_module(f"deepalign_kernels.{_PACKAGE[name]}.{STEMS[op]}")
+    return getattr(module, op)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend ("native", "triton", "eager"; "auto" undoes it) inside the block, for all threads.
+
+    An op that this backend cannot run raises RuntimeError with the reason; nothing falls back.
+    The environment variable DEEPALIGN_BACKEND does the same for a whole process.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _forced
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"name: expected one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
+    old, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = old

@@ -1,0 +1,17 @@
+"""Public ops: docstring, validation, fake, autograd. What runs is decided in `backends.py`."""
+
+from deepalign_kernels.ops._check import checked
+from deepalign_kernels.ops.constrained_loss import ConstrainedParts, constrained_loss
+from deepalign_kernels.ops.token_kl import token_kl
+from deepalign_kernels.ops.token_logp import token_logp
+from deepalign_kernels.ops.token_stats import TokenStats, token_stats
+
+__all__ = [
+    "ConstrainedParts",
+    "TokenStats",
+    "checked",
+    "constrained_loss",
+    "token_kl",
+    "token_logp",
+    "token_stats",
+]

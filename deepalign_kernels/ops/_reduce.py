@@ -1,0 +1,38 @@
+"""How a sum over tokens becomes a loss: the one place that knows what `reduction` and `normalizer` mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels.ops import _check
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def scale_of_sum(valid: Tensor, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the sum of the token losses is multiplied by, as a 0-d tensor on the device of `valid`.
+
+    "mean": 1 / normalizer, or 1 / (number of valid tokens); 0 where that count is 0, so that a batch without
+    trained tokens gives loss 0 and gradients 0 instead of NaN. "sum" and "none": 1.
+
+    Raises:
+        ValueError: an unknown reduction, a normalizer without "mean", not above 0, or not 0-d.
+    """
+    _check.one_of("reduction", reduction, REDUCTIONS)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer: belongs to reduction='mean', got it with {reduction!r}")
+    if reduction != "mean":
+        return torch.ones((), dtype=dtype, device=valid.device)
+    if normalizer is None:
+        count = valid.sum().to(dtype)
+    elif isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer: expected a number or a 0-d tensor, got {_check.describe(normalizer)}")
+        _check.same_device("normalizer", normalizer, "the target", valid)
+        _check.must_be_frozen("normalizer", normalizer)
+        count = normalizer.to(dtype)
+    else:
+        _check.number("normalizer", normalizer, above=0.0)
+        return torch.full((), 1.0 / normalizer, dtype=dtype, device=valid.device)
+    return torch.where(count > 0, 1.0 / count, torch.zeros_like(count))

@@ -1,0 +1,71 @@
+"""Turns a schema into a torch op whose body is `backends.choose`. Used by every file in ops/.
+
+Library.define + impl instead of @torch.library.custom_op: the same single node under torch.compile at
+about a third of the eager cost per call (11 us against 33 us, torch 2.13, CPU). What custom_op would
+check at run time (aliasing, mutation) opcheck checks in the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels import backends
+
+_LIB = torch.library.Library("deepalign", "DEF")
+
+
+def define(schema: str, body: Callable[..., Any] | None = None) -> Any:
+    """Define `deepalign::<schema>` for CPU and CUDA and return its overload.
+
+    `body(implementation, *inputs)` stands between the op and the backend where their signatures differ:
+    backends write gradients to a tensor that they are handed.
+    """
+    name = schema.partition("(")[0]
+    _LIB.define(schema)
+    for key in ("CPU", "CUDA"):
+        _LIB.impl(name, functools.partial(_run, name, body), key)
+    return getattr(torch.ops.deepalign, name).default
+
+
+def _run(name: str, body: Callable[..., Any] | None, *inputs: Any) -> Any:
+    logits = next(x for x in inputs if isinstance(x, Tensor) and x.dim() == 3)
+    implementation = backends.choose(name, logits.device.type, logits.dtype)
+    return implementation(*inputs) if body is None else body(implementation, *inputs)
+
+
+def backward_body(implementation: Callable[..., Any], grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    implementation(grad, logits, *rest, out)
+    return out
+
+
+def no_double_backward(op: str) -> None:
+    """A second derivative through `deepalign::<op>` raises instead of being wrong or silently missing."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"deepalign::{op} has no second derivative: its gradient is computed by a fused kernel. "
+            "Drop create_graph=True, or use the formula in deepalign_kernels/reference."
+        )
+
+    torch.library.register_autograd(f"deepalign::{op}", refuse, lib=_LIB)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """dtype of every [N] result: fp32, and fp64 for fp64 logits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fake_rows(logits: Tensor, *, pair: bool = False) -> Tensor:
+    """A fake [N] (or [N, 2]) result for logits [B, T, V]."""
+    n = logits.shape[0] * logits.shape[1]
+    return logits.new_empty((n, 2) if pair else (n,), dtype=accumulator(logits.dtype))
+
+
+def fake_grad(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)

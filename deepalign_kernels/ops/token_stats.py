@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels.ops import _check
+from deepalign_kernels.ops._register import accumulator, define
+
+
+class TokenStats(NamedTuple):
+    """What `token_stats` returns; every field is [...], in nats unless said otherwise."""
+
+    logp: Tensor | None  # log-probability of the target under the policy; None without a target
+    ref_logp: Tensor | None  # the same under the reference
+    kl_policy_ref: Tensor  # KL(policy || ref)
+    kl_ref_policy: Tensor  # KL(ref || policy)
+    js: Tensor | None  # generalised Jensen-Shannon divergence; None for js_beta=None
+    entropy: Tensor  # of the policy
+    ref_entropy: Tensor  # of the reference
+    top1_agree: Tensor  # bool: both rows have their first maximum in the same column
+
+
+def token_stats(
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    ignore_index: int = -100,
+    js_beta: float | None = 0.5,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> TokenStats:
+    """What two models say about each position, in one launch over both logits and without gradients.
+
+    Args:
+        policy_logits, ref_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), one shape, dtype
+            and device, last stride 1, any row stride. Gradients do not flow; pass either detached or not.
+        target: [...] int32 or int64, or None. Rows with `ignore_index` are left out.
+        valid: [...] bool, or None for all. Rows left out give 0 (False) in every field.
+        js_beta: weight of the reference in the mixture, strictly between 0 and 1, or None: no JS. It alone needs
+            both normalisers first, so it costs a second look at the row (in reverse, out of the cache).
+        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or None.
+
+    Returns:
+        TokenStats; fp32 (fp64 for fp64 logits), top1_agree bool.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or stride; the message names the argument.
+
+    Formulas and edge cases: `reference/token_stats.py`.
+    """
+    policy = _check.logits3("policy_logits", policy_logits)
+    _check.same_kind("ref_logits", ref_logits, "policy_logits", policy_logits, frozen=False)
+    ref = _check.logits3("ref_logits", ref_logits)
+    flat = None if target is None else _check.targets("target", target, policy_logits, ignore_index)
+    keep = _check.mask("valid", valid, policy_logits)
+    b = 0.0 if js_beta is None else _check.number("js_beta", js_beta, above=0.0, below=1.0)
+    options = _check.score_options(temperature, softcap)
+    with torch.no_grad():
+        out = _fwd(policy.detach(), ref.detach(), flat, keep, ignore_index, b, *options)
+        logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = out.view(8, *policy_logits.shape[:-1]).unbind(0)
+    has_target = target is not None
+    return TokenStats(
+        logp if has_target else None,
+        ref_logp if has_target else None,
+        kl,
+        kl_rev,
+        None if js_beta is None else js,
+        entropy,
+        ref_entropy,
+        agree > 0.5,
+    )
+
+
+_fwd = define(
+    "token_stats_fwd(Tensor policy, Tensor ref, Tensor? target, Tensor? valid, int ignore_index, float js_beta,"
+    " float temperature, float softcap) -> Tensor"
+)
+
+
+@torch.library.register_fake("deepalign::token_stats_fwd")
+def _(policy: Tensor, *rest: Any) -> Tensor:
+    return policy.new_empty((8, policy.shape[0] * policy.shape[1]), dtype=accumulator(policy.dtype))
