@@ -1,0 +1,202 @@
+"""The logits-level ops beside independent formulas in plain torch, and the rows they are tried on.
+
+A formula here is written from torch's own softmax and loss functions and never from
+`deepalign_kernels.reference`: run in fp64 it is the truth, run in fp32 it sets the error budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import deepalign_kernels as dak
+from deepalign_kernels.testing import assert_in_budget
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One problem: logits [T, V], targets [T] (some ignored), beta [T] fp32, upstream gradient [T] fp32."""
+
+    policy: Tensor
+    ref: Tensor
+    target: Tensor
+    beta: Tensor
+    grad: Tensor
+
+    def to(self, device, dtype) -> Rows:
+        d = torch.device(device)
+        return Rows(self.policy.to(d, dtype), self.ref.to(d, dtype), *(x.to(d) for x in (self.target, self.beta, self.grad)))
+
+
+def _noise(T, V, g):
+    return 4 * torch.randn(T, V, generator=g), 4 * torch.randn(T, V, generator=g)
+
+
+def _confident(height):
+    def make(T, V, g):
+        p, r = _noise(T, V, g)
+        p[torch.arange(T), torch.arange(T) * 7 % V] += height
+        r[torch.arange(T), torch.arange(T) * 5 % V] += height
+        return p, r
+
+    return make
+
+
+def _uniform(T, V, g):
+    return torch.full((T, V), 2.5), torch.full((T, V), -1.0)
+
+
+def _heavy(T, V, g):
+    p, r = _noise(T, V, g)
+    return (p.pow(3) / 8).clamp(-300, 300), (r.pow(3) / 8).clamp(-300, 300)
+
+
+def _offset(policy_by, ref_by):
+    def make(T, V, g):
+        p, r = _noise(T, V, g)
+        return p + policy_by, r + ref_by
+
+    return make
+
+
+def _masked_block(T, V, g):
+    """The first half of the columns masked in both models: whole leading blocks of -inf for wide rows."""
+    p, r = _noise(T, V, g)
+    p[:, : V // 2] = r[:, : V // 2] = -torch.inf
+    return p, r
+
+
+def _close(T, V, g):
+    p, _ = _noise(T, V, g)
+    return p, p + 1e-2 * torch.randn(T, V, generator=g)
+
+
+KINDS: dict[str, Callable] = {
+    "noise": _noise,
+    "confident_20": _confident(20.0),
+    "confident_50": _confident(50.0),
+    "uniform": _uniform,
+    "heavy_tails": _heavy,
+    "common_offset": _offset(1e3, 1e3),
+    "offset_in_one_model": _offset(1e3, 0.0),
+    "all_at_minus_1e4": _offset(-1e4, -1e4),
+    "all_at_plus_1e4": _offset(1e4, 1e4),
+    "leading_block_masked": _masked_block,
+    "nearly_equal": _close,
+}
+
+
+def make(T: int, V: int, kind: str = "noise", seed: int = 0) -> Rows:
+    g = torch.Generator().manual_seed(seed + 1000 * T + V)
+    policy, ref = KINDS[kind](T, V, g)
+    low = V // 2 if kind == "leading_block_masked" else 0
+    target = torch.randint(low, V, (T,), generator=g)
+    if kind.startswith("confident"):
+        target[::2] = (torch.arange(T) * 7 % V)[::2]  # p_y close to 1: the cancellation in p_y - 1
+    target[2::3] = IGNORE
+    beta = torch.tensor([0.5, 2.0, 0.0, 0.1, 2.0]).repeat(T // 5 + 1)[:T]
+    return Rows(policy, ref, target, beta, torch.randn(T, generator=g))
+
+
+def _z(x: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    x = x.masked_fill(x == -torch.inf, -1e30)  # keeps 0 * inf out of the formula and its gradient
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    return x / temperature
+
+
+def plain_logp(x, target, temperature=1.0, softcap=None):
+    z = _z(x, temperature, softcap).reshape(-1, x.shape[-1])
+    nll = F.cross_entropy(z, target.long().reshape(-1), ignore_index=IGNORE, reduction="none")
+    return -nll.view(target.shape)
+
+
+def plain_kl(policy, ref, target, direction, js_beta=0.5, temperature=1.0, softcap=None):
+    q, p = (F.log_softmax(_z(x, temperature, softcap), -1) for x in (policy, ref))
+    if direction == "js":
+        q2, p2 = q + torch.log(torch.tensor(1.0 - js_beta, dtype=q.dtype)), p + torch.log(torch.tensor(js_beta, dtype=q.dtype))
+        m = torch.logaddexp(q2, p2)
+        kl = js_beta * (p.exp() * (p - m)).sum(-1) + (1 - js_beta) * (q.exp() * (q - m)).sum(-1)
+    else:
+        a, b = (q, p) if direction == "policy_ref" else (p, q)
+        kl = F.kl_div(b, a, reduction="none", log_target=True).sum(-1)
+    return torch.where(target != IGNORE, kl, torch.zeros_like(kl))
+
+
+def plain_constrained(policy, ref, target, beta, objective="exact", floor=0.0, temperature=1.0, softcap=None):
+    logp = plain_logp(policy, target, temperature, softcap)
+    delta = plain_logp(ref, target, temperature, softcap).detach() - logp
+    beta = beta.to(logp.dtype)
+    if objective == "exact":
+        safe = torch.where(beta > 0, beta, torch.ones_like(beta))
+        loss = torch.where(beta > 0, -2 / safe * F.logsigmoid(-safe * delta), delta)
+    else:
+        weight = (2 * torch.sigmoid(beta * delta)).detach().clamp(min=floor)
+        loss = -weight * logp
+    return torch.where(target != IGNORE, loss, torch.zeros_like(loss))
+
+
+@dataclass(frozen=True)
+class Case:
+    """`ours` and `plain` map (Rows, score options) to per-token values that depend on rows.policy."""
+
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+
+
+def _kl_case(direction, **kw):
+    return Case(
+        lambda r, **o: dak.token_kl(r.policy, r.ref, direction=direction, valid=r.target != IGNORE, **kw, **o),
+        lambda r, **o: plain_kl(r.policy, r.ref, r.target, direction, **kw, **o),
+    )
+
+
+def _constrained_case(given: bool, objective="exact", floor=0.0):
+    def ours(r, **o):
+        ref = {"ref_logits": r.ref}
+        if given:
+            gold = plain_logp(r.ref.double(), r.target, **o)
+            ref = {"ref_logp": gold.to(torch.float64 if r.policy.dtype == torch.float64 else torch.float32)}
+        kw = dict(beta=r.beta, objective=objective, min_weight=floor, reduction="none")
+        return dak.constrained_loss(r.policy, r.target, **ref, **kw, **o)
+
+    return Case(ours, lambda r, **o: plain_constrained(r.policy, r.ref, r.target, r.beta, objective, floor, **o))
+
+
+CASES: dict[str, Case] = {
+    "token_logp": Case(
+        lambda r, **o: dak.token_logp(r.policy, r.target, **o), lambda r, **o: plain_logp(r.policy, r.target, **o)
+    ),
+    "token_kl/policy_ref": _kl_case("policy_ref"),
+    "token_kl/ref_policy": _kl_case("ref_policy"),
+    "token_kl/js": _kl_case("js"),
+    "token_kl/js_0.1": _kl_case("js", js_beta=0.1),
+    "constrained_loss/ref_logits": _constrained_case(False),
+    "constrained_loss/ref_logp": _constrained_case(True),
+    "constrained_loss/surrogate": _constrained_case(False, "surrogate", 0.2),
+}
+
+
+def values_and_grad(fn: Callable[..., Tensor], rows: Rows, **options) -> tuple[Tensor, Tensor]:
+    leaf = rows.policy.detach().requires_grad_()
+    value = fn(Rows(leaf, rows.ref, rows.target, rows.beta, rows.grad), **options)
+    (grad,) = torch.autograd.grad(value, leaf, rows.grad.to(value.dtype))
+    return value.detach(), grad
+
+
+def check(name: str, rows: Rows, **options) -> None:
+    """Hold value and gradient of CASES[name] on these (already rounded) rows to the error budget."""
+    case = CASES[name]
+    ours = values_and_grad(case.ours, rows, **options)
+    host = rows.to("cpu", rows.policy.dtype)
+    gold = values_and_grad(case.plain, host.to("cpu", torch.float64), **options)
+    base = values_and_grad(case.plain, host.to("cpu", torch.float32), **options)
+    for what, o, b, g in zip(("value", "gradient"), ours, base, gold, strict=True):
+        assert_in_budget(f"{name} {what}", o, b, g)

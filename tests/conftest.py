@@ -1,0 +1,63 @@
+"""Fixtures: which backend a test runs on, and fresh memory that holds NaN.
+
+Without a GPU, Triton kernels run in the interpreter; the variable must be set before Triton is imported.
+"""
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from deepalign_kernels import backends, use_backend
+
+DEVICES = ("cpu", *["cuda"] * torch.cuda.is_available())
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "clean_memory: torch.empty is left alone (see poisoned_memory)")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=[(d, b) for d in DEVICES for b in backends.BACKENDS], ids="-".join)
+def device(request):
+    """Device to run on, with one backend forced; every op of a test runs on that backend or raises."""
+    where, name = request.param
+    if why := backends.unavailable(name, "token_kl_fwd", where):
+        pytest.skip(f"{name} on {where}: {why}")
+    with use_backend(name):
+        yield torch.device(where)
+
+
+@pytest.fixture
+def backend(device):
+    return backends.selected("token_kl_fwd", device.type)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request):
+    """Fresh float memory holds NaN, so that an element which no kernel writes is seen."""
+    if "clean_memory" in request.keywords:
+        yield
+        return
+
+    def poison(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            if type(x) is torch.Tensor and x.is_floating_point() and x.device.type != "meta":
+                x.fill_(float("nan"))
+            return x
+
+        return made
+
+    with mock.patch("torch.empty", poison(torch.empty)), mock.patch("torch.empty_like", poison(torch.empty_like)):
+        yield

@@ -1,0 +1,55 @@
+"""How a backend is chosen, forced and refused."""
+
+import pytest
+import torch
+
+import deepalign_kernels as dak
+from deepalign_kernels import backends
+
+
+def test_auto_takes_the_best_that_can_run():
+    order = [b for b in backends.ORDER["cpu"] if backends.unavailable(b, "token_kl_fwd", "cpu") is None]
+    assert backends.selected("token_kl_fwd", "cpu") == order[0]
+    assert backends.selected("token_kl_fwd", "cpu", torch.float64) == "eager"
+
+
+def test_a_forced_backend_that_cannot_run_raises():
+    x = torch.randn(2, 5, dtype=torch.float64)
+    with dak.use_backend("native"), pytest.raises(RuntimeError, match="'native' was asked for but cannot run: fp64"):
+        dak.token_kl(x, x)
+    with dak.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        backends._choose.cache_clear()
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+            dak.token_kl(x.float(), x.float())
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'cuda'"), dak.use_backend("cuda"):
+        pass
+
+
+def test_the_block_restores_what_was_forced_before():
+    with dak.use_backend("eager"):
+        with pytest.raises(KeyError), dak.use_backend("auto"):
+            raise KeyError
+        assert backends.selected("token_kl_fwd", "cpu") == "eager"
+
+
+def test_every_reason_is_a_sentence():
+    for op in backends.OPS:
+        for device in ("cpu", "cuda"):
+            for name in backends.BACKENDS:
+                why = backends.reason(name, op, device)
+                assert why is None or len(why) > 10
+
+
+def test_cuda_cpp_without_a_gpu_run_is_held_back(monkeypatch):
+    """Only ops listed as verified may be taken by auto; the table says why the others are not."""
+    monkeypatch.setattr(backends, "unavailable", lambda *a, **k: None)
+    monkeypatch.setattr(backends, "CUDA_CPP_VERIFIED", frozenset({"token_kl_fwd"}))
+    assert backends.selected("token_kl_fwd", "cuda") == "native"
+    assert backends.selected("token_kl_bwd", "cuda") == "triton"
+    assert "not verified" in (backends.reason("native", "token_kl_bwd", "cuda") or "")
+    with dak.use_backend("native"):
+        assert backends.selected("token_kl_bwd", "cuda") == "native"

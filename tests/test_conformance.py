@@ -1,0 +1,127 @@
+"""Every logits-level op x backend x dtype against independent fp64 formulas (F29: the oracle shares no helper)."""
+
+import pytest
+import torch
+from cases import CASES, DTYPES, KINDS, Rows, check, make, values_and_grad
+
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+OP = pytest.mark.parametrize("op", CASES)
+
+# Aligned, odd, one each side of a 4096 block, and the sizes of real vocabularies (F12).
+SMALL_V = (1, 2, 7, 127, 1000, 4095, 4096, 4097)
+REAL_V = (32000, 50257, 65537, 128256, 262144)
+
+
+@OP
+@DTYPE
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_rows(op, dtype, kind, device):
+    """F1, F5, F6, F29: confident, uniform, heavy-tailed, offset, strongly negative and masked rows."""
+    check(op, make(6, 5003, kind).to(device, dtype))
+
+
+@OP
+@DTYPE
+@pytest.mark.parametrize("V", SMALL_V)
+def test_small_vocabularies(op, dtype, V, device):
+    """F12: V = 1, 2, 7, ... and odd V, whose rows start off any vector boundary."""
+    check(op, make(5, V).to(device, dtype))
+
+
+@OP
+@pytest.mark.parametrize("V", REAL_V)
+def test_real_vocabularies(op, V, device):
+    """F12, F35: 32k to 262k columns, where a probability of 1/V would underflow fp16."""
+    check(op, make(2, V).to(device, torch.float16 if V == 50257 else torch.bfloat16))
+
+
+@OP
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.01}, {"temperature": 0.7}, {"temperature": 100.0}, {"softcap": 3.0}, {"softcap": 30.0, "temperature": 1.7}],
+    ids=str,
+)
+def test_temperature_and_softcap(op, options, device):
+    """F22: values and gradients, with the factor 1/T and the slope of tanh."""
+    for dtype in (torch.float32, torch.bfloat16):
+        check(op, make(5, 1031).to(device, dtype), **options)
+
+
+@OP
+def test_every_layout(op, device):
+    """F14, F17, F20: [B, T, V] views, row strides, unaligned starts, shifted labels, stride-0 gradients."""
+    r = make(12, 777).to(device, torch.float32)
+    expected = values_and_grad(CASES[op].ours, r)
+    wide = torch.full((3, 5, 1000), torch.nan, device=device)
+    wide[:, :4, 3:780] = r.policy.view(3, 4, 777)
+    padded = torch.cat([torch.zeros(1, dtype=torch.long, device=device), r.target])[1:]  # not 16-byte aligned
+    view = Rows(wide[:, :4, 3:780], r.ref.view(3, 4, 777), padded.view(3, 4).int(), r.beta.view(3, 4), r.grad.view(3, 4))
+    got = values_and_grad(CASES[op].ours, view)
+    for name, a, b in zip(("value", "gradient"), got, expected, strict=True):
+        # The row is summed in another alignment: equal to rounding, not to the bit.
+        torch.testing.assert_close(a.reshape(b.shape), b, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    ones = Rows(r.policy, r.ref, r.target, r.beta, torch.ones((), device=device).expand(12))  # what .sum() sends back
+    dense = Rows(r.policy, r.ref, r.target, r.beta, torch.ones(12, device=device))
+    assert torch.equal(values_and_grad(CASES[op].ours, ones)[1], values_and_grad(CASES[op].ours, dense)[1])
+
+
+@OP
+def test_ignored_rows_are_never_used(op, device):
+    """F15, F17: NaN in the logits, in beta or in the upstream gradient of an ignored row does not leak."""
+    r = make(6, 300).to(device, torch.float32)
+    clean = values_and_grad(CASES[op].ours, r)
+    out = r.target == -100
+    for x in (r.policy, r.ref, r.beta, r.grad):
+        x[out] = torch.nan
+    dirty = values_and_grad(CASES[op].ours, r)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b) and not b[out].any()
+
+
+@OP
+def test_repeatable_and_independent_of_other_rows(op, device):
+    """F31: bitwise the same ten times, and whatever the neighbours hold."""
+    r = make(5, 4099).to(device, torch.bfloat16)
+    first = values_and_grad(CASES[op].ours, r)
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(first, values_and_grad(CASES[op].ours, r), strict=True))
+    alone = values_and_grad(CASES[op].ours, Rows(r.policy[3:4], r.ref[3:4], r.target[3:4], r.beta[3:4], r.grad[3:4]))
+    assert torch.equal(alone[0], first[0][3:4]) and torch.equal(alone[1], first[1][3:4])
+
+
+@OP
+@DTYPE
+def test_results_are_fp32_and_gradients_have_the_dtype_of_the_logits(op, dtype, device):
+    """F10: token losses are never stored in 16 bits."""
+    value, grad = values_and_grad(CASES[op].ours, make(4, 33).to(device, dtype))
+    assert value.dtype == torch.float32 and grad.dtype == dtype
+
+
+@OP
+def test_no_rows(op, device):
+    """F15: T = 0."""
+    r = make(4, 33).to(device, torch.float32)
+    value, grad = values_and_grad(CASES[op].ours, Rows(*(x[:0] for x in (r.policy, r.ref, r.target, r.beta, r.grad))))
+    assert value.shape == (0,) and grad.shape == (0, 33)
+
+
+@OP
+def test_one_dimension_and_four(op, device):
+    r = make(8, 65).to(device, torch.float32)
+    flat, _ = values_and_grad(CASES[op].ours, r)
+    cube = Rows(*(x.view(2, 2, 2, *x.shape[1:]) for x in (r.policy, r.ref, r.target, r.beta, r.grad)))
+    value, grad = values_and_grad(CASES[op].ours, cube)
+    assert torch.equal(value.flatten(), flat) and grad.shape == (2, 2, 2, 65)
+    one, _ = values_and_grad(CASES[op].ours, Rows(r.policy[0], r.ref[0], r.target[0], r.beta[0], r.grad[0]))
+    assert one.shape == () and torch.equal(one, flat[0])
+
+
+@OP
+def test_scaling_the_upstream_gradient_by_the_fp16_loss_scale(op, device):
+    """F21: a loss scale of 2^16 overflows the fp16 gradient only where the true value is past 65504."""
+    r = make(5, 900).to(device, torch.float16)
+    big = Rows(r.policy, r.ref, r.target, r.beta, torch.full((5,), 2.0**15, device=device))
+    grad = values_and_grad(CASES[op].ours, big)[1]
+    gold = values_and_grad(CASES[op].plain, big.to("cpu", torch.float64))[1]
+    fits = gold.abs() < 6e4
+    assert torch.isfinite(grad.cpu()[fits]).all() and fits.any()

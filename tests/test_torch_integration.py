@@ -1,0 +1,141 @@
+"""The ops as citizens of torch: opcheck, gradcheck, compile, checkpointing, autocast, second derivatives."""
+
+import pytest
+import torch
+from cases import CASES, DTYPES, make, values_and_grad
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import deepalign_kernels as dak
+
+pytestmark = pytest.mark.clean_memory  # torch's own machinery allocates with empty()
+
+
+def op_inputs(device, dtype):
+    """Sample inputs of every registered op, as the public functions call them."""
+    r = make(4, 33).to(device, dtype)
+    policy, ref = r.policy[None].requires_grad_(), r.ref[None]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    valid, logp, norm = r.target != -100, torch.zeros(4, dtype=acc, device=device), torch.ones(4, 2, dtype=acc, device=device)
+    grad, scale, beta = r.grad.to(acc), torch.full((), 0.25, dtype=acc, device=device), r.beta.to(acc)
+    options = (-100, False, 0.0, 1.0, 0.0)
+    detached = policy.detach()
+    return {
+        "token_logp_fwd": (policy, r.target, -100, 0.7, 0.0),
+        "token_logp_bwd": (grad, detached, r.target, norm, -100, 0.7, 30.0),
+        "token_kl_fwd": (policy, ref, valid, 0, 0.5, 1.0, 0.0),
+        "token_kl_bwd": (grad, detached, ref, None, norm, norm, logp, 2, 0.5, 1.0, 0.0),
+        "constrained_loss_fwd": (policy, r.target, beta, ref, None, *options),
+        "constrained_loss_fused": (policy, r.target, beta, None, logp, scale, *options),
+        "token_stats_fwd": (detached, ref, r.target, valid, -100, 0.5, 1.0, 0.0),
+        "scale_grad": (detached.clone(), scale),
+    }
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("op", list(op_inputs("cpu", torch.float32)))
+def test_opcheck(op, dtype, device, backend):
+    """F32: schema, fakes, autograd registration, AOT dispatch with static and dynamic shapes."""
+    if dtype == torch.float64 and backend != "eager":
+        pytest.skip("fp64 logits run on the eager backend only")
+    torch.library.opcheck(getattr(torch.ops.deepalign, op).default, op_inputs(device, dtype)[op])
+
+
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "softcap": 5.0}], ids=str)
+def test_gradcheck(op, options):
+    r = make(4, 6).to("cpu", torch.float64)
+    if "surrogate" in op:
+        pytest.skip("its weight is held fixed, so its gradient is not the derivative of its value")
+    fn = lambda x: CASES[op].ours(type(r)(x, r.ref, r.target, r.beta, r.grad), **options)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, r.policy.requires_grad_(), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_compiles_to_one_graph_for_every_length(op, device):
+    """F27, F32: fullgraph with a dynamic T; a new token count does not recompile."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def loss(policy, ref, target, beta):
+        r = type(first)(policy, ref, target, beta, None)
+        return CASES[op].ours(r).square().sum()
+
+    compiled, compiled_once = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter), 0
+    first = make(5, 65)
+    for T in (5, 9, 17, 33):
+        r = make(T, 65).to(device, torch.float32)
+        grads = []
+        for fn in (loss, compiled):
+            leaf = r.policy.detach().requires_grad_()
+            value = fn(leaf, r.ref, r.target, r.beta)
+            grads.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+        compiled_once = compiled_once or counter.frame_count
+    assert counter.frame_count == compiled_once
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scalar_loss_under_inductor(reduction, device):
+    """The fused gradient is scaled in place by the upstream factor; functionalisation must keep that right."""
+    torch._dynamo.reset()
+    r = make(6, 65).to(device, torch.float32)
+
+    def step(policy):
+        return 3 * dak.constrained_loss(policy * 2, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction).sum()
+
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True)):
+        leaf = r.policy.detach().requires_grad_()
+        value = fn(leaf)
+        results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_activation_checkpointing(reduction, reentrant, device):
+    r = make(6, 65).to(device, torch.float32)
+
+    def loss(x):
+        return dak.constrained_loss(x * 1.5, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction).sum()
+
+    leaf = r.policy.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    checkpoint(loss, leaf, use_reentrant=reentrant).backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_autocast_leaves_the_ops_alone(op, device):
+    """F21: fp32 logits stay fp32 inside a bf16 autocast region; bf16 ones that come out of a matmul are taken."""
+    r = make(4, 65).to(device, torch.float32)
+    expected = values_and_grad(CASES[op].ours, r)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = values_and_grad(CASES[op].ours, r)
+        hidden, head = torch.randn(4, 16, device=device, requires_grad=True), torch.randn(65, 16, device=device)
+        logits = torch.nn.functional.linear(hidden, head)
+        assert logits.dtype == torch.bfloat16
+        CASES[op].ours(type(r)(logits, r.ref.bfloat16(), r.target, r.beta, r.grad)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_second_derivative_is_refused(op, device):
+    """F18: a clear error instead of a missing term."""
+    r = make(4, 33).to(device, torch.float32)
+    leaf = r.policy.detach().requires_grad_()
+    value = CASES[op].ours(type(r)(leaf, r.ref, r.target, r.beta, r.grad))
+    (grad,) = torch.autograd.grad(value.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), leaf)
+
+
+def test_gradient_reaches_only_what_asks_for_it(device):
+    """F19: nothing is computed for a policy that needs no gradient."""
+    r = make(4, 33).to(device, torch.float32)
+    for op in CASES.values():
+        assert not op.ours(r).requires_grad
