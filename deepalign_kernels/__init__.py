@@ -1,16 +1,21 @@
-"""Fused per-token KL and position-weighted constrained losses between a policy and a reference model.
+"""Fused per-token KL and constrained fine-tuning losses between a policy and a reference model.
 
-The method is that of "Safety Alignment Should Be Made More Than Just a Few Tokens Deep" (arXiv 2406.05946).
-Importing this package needs torch alone and touches no device.
+The method is that of "Safety Alignment Should Be Made More Than Just a Few Tokens Deep"
+(arXiv 2406.05946). Importing this package needs torch alone and touches no device.
 """
 
 from deepalign_kernels.backends import use_backend
 from deepalign_kernels.losses import BetaSchedule, reduce_tokens, response_positions
 from deepalign_kernels.ops import (
     ConstrainedParts,
+    LinearConstrainedParts,
     TokenStats,
     checked,
     constrained_loss,
+    linear_constrained_loss,
+    linear_token_kl,
+    linear_token_logp,
+    linear_token_stats,
     token_kl,
     token_logp,
     token_stats,
@@ -20,9 +25,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BetaSchedule",
     "ConstrainedParts",
+    "LinearConstrainedParts",
     "TokenStats",
     "checked",
     "constrained_loss",
+    "linear_constrained_loss",
+    "linear_token_kl",
+    "linear_token_logp",
+    "linear_token_stats",
     "reduce_tokens",
     "response_positions",
     "token_kl",

@@ -1,7 +1,7 @@
 """The one place that decides which implementation of an op runs, and says why another cannot.
 
-eager   deepalign_kernels/reference/<stem>.py       always there; the specification; the only one for fp64
-triton  deepalign_kernels/triton_kernels/<stem>.py  CUDA and ROCm tensors (CPU ones under TRITON_INTERPRET=1)
+eager   reference/<stem>.py        always there; the specification; the only one for fp64
+triton  triton_kernels/<stem>.py   CUDA and ROCm tensors (CPU ones under TRITON_INTERPRET=1)
 native  csrc/{cpu,cuda}/<stem>, as torch.ops.deepalign_native.<op>   whatever setup.py could build
 """
 
@@ -57,8 +57,10 @@ def native_library(device: str) -> str | None:
     return None
 
 
-def unavailable(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why `backend` cannot run `op` on `device` ("cpu" or "cuda") for logits of `dtype`; None if it can."""
+def unavailable(
+    backend: str, op: str, device: str, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why `backend` cannot run `op` on "cpu" or "cuda" for logits of `dtype`; None if it can."""
     if backend not in BACKENDS:
         return f"there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}"
     if backend == "eager":
@@ -75,7 +77,9 @@ def unavailable(backend: str, op: str, device: str, dtype: torch.dtype = torch.f
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton runs CPU tensors only in its interpreter, TRITON_INTERPRET=1 (slow; for tests)"
+        return (
+            "Triton runs CPU tensors only in its interpreter, TRITON_INTERPRET=1 (slow; for tests)"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
@@ -129,10 +133,10 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[.
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend ("native", "triton", "eager"; "auto" undoes it) inside the block, for all threads.
+    """Force one backend ("native", "triton", "eager"; "auto" undoes it) inside the block.
 
-    An op that this backend cannot run raises RuntimeError with the reason; nothing falls back.
-    The environment variable DEEPALIGN_BACKEND does the same for a whole process.
+    It holds for all threads. An op that this backend cannot run raises RuntimeError with the
+    reason; nothing falls back. DEEPALIGN_BACKEND in the environment does it for a whole process.
 
     Raises:
         ValueError: an unknown name.

@@ -1,4 +1,4 @@
-"""Maths on vectors of token values, in plain torch: the beta schedule, response positions, reductions.
+"""Maths on vectors of token values, in plain torch: beta schedule, positions, reductions.
 
 Nothing here touches a [T, V] tensor, so nothing here needs a kernel.
 """
@@ -18,8 +18,8 @@ from deepalign_kernels.ops._reduce import scale_of_sum
 class BetaSchedule:
     """beta_t of the constrained loss by response position (arXiv 2406.05946, section 4.1).
 
-    Position 1 gets `first`, positions 2..prefix_length get `prefix`, later ones `rest`. The paper's values
-    are the defaults: 0.5, 2, 0.1, with a prefix of 5 tokens.
+    Position 1 gets `first`, positions 2..prefix_length get `prefix`, later ones `rest`. The paper's
+    values are the defaults: 0.5, 2, 0.1, with a prefix of 5 tokens.
 
     Raises:
         ValueError: a negative or non-finite beta, a negative prefix_length.
@@ -33,7 +33,11 @@ class BetaSchedule:
     def __post_init__(self) -> None:
         for name in ("first", "prefix", "rest"):
             _check.number(name, getattr(self, name), low=0.0)
-        if isinstance(self.prefix_length, bool) or not isinstance(self.prefix_length, int) or self.prefix_length < 0:
+        if (
+            isinstance(self.prefix_length, bool)
+            or not isinstance(self.prefix_length, int)
+            or self.prefix_length < 0
+        ):
             raise ValueError(f"prefix_length: expected an int >= 0, got {self.prefix_length!r}")
 
     @classmethod
@@ -42,23 +46,27 @@ class BetaSchedule:
         return cls(first=beta, prefix=beta, rest=beta)
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """positions [...] int, 1-based, 0 = not a response token -> beta [...] fp32 (`rest` at position 0)."""
+        """positions [...] int, 1-based, 0 = not in a response -> beta [...] fp32 (0: `rest`)."""
         if positions.is_floating_point() or positions.dtype == torch.bool:
-            raise ValueError(f"positions: expected an integer tensor, got {_check.describe(positions)}")
+            raise ValueError(
+                f"positions: expected an integer tensor, got {_check.describe(positions)}"
+            )
         in_prefix = (positions >= 1) & (positions <= self.prefix_length)
         beta = torch.where(in_prefix, self.prefix, self.rest)
         return torch.where(in_prefix & (positions == 1), self.first, beta).to(torch.float32)
 
 
-def response_positions(labels: Tensor, *, ignore_index: int = -100, position_ids: Tensor | None = None) -> Tensor:
+def response_positions(
+    labels: Tensor, *, ignore_index: int = -100, position_ids: Tensor | None = None
+) -> Tensor:
     """1-based position of each trained token inside its own response; 0 where nothing is trained.
 
-    A response is a run of consecutive trained tokens. Counting restarts at every run (every assistant turn)
-    and, with `position_ids`, at every packed document (where the ids do not go on by one), so two
-    documents that touch without a prompt in between stay apart.
+    A response is a run of consecutive trained tokens. Counting restarts at every run (every
+    assistant turn) and, with `position_ids`, at every packed document (where the ids do not go on
+    by one), so two documents that touch without a prompt in between stay apart.
 
-    Compute this when a conversation is tokenised and pack it along with the tokens: after truncation or
-    packing that cuts a response in two, the second half would count from 1 again.
+    Compute this when a conversation is tokenised and pack it along with the tokens: after
+    truncation or packing that cuts a response in two, the second half would count from 1 again.
 
     Args:
         labels: [T] or [B, T] integers, `ignore_index` where nothing is trained.
@@ -74,7 +82,8 @@ def response_positions(labels: Tensor, *, ignore_index: int = -100, position_ids
         raise ValueError(f"labels: expected integers [T] or [B, T], got {_check.describe(labels)}")
     if position_ids is not None and position_ids.shape != labels.shape:
         raise ValueError(
-            f"position_ids: expected the shape of labels, {tuple(labels.shape)}, got {_check.describe(position_ids)}"
+            f"position_ids: expected the shape of labels, {tuple(labels.shape)}, "
+            f"got {_check.describe(position_ids)}"
         )
     trained = labels != ignore_index
     start = torch.ones_like(trained)
@@ -87,20 +96,28 @@ def response_positions(labels: Tensor, *, ignore_index: int = -100, position_ids
 
 
 def reduce_tokens(
-    values: Tensor, valid: Tensor, *, reduction: str = "mean", normalizer: float | Tensor | None = None
+    values: Tensor,
+    valid: Tensor,
+    *,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Reduce per-token losses as `constrained_loss` does, for losses put together from `token_kl` and others.
+    """Reduce per-token losses as `constrained_loss` does: for losses put together from other ops.
 
     Args:
         values: [...] float, 0 where not valid (as all ops of this package give).
         valid: [...] bool, the tokens that count for "mean".
-        reduction: "mean", "sum" or "none". normalizer: for "mean", a number > 0 or a 0-d tensor: the token
-            count over all accumulation steps and ranks. Without a valid token the result is 0, not NaN.
+        reduction: "mean", "sum" or "none". normalizer: for "mean", a number > 0 or a 0-d tensor:
+            the token count over all accumulation steps and ranks. Without a valid token the result
+            is 0, not NaN.
 
     Raises:
-        ValueError: shapes that differ, a mask that is not bool, an unknown reduction, a wrong normalizer.
+        ValueError: shapes that differ, a mask that is not bool, an unknown reduction, a wrong
+            normalizer.
     """
     if valid.shape != values.shape or valid.dtype != torch.bool:
-        raise ValueError(f"valid: expected bool {tuple(values.shape)}, got {_check.describe(valid)}")
+        raise ValueError(
+            f"valid: expected bool {tuple(values.shape)}, got {_check.describe(valid)}"
+        )
     scale = scale_of_sum(valid, reduction, normalizer, values.dtype)
     return values if reduction == "none" else values.sum() * scale

@@ -22,7 +22,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """One problem: logits [T, V], targets [T] (some ignored), beta [T] fp32, upstream gradient [T] fp32."""
+    """One problem: logits [T, V], targets [T] (some ignored), beta [T] fp32, upstream gradient [T]
+    fp32."""
 
     policy: Tensor
     ref: Tensor
@@ -32,7 +33,11 @@ class Rows:
 
     def to(self, device, dtype) -> Rows:
         d = torch.device(device)
-        return Rows(self.policy.to(d, dtype), self.ref.to(d, dtype), *(x.to(d) for x in (self.target, self.beta, self.grad)))
+        return Rows(
+            self.policy.to(d, dtype),
+            self.ref.to(d, dtype),
+            *(x.to(d) for x in (self.target, self.beta, self.grad)),
+        )
 
 
 def _noise(T, V, g):
@@ -67,7 +72,8 @@ def _offset(policy_by, ref_by):
 
 
 def _masked_block(T, V, g):
-    """The first half of the columns masked in both models: whole leading blocks of -inf for wide rows."""
+    """The first half of the columns masked in both models: whole leading blocks of -inf for wide
+    rows."""
     p, r = _noise(T, V, g)
     p[:, : V // 2] = r[:, : V // 2] = -torch.inf
     return p, r
@@ -121,7 +127,10 @@ def plain_logp(x, target, temperature=1.0, softcap=None):
 def plain_kl(policy, ref, target, direction, js_beta=0.5, temperature=1.0, softcap=None):
     q, p = (F.log_softmax(_z(x, temperature, softcap), -1) for x in (policy, ref))
     if direction == "js":
-        q2, p2 = q + torch.log(torch.tensor(1.0 - js_beta, dtype=q.dtype)), p + torch.log(torch.tensor(js_beta, dtype=q.dtype))
+        q2, p2 = (
+            q + torch.log(torch.tensor(1.0 - js_beta, dtype=q.dtype)),
+            p + torch.log(torch.tensor(js_beta, dtype=q.dtype)),
+        )
         m = torch.logaddexp(q2, p2)
         kl = js_beta * (p.exp() * (p - m)).sum(-1) + (1 - js_beta) * (q.exp() * (q - m)).sum(-1)
     else:
@@ -130,7 +139,9 @@ def plain_kl(policy, ref, target, direction, js_beta=0.5, temperature=1.0, softc
     return torch.where(target != IGNORE, kl, torch.zeros_like(kl))
 
 
-def plain_constrained(policy, ref, target, beta, objective="exact", floor=0.0, temperature=1.0, softcap=None):
+def plain_constrained(
+    policy, ref, target, beta, objective="exact", floor=0.0, temperature=1.0, softcap=None
+):
     logp = plain_logp(policy, target, temperature, softcap)
     delta = plain_logp(ref, target, temperature, softcap).detach() - logp
     beta = beta.to(logp.dtype)
@@ -145,7 +156,8 @@ def plain_constrained(policy, ref, target, beta, objective="exact", floor=0.0, t
 
 @dataclass(frozen=True)
 class Case:
-    """`ours` and `plain` map (Rows, score options) to per-token values that depend on rows.policy."""
+    """`ours` and `plain` map (Rows, score options) to per-token values that depend on
+    rows.policy."""
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
@@ -153,7 +165,9 @@ class Case:
 
 def _kl_case(direction, **kw):
     return Case(
-        lambda r, **o: dak.token_kl(r.policy, r.ref, direction=direction, valid=r.target != IGNORE, **kw, **o),
+        lambda r, **o: dak.token_kl(
+            r.policy, r.ref, direction=direction, valid=r.target != IGNORE, **kw, **o
+        ),
         lambda r, **o: plain_kl(r.policy, r.ref, r.target, direction, **kw, **o),
     )
 
@@ -163,16 +177,24 @@ def _constrained_case(given: bool, objective="exact", floor=0.0):
         ref = {"ref_logits": r.ref}
         if given:
             gold = plain_logp(r.ref.double(), r.target, **o)
-            ref = {"ref_logp": gold.to(torch.float64 if r.policy.dtype == torch.float64 else torch.float32)}
+            ref = {
+                "ref_logp": gold.to(
+                    torch.float64 if r.policy.dtype == torch.float64 else torch.float32
+                )
+            }
         kw = dict(beta=r.beta, objective=objective, min_weight=floor, reduction="none")
         return dak.constrained_loss(r.policy, r.target, **ref, **kw, **o)
 
-    return Case(ours, lambda r, **o: plain_constrained(r.policy, r.ref, r.target, r.beta, objective, floor, **o))
+    return Case(
+        ours,
+        lambda r, **o: plain_constrained(r.policy, r.ref, r.target, r.beta, objective, floor, **o),
+    )
 
 
 CASES: dict[str, Case] = {
     "token_logp": Case(
-        lambda r, **o: dak.token_logp(r.policy, r.target, **o), lambda r, **o: plain_logp(r.policy, r.target, **o)
+        lambda r, **o: dak.token_logp(r.policy, r.target, **o),
+        lambda r, **o: plain_logp(r.policy, r.target, **o),
     ),
     "token_kl/policy_ref": _kl_case("policy_ref"),
     "token_kl/ref_policy": _kl_case("ref_policy"),
@@ -192,7 +214,8 @@ def values_and_grad(fn: Callable[..., Tensor], rows: Rows, **options) -> tuple[T
 
 
 def check(name: str, rows: Rows, **options) -> None:
-    """Hold value and gradient of CASES[name] on these (already rounded) rows to the error budget."""
+    """Hold value and gradient of CASES[name] on these (already rounded) rows to the error
+    budget."""
     case = CASES[name]
     ours = values_and_grad(case.ours, rows, **options)
     host = rows.to("cpu", rows.policy.dtype)

@@ -1,6 +1,7 @@
 """Fixtures: which backend a test runs on, and fresh memory that holds NaN.
 
-Without a GPU, Triton kernels run in the interpreter; the variable must be set before Triton is imported.
+Without a GPU, Triton kernels run in the interpreter; the variable must be set before Triton is
+imported.
 """
 
 import os
@@ -18,7 +19,9 @@ DEVICES = ("cpu", *["cuda"] * torch.cuda.is_available())
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "clean_memory: torch.empty is left alone (see poisoned_memory)")
+    config.addinivalue_line(
+        "markers", "clean_memory: torch.empty is left alone (see poisoned_memory)"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -30,7 +33,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=[(d, b) for d in DEVICES for b in backends.BACKENDS], ids="-".join)
 def device(request):
-    """Device to run on, with one backend forced; every op of a test runs on that backend or raises."""
+    """Device to run on, with one backend forced; every op of a test runs on that backend or
+    raises."""
     where, name = request.param
     if why := backends.unavailable(name, "token_kl_fwd", where):
         pytest.skip(f"{name} on {where}: {why}")
@@ -59,5 +63,8 @@ def poisoned_memory(request):
 
         return made
 
-    with mock.patch("torch.empty", poison(torch.empty)), mock.patch("torch.empty_like", poison(torch.empty_like)):
+    with (
+        mock.patch("torch.empty", poison(torch.empty)),
+        mock.patch("torch.empty_like", poison(torch.empty_like)),
+    ):
         yield

@@ -8,14 +8,19 @@ from deepalign_kernels import backends
 
 
 def test_auto_takes_the_best_that_can_run():
-    order = [b for b in backends.ORDER["cpu"] if backends.unavailable(b, "token_kl_fwd", "cpu") is None]
+    order = [
+        b for b in backends.ORDER["cpu"] if backends.unavailable(b, "token_kl_fwd", "cpu") is None
+    ]
     assert backends.selected("token_kl_fwd", "cpu") == order[0]
     assert backends.selected("token_kl_fwd", "cpu", torch.float64) == "eager"
 
 
 def test_a_forced_backend_that_cannot_run_raises():
     x = torch.randn(2, 5, dtype=torch.float64)
-    with dak.use_backend("native"), pytest.raises(RuntimeError, match="'native' was asked for but cannot run: fp64"):
+    with (
+        dak.use_backend("native"),
+        pytest.raises(RuntimeError, match="'native' was asked for but cannot run: fp64"),
+    ):
         dak.token_kl(x, x)
     with dak.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,4 +1,5 @@
-"""Every logits-level op x backend x dtype against independent fp64 formulas (F29: the oracle shares no helper)."""
+"""Every logits-level op x backend x dtype against independent fp64 formulas (F29: the oracle shares
+no helper)."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ REAL_V = (32000, 50257, 65537, 128256, 262144)
 @DTYPE
 @pytest.mark.parametrize("kind", KINDS)
 def test_hard_rows(op, dtype, kind, device):
-    """F1, F5, F6, F29: confident, uniform, heavy-tailed, offset, strongly negative and masked rows."""
+    """F1, F5, F6, F29: confident, uniform, heavy-tailed, offset, strongly negative and masked
+    rows."""
     check(op, make(6, 5003, kind).to(device, dtype))
 
 
@@ -38,7 +40,13 @@ def test_real_vocabularies(op, V, device):
 @OP
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.01}, {"temperature": 0.7}, {"temperature": 100.0}, {"softcap": 3.0}, {"softcap": 30.0, "temperature": 1.7}],
+    [
+        {"temperature": 0.01},
+        {"temperature": 0.7},
+        {"temperature": 100.0},
+        {"softcap": 3.0},
+        {"softcap": 30.0, "temperature": 1.7},
+    ],
     ids=str,
 )
 def test_temperature_and_softcap(op, options, device):
@@ -49,25 +57,41 @@ def test_temperature_and_softcap(op, options, device):
 
 @OP
 def test_every_layout(op, device):
-    """F14, F17, F20: [B, T, V] views, row strides, unaligned starts, shifted labels, stride-0 gradients."""
+    """F14, F17, F20: [B, T, V] views, row strides, unaligned starts, shifted labels, stride-0
+    gradients."""
     r = make(12, 777).to(device, torch.float32)
     expected = values_and_grad(CASES[op].ours, r)
     wide = torch.full((3, 5, 1000), torch.nan, device=device)
     wide[:, :4, 3:780] = r.policy.view(3, 4, 777)
-    padded = torch.cat([torch.zeros(1, dtype=torch.long, device=device), r.target])[1:]  # not 16-byte aligned
-    view = Rows(wide[:, :4, 3:780], r.ref.view(3, 4, 777), padded.view(3, 4).int(), r.beta.view(3, 4), r.grad.view(3, 4))
+    padded = torch.cat([torch.zeros(1, dtype=torch.long, device=device), r.target])[
+        1:
+    ]  # not 16-byte aligned
+    view = Rows(
+        wide[:, :4, 3:780],
+        r.ref.view(3, 4, 777),
+        padded.view(3, 4).int(),
+        r.beta.view(3, 4),
+        r.grad.view(3, 4),
+    )
     got = values_and_grad(CASES[op].ours, view)
     for name, a, b in zip(("value", "gradient"), got, expected, strict=True):
         # The row is summed in another alignment: equal to rounding, not to the bit.
-        torch.testing.assert_close(a.reshape(b.shape), b, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
-    ones = Rows(r.policy, r.ref, r.target, r.beta, torch.ones((), device=device).expand(12))  # what .sum() sends back
+        torch.testing.assert_close(
+            a.reshape(b.shape), b, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    ones = Rows(
+        r.policy, r.ref, r.target, r.beta, torch.ones((), device=device).expand(12)
+    )  # what .sum() sends back
     dense = Rows(r.policy, r.ref, r.target, r.beta, torch.ones(12, device=device))
-    assert torch.equal(values_and_grad(CASES[op].ours, ones)[1], values_and_grad(CASES[op].ours, dense)[1])
+    assert torch.equal(
+        values_and_grad(CASES[op].ours, ones)[1], values_and_grad(CASES[op].ours, dense)[1]
+    )
 
 
 @OP
 def test_ignored_rows_are_never_used(op, device):
-    """F15, F17: NaN in the logits, in beta or in the upstream gradient of an ignored row does not leak."""
+    """F15, F17: NaN in the logits, in beta or in the upstream gradient of an ignored row does not
+    leak."""
     r = make(6, 300).to(device, torch.float32)
     clean = values_and_grad(CASES[op].ours, r)
     out = r.target == -100
@@ -84,8 +108,13 @@ def test_repeatable_and_independent_of_other_rows(op, device):
     r = make(5, 4099).to(device, torch.bfloat16)
     first = values_and_grad(CASES[op].ours, r)
     for _ in range(9):
-        assert all(torch.equal(a, b) for a, b in zip(first, values_and_grad(CASES[op].ours, r), strict=True))
-    alone = values_and_grad(CASES[op].ours, Rows(r.policy[3:4], r.ref[3:4], r.target[3:4], r.beta[3:4], r.grad[3:4]))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(first, values_and_grad(CASES[op].ours, r), strict=True)
+        )
+    alone = values_and_grad(
+        CASES[op].ours, Rows(r.policy[3:4], r.ref[3:4], r.target[3:4], r.beta[3:4], r.grad[3:4])
+    )
     assert torch.equal(alone[0], first[0][3:4]) and torch.equal(alone[1], first[1][3:4])
 
 
@@ -101,7 +130,9 @@ def test_results_are_fp32_and_gradients_have_the_dtype_of_the_logits(op, dtype, 
 def test_no_rows(op, device):
     """F15: T = 0."""
     r = make(4, 33).to(device, torch.float32)
-    value, grad = values_and_grad(CASES[op].ours, Rows(*(x[:0] for x in (r.policy, r.ref, r.target, r.beta, r.grad))))
+    value, grad = values_and_grad(
+        CASES[op].ours, Rows(*(x[:0] for x in (r.policy, r.ref, r.target, r.beta, r.grad)))
+    )
     assert value.shape == (0,) and grad.shape == (0, 33)
 
 
@@ -109,16 +140,21 @@ def test_no_rows(op, device):
 def test_one_dimension_and_four(op, device):
     r = make(8, 65).to(device, torch.float32)
     flat, _ = values_and_grad(CASES[op].ours, r)
-    cube = Rows(*(x.view(2, 2, 2, *x.shape[1:]) for x in (r.policy, r.ref, r.target, r.beta, r.grad)))
+    cube = Rows(
+        *(x.view(2, 2, 2, *x.shape[1:]) for x in (r.policy, r.ref, r.target, r.beta, r.grad))
+    )
     value, grad = values_and_grad(CASES[op].ours, cube)
     assert torch.equal(value.flatten(), flat) and grad.shape == (2, 2, 2, 65)
-    one, _ = values_and_grad(CASES[op].ours, Rows(r.policy[0], r.ref[0], r.target[0], r.beta[0], r.grad[0]))
+    one, _ = values_and_grad(
+        CASES[op].ours, Rows(r.policy[0], r.ref[0], r.target[0], r.beta[0], r.grad[0])
+    )
     assert one.shape == () and torch.equal(one, flat[0])
 
 
 @OP
 def test_scaling_the_upstream_gradient_by_the_fp16_loss_scale(op, device):
-    """F21: a loss scale of 2^16 overflows the fp16 gradient only where the true value is past 65504."""
+    """F21: a loss scale of 2^16 overflows the fp16 gradient only where the true value is past
+    65504."""
     r = make(5, 900).to(device, torch.float16)
     big = Rows(r.policy, r.ref, r.target, r.beta, torch.full((5,), 2.0**15, device=device))
     grad = values_and_grad(CASES[op].ours, big)[1]

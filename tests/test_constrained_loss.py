@@ -17,7 +17,9 @@ def rows(device, T=9, V=301, dtype=torch.float32):
 def scalar(r, reduction="mean", **kw):
     """(loss, gradient) of the library on fresh leaves."""
     leaf = r.policy.detach().requires_grad_()
-    loss = dak.constrained_loss(leaf, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction, **kw)
+    loss = dak.constrained_loss(
+        leaf, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction, **kw
+    )
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -33,13 +35,18 @@ def plain_scalar(r, dtype, divide_by):
 def test_scalar_reductions_with_their_gradient(dtype, reduction, device):
     r = rows(device, dtype=dtype)
     divide_by = (r.target != IGNORE).sum().item() if reduction == "mean" else 1
-    ours, gold, base = scalar(r, reduction), plain_scalar(r, torch.float64, divide_by), plain_scalar(r, torch.float32, divide_by)
+    ours, gold, base = (
+        scalar(r, reduction),
+        plain_scalar(r, torch.float64, divide_by),
+        plain_scalar(r, torch.float32, divide_by),
+    )
     for what, o, b, g in zip(("loss", "gradient"), ours, base, gold, strict=True):
         assert_in_budget(f"{reduction} {what}", o, b, g)
 
 
 def test_the_weight_of_equation_5(device):
-    """d loss / d logits = w (p - onehot) with w = 2 sigmoid(beta Delta): by hand for two columns."""
+    """d loss / d logits = w (p - onehot) with w = 2 sigmoid(beta Delta): by hand for two
+    columns."""
     policy = torch.tensor([[0.0, 0.0]], device=device, requires_grad=True)  # p = 1/2 each
     ref = torch.tensor([[0.0, math.log(3.0)]], device=device)  # p_ref(column 1) = 3/4
     target = torch.tensor([1], device=device)
@@ -59,7 +66,12 @@ def test_parts_are_detached_and_equal_token_logp(device):
     r.policy.requires_grad_()
     for reduction in ("mean", "none"):
         _, parts = dak.constrained_loss(
-            r.policy, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction, return_parts=True
+            r.policy,
+            r.target,
+            beta=r.beta,
+            ref_logits=r.ref,
+            reduction=reduction,
+            return_parts=True,
         )
         assert not any(x.requires_grad for x in parts)
         assert torch.equal(parts.logp, dak.token_logp(r.policy, r.target).detach())
@@ -72,7 +84,9 @@ def test_beta_0_is_sft(device):
     leaf = r.policy.detach().requires_grad_()
     loss = dak.constrained_loss(leaf, r.target, beta=0.0, ref_logits=r.ref)
     (grad,) = torch.autograd.grad(loss, leaf)
-    (sft,) = torch.autograd.grad(-dak.token_logp(leaf, r.target).sum() / (r.target != IGNORE).sum(), leaf)
+    (sft,) = torch.autograd.grad(
+        -dak.token_logp(leaf, r.target).sum() / (r.target != IGNORE).sum(), leaf
+    )
     torch.testing.assert_close(grad, sft, rtol=1e-6, atol=1e-8)
 
 
@@ -83,7 +97,9 @@ def test_beta_and_log_ratio_over_their_range(beta, delta, device):
     policy = torch.zeros(1, 4, device=device, requires_grad=True)
     target, logp = torch.zeros(1, dtype=torch.long, device=device), -math.log(4)
     ref_logp = torch.full((1,), logp + delta, device=device)
-    loss, parts = dak.constrained_loss(policy, target, beta=beta, ref_logp=ref_logp, return_parts=True)
+    loss, parts = dak.constrained_loss(
+        policy, target, beta=beta, ref_logp=ref_logp, return_parts=True
+    )
     d = (ref_logp.double() - parts.logp.double()).item()
     u = beta * d
     gold = 2 / beta * (max(u, 0.0) + math.log1p(math.exp(-abs(u))))
@@ -110,7 +126,8 @@ def test_impossible_targets(policy_inf, ref_inf, loss, weight, device):
 
 
 def test_the_official_implementation_is_the_surrogate(device):
-    """Value w * NLL with w detached and floored at 1e-3; the gradient differs from the exact one by the floor only."""
+    """Value w * NLL with w detached and floored at 1e-3; the gradient differs from the exact one by
+    the floor only."""
     r = rows(device, T=30)
     got = scalar(r, objective="surrogate", min_weight=1e-3)
     logp, ref_logp = (plain_logp(x.double().cpu(), r.target.cpu()) for x in (r.policy, r.ref))
@@ -138,19 +155,29 @@ def test_accumulated_microbatches_equal_the_full_batch(device):
     r = rows(device, T=10)
     full = scalar(r)
     n = (r.target != IGNORE).sum()
-    parts = [scalar(type(r)(*(x[i:j] for x in (r.policy, r.ref, r.target, r.beta, r.grad))), normalizer=n) for i, j in ((0, 3), (3, 10))]
+    parts = [
+        scalar(
+            type(r)(*(x[i:j] for x in (r.policy, r.ref, r.target, r.beta, r.grad))), normalizer=n
+        )
+        for i, j in ((0, 3), (3, 10))
+    ]
     torch.testing.assert_close(parts[0][0] + parts[1][0], full[0])
     torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]]), full[1])
 
 
-@pytest.mark.parametrize("reduction,kw", [("mean", {}), ("sum", {}), ("none", {}), ("mean", {"normalizer": torch.tensor(0)})])
+@pytest.mark.parametrize(
+    "reduction,kw",
+    [("mean", {}), ("sum", {}), ("none", {}), ("mean", {"normalizer": torch.tensor(0)})],
+)
 def test_nothing_to_train_gives_zero_with_a_gradient_edge(reduction, kw, device):
     """F15: all ignored, the normalizer too: loss 0 and gradient 0, never NaN."""
     r = rows(device)
     r.target.fill_(IGNORE)
     leaf = r.policy.detach().requires_grad_()
     kw = {k: v.to(device) for k, v in kw.items()}
-    loss = dak.constrained_loss(leaf, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction, **kw)
+    loss = dak.constrained_loss(
+        leaf, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction, **kw
+    )
     assert loss.requires_grad and not loss.any()
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     assert not grad.any() and not grad.isnan().any()
@@ -177,7 +204,8 @@ def test_upstream_factor(factor, device):
 
 
 def test_a_scalar_loss_can_be_backpropagated_once(device):
-    """F18: the second time is an error, not a doubled gradient; reduction='none' may be used as often as wanted."""
+    """F18: the second time is an error, not a doubled gradient; reduction='none' may be used as
+    often as wanted."""
     r = rows(device)
     leaf = r.policy.detach().requires_grad_()
     loss = dak.constrained_loss(leaf, r.target, beta=r.beta, ref_logits=r.ref)
@@ -211,12 +239,15 @@ def test_without_grad_nothing_of_the_size_of_the_logits_is_made(device):
 
 
 def test_target_out_of_range_poisons_its_row(device):
-    """F14: NaN in that token, its gradient row and the scalar loss; the other rows are untouched."""
+    """F14: NaN in that token, its gradient row and the scalar loss; the other rows are
+    untouched."""
     for bad in (301, 10**12, -7):
         r = rows(device)
         r.target[0] = bad
         leaf = r.policy.detach().requires_grad_()
-        tokens = dak.constrained_loss(leaf, r.target, beta=r.beta, ref_logits=r.ref, reduction="none")
+        tokens = dak.constrained_loss(
+            leaf, r.target, beta=r.beta, ref_logits=r.ref, reduction="none"
+        )
         (grad,) = torch.autograd.grad(tokens.sum(), leaf)
         assert tokens[0].isnan() and not tokens[1:].isnan().any()
         assert grad[0].isnan().all() and not grad[1:].isnan().any()
@@ -227,7 +258,9 @@ def test_target_out_of_range_poisons_its_row(device):
 def test_negative_entry_of_beta_poisons_its_row(device):
     r = rows(device)
     r.beta[0] = -0.5
-    tokens = dak.constrained_loss(r.policy, r.target, beta=r.beta, ref_logits=r.ref, reduction="none")
+    tokens = dak.constrained_loss(
+        r.policy, r.target, beta=r.beta, ref_logits=r.ref, reduction="none"
+    )
     assert tokens[0].isnan() and not tokens[1:].isnan().any()
 
 
@@ -237,6 +270,10 @@ def test_other_ignore_indices(ignore, device):
     r = rows(device)
     target = torch.where(r.target == IGNORE, ignore, r.target)
     keep = target != ignore
-    a = dak.constrained_loss(r.policy, target, beta=r.beta, ref_logits=r.ref, ignore_index=ignore, reduction="none")
-    b = dak.constrained_loss(r.policy, torch.where(keep, target, IGNORE), beta=r.beta, ref_logits=r.ref, reduction="none")
+    a = dak.constrained_loss(
+        r.policy, target, beta=r.beta, ref_logits=r.ref, ignore_index=ignore, reduction="none"
+    )
+    b = dak.constrained_loss(
+        r.policy, torch.where(keep, target, IGNORE), beta=r.beta, ref_logits=r.ref, reduction="none"
+    )
     assert torch.equal(a, b) and not a[~keep].any()

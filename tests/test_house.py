@@ -1,4 +1,5 @@
-"""The rules of the house as tests: imports point one way, one stem through every room, a lean import."""
+"""The rules of the house as tests: imports point one way, one stem through every room, a lean
+import."""
 
 import ast
 import pathlib
@@ -33,13 +34,19 @@ def imports_of(file):
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "deepalign_kernels" else [node.module]
+            names = (
+                [f"{node.module}.{a.name}" for a in node.names]
+                if node.module == "deepalign_kernels"
+                else [node.module]
+            )
         else:
             continue
         for name in names:
             parts = (name or "").split(".")
             if parts[0] == "deepalign_kernels":
-                known = len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists())
+                known = len(parts) > 1 and (
+                    (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists()
+                )
                 yield parts[1] if known else "__init__"
 
 
@@ -47,14 +54,22 @@ def test_imports_point_one_way():
     wrong = []
     for file in PACKAGE.rglob("*.py"):
         room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        assert room in MAY_IMPORT, f"{room}: a new room; say in tests/test_house.py what it may import"
-        wrong += [f"{file.relative_to(PACKAGE)} -> {x}" for x in imports_of(file) if x != room and x not in MAY_IMPORT[room]]
+        assert room in MAY_IMPORT, (
+            f"{room}: a new room; say in tests/test_house.py what it may import"
+        )
+        wrong += [
+            f"{file.relative_to(PACKAGE)} -> {x}"
+            for x in imports_of(file)
+            if x != room and x not in MAY_IMPORT[room]
+        ]
     assert not wrong, wrong
 
 
 def test_no_relative_imports():
     for file in PACKAGE.rglob("*.py"):
-        levels = [n.level for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        levels = [
+            n.level for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)
+        ]
         assert not any(levels), file
 
 
@@ -67,13 +82,20 @@ def test_one_stem_through_every_room(op, stem):
 def test_importing_the_package_is_light_and_touches_no_device():
     code = (
         "import sys, torch, deepalign_kernels\n"
-        "heavy = [m for m in ('transformers', 'triton', 'numpy.f2py', 'matplotlib', 'trl') if m in sys.modules]\n"
+        "names = ('transformers', 'triton', 'numpy.f2py', 'matplotlib', 'trl')\n"
+        "heavy = [m for m in names if m in sys.modules]\n"
         "assert not torch.cuda.is_initialized()\n"
         "print(heavy)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     before = subprocess.run(
-        [sys.executable, "-c", code.replace(", deepalign_kernels", "")], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", code.replace(", deepalign_kernels", "")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
     )
     assert out.stdout == before.stdout  # whatever torch itself imports
 
@@ -82,7 +104,15 @@ def test_public_names():
     assert sorted(dak.__all__) == list(dak.__all__)
     for name in dak.__all__:
         assert getattr(dak, name).__doc__, name
-    for name in ("token_logp", "token_kl", "constrained_loss", "token_stats", "BetaSchedule", "response_positions", "use_backend"):
+    for name in (
+        "token_logp",
+        "token_kl",
+        "constrained_loss",
+        "token_stats",
+        "BetaSchedule",
+        "response_positions",
+        "use_backend",
+    ):
         assert name in dak.__all__
 
 

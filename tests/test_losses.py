@@ -14,11 +14,24 @@ def test_the_schedule_of_the_paper():
 def test_other_schedules():
     positions = torch.tensor([1, 2, 3], dtype=torch.int32)
     assert dak.BetaSchedule.uniform(0.3)(positions).tolist() == pytest.approx([0.3] * 3)
-    assert dak.BetaSchedule(first=1, prefix=3, rest=0, prefix_length=2)(positions).tolist() == [1, 3, 0]
+    assert dak.BetaSchedule(first=1, prefix=3, rest=0, prefix_length=2)(positions).tolist() == [
+        1,
+        3,
+        0,
+    ]
     assert dak.BetaSchedule(prefix_length=0)(positions).tolist() == pytest.approx([0.1] * 3)
 
 
-@pytest.mark.parametrize("kw", [{"first": -1}, {"prefix": float("nan")}, {"rest": "x"}, {"prefix_length": -1}, {"prefix_length": 2.0}])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {"first": -1},
+        {"prefix": float("nan")},
+        {"rest": "x"},
+        {"prefix_length": -1},
+        {"prefix_length": 2.0},
+    ],
+)
 def test_a_wrong_schedule_is_refused(kw):
     with pytest.raises(ValueError, match=next(iter(kw))):
         dak.BetaSchedule(**kw)
@@ -52,10 +65,16 @@ def test_positions_against_a_loop():
             position_ids[b, t] = doc
             run = 0 if labels[b, t] == -1 else (1 if t and restart[b, t] else run + 1)
             expected[b, t] = run
-    assert torch.equal(dak.response_positions(labels, ignore_index=-1, position_ids=position_ids), expected)
+    assert torch.equal(
+        dak.response_positions(labels, ignore_index=-1, position_ids=position_ids), expected
+    )
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(2, 2, 2, dtype=torch.long), torch.zeros(3), torch.zeros(3, dtype=torch.bool)], ids=str)
+@pytest.mark.parametrize(
+    "labels",
+    [torch.zeros(2, 2, 2, dtype=torch.long), torch.zeros(3), torch.zeros(3, dtype=torch.bool)],
+    ids=str,
+)
 def test_wrong_labels_are_refused(labels):
     with pytest.raises(ValueError, match="labels"):
         dak.response_positions(labels)
@@ -63,7 +82,9 @@ def test_wrong_labels_are_refused(labels):
 
 def test_wrong_position_arguments_are_refused():
     with pytest.raises(ValueError, match="position_ids"):
-        dak.response_positions(torch.zeros(3, dtype=torch.long), position_ids=torch.zeros(4, dtype=torch.long))
+        dak.response_positions(
+            torch.zeros(3, dtype=torch.long), position_ids=torch.zeros(4, dtype=torch.long)
+        )
     with pytest.raises(ValueError, match="positions"):
         dak.BetaSchedule()(torch.zeros(3))
 
@@ -88,4 +109,6 @@ def test_reduced_token_losses_equal_the_fused_loss():
     target = torch.tensor([1, 2, -100, 3, -100, 4])
     kw = dict(beta=0.5, ref_logits=ref)
     tokens = dak.constrained_loss(policy, target, reduction="none", **kw)
-    torch.testing.assert_close(dak.reduce_tokens(tokens, target != -100), dak.constrained_loss(policy, target, **kw))
+    torch.testing.assert_close(
+        dak.reduce_tokens(tokens, target != -100), dak.constrained_loss(policy, target, **kw)
+    )

@@ -32,11 +32,14 @@ def test_directions_by_hand(device):
     assert dak.token_kl(q, p, direction="js", js_beta=b).item() == pytest.approx(js, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["noise", "confident_50", "common_offset", "leading_block_masked", "uniform"])
+@pytest.mark.parametrize(
+    "kind", ["noise", "confident_50", "common_offset", "leading_block_masked", "uniform"]
+)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equal_logits_give_exactly_zero(direction, kind, dtype, device):
-    """F9: value and gradient, to the bit, also where two tensors of different strides hold the rows."""
+    """F9: value and gradient, to the bit, also where two tensors of different strides hold the
+    rows."""
     r = make(4, 5001, kind).to(device, dtype)
     wide = torch.zeros(4, 6000, dtype=dtype, device=device)
     wide[:, :5001] = r.policy
@@ -65,7 +68,8 @@ def test_nearly_equal_logits(direction, eps, device):
 
 
 def test_js_is_symmetric_bounded_and_tends_to_the_kls(device):
-    """F24: beta <-> 1 - beta with the models swapped; at most log 2; JS / beta -> KL at the ends."""
+    """F24: beta <-> 1 - beta with the models swapped; at most log 2; JS / beta -> KL at the
+    ends."""
     r = make(6, 1501).to(device, torch.float32)
     a = dak.token_kl(r.policy, r.ref, direction="js", js_beta=0.2)
     b = dak.token_kl(r.ref, r.policy, direction="js", js_beta=0.8)
@@ -73,16 +77,23 @@ def test_js_is_symmetric_bounded_and_tends_to_the_kls(device):
     assert dak.token_kl(r.policy, r.ref, direction="js").max() <= math.log(2) + 1e-6
     far = torch.zeros(2, 2, device=device)
     far[0, 0] = far[1, 1] = 200.0
-    assert dak.token_kl(far[:1], far[1:], direction="js").item() == pytest.approx(math.log(2), rel=1e-6)
+    assert dak.token_kl(far[:1], far[1:], direction="js").item() == pytest.approx(
+        math.log(2), rel=1e-6
+    )
     near, other = r.policy * 0.1, r.ref * 0.1
     for end, direction in ((1e-4, "ref_policy"), (1 - 1e-4, "policy_ref")):
         js = dak.token_kl(near, other, direction="js", js_beta=end) / min(end, 1 - end)
-        torch.testing.assert_close(js, dak.token_kl(near, other, direction=direction), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(
+            js, dak.token_kl(near, other, direction=direction), rtol=1e-2, atol=1e-3
+        )
 
 
 def test_js_where_both_models_underflow(device):
     """F3: columns where both probabilities are far below fp32 must not give log 0."""
-    policy, ref = torch.full((1, 64), -500.0, device=device), torch.full((1, 64), -500.0, device=device)
+    policy, ref = (
+        torch.full((1, 64), -500.0, device=device),
+        torch.full((1, 64), -500.0, device=device),
+    )
     policy[0, 0], ref[0, 1] = 500.0, 500.0
     value, grad = kl_and_grad(policy, ref, direction="js")
     assert value.item() == pytest.approx(math.log(2), rel=1e-6) and torch.isfinite(grad).all()
@@ -90,7 +101,8 @@ def test_js_where_both_models_underflow(device):
 
 @pytest.mark.parametrize("V", [5, 5000])
 def test_masked_columns(V, device):
-    """F4: own probability 0 counts 0 (also where both are 0); own finite and other masked is +inf."""
+    """F4: own probability 0 counts 0 (also where both are 0); own finite and other masked is
+    +inf."""
     r = make(3, V).to(device, torch.float32)
     policy, ref = r.policy, r.ref
     policy[0, 1] = ref[0, 1] = -torch.inf  # both masked
@@ -98,22 +110,33 @@ def test_masked_columns(V, device):
     ref[2, 3] = -torch.inf  # only the reference
     forward, grad_f = kl_and_grad(policy, ref, direction="policy_ref")
     assert torch.isfinite(forward[:2]).all() and forward[2] == torch.inf
-    assert torch.isfinite(grad_f[:2]).all() and grad_f[2].isnan().all()  # no gradient to follow at +inf
+    assert (
+        torch.isfinite(grad_f[:2]).all() and grad_f[2].isnan().all()
+    )  # no gradient to follow at +inf
     reverse, grad_r = kl_and_grad(policy, ref, direction="ref_policy")
-    assert reverse[1] == torch.inf and torch.isfinite(reverse[[0, 2]]).all() and torch.isfinite(grad_r).all()
+    assert (
+        reverse[1] == torch.inf
+        and torch.isfinite(reverse[[0, 2]]).all()
+        and torch.isfinite(grad_r).all()
+    )
     js, grad_js = kl_and_grad(policy, ref, direction="js")
     assert torch.isfinite(js).all() and torch.isfinite(grad_js).all()
     # dropping the doubly masked column changes nothing
     keep = [c for c in range(V) if c != 1]
     for kw in ({"direction": d} for d in DIRECTIONS):
         whole = dak.token_kl(policy[:1], ref[:1], **kw)
-        torch.testing.assert_close(whole, dak.token_kl(policy[:1, keep], ref[:1, keep], **kw), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            whole, dak.token_kl(policy[:1, keep], ref[:1, keep], **kw), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("direction,policy_is_own", [("policy_ref", True), ("ref_policy", False)])
 @pytest.mark.parametrize("at", [0, 4999])
-def test_support_mismatch_is_infinite_even_where_the_own_probability_underflows(direction, policy_is_own, at, device):
-    """F4: e^-300 is 0 in fp32, and the KL is +inf all the same, before or after the maximum was met."""
+def test_support_mismatch_is_infinite_even_where_the_own_probability_underflows(
+    direction, policy_is_own, at, device
+):
+    """F4: e^-300 is 0 in fp32, and the KL is +inf all the same, before or after the maximum was
+    met."""
     own, other = torch.zeros(1, 5000, device=device), torch.zeros(1, 5000, device=device)
     own[0, at], own[0, 2500], other[0, at] = -300.0, 0.0, -torch.inf
     policy, ref = (own, other) if policy_is_own else (other, own)
@@ -123,7 +146,10 @@ def test_support_mismatch_is_infinite_even_where_the_own_probability_underflows(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_row_of_only_minus_infinity_is_nan_like_torch(direction, device):
     """F5: undefined, so NaN, unless the row is not valid."""
-    policy, ref = torch.full((2, 700), -torch.inf, device=device), torch.zeros(2, 700, device=device)
+    policy, ref = (
+        torch.full((2, 700), -torch.inf, device=device),
+        torch.zeros(2, 700, device=device),
+    )
     valid = torch.tensor([True, False], device=device)
     value = dak.token_kl(policy, ref, direction=direction, valid=valid)
     assert value[0].isnan() and value[1] == 0

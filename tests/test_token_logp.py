@@ -9,7 +9,8 @@ from deepalign_kernels.testing import EPS32
 
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 1 - 1e-6])
 def test_no_cancellation_at_the_target(p, device):
-    """F1: 1 - p_y to fp32 rounding of the sum, where a bf16 read-modify-write is wrong by 100 % at p = 0.999."""
+    """F1: 1 - p_y to fp32 rounding of the sum, where a bf16 read-modify-write is wrong by 100 % at
+    p = 0.999."""
     V = 1000
     logits = torch.zeros(1, V, dtype=torch.float64)
     logits[0, 7] = torch.tensor(p / (1 - p) * (V - 1)).double().log()
@@ -17,7 +18,9 @@ def test_no_cancellation_at_the_target(p, device):
     gold = logits.double().cpu().requires_grad_()
     (g64,) = torch.autograd.grad(gold.log_softmax(-1)[0, 7], gold)
     leaf = logits.requires_grad_()
-    (grad,) = torch.autograd.grad(dak.token_logp(leaf, torch.tensor([7], device=device)).sum(), leaf)
+    (grad,) = torch.autograd.grad(
+        dak.token_logp(leaf, torch.tensor([7], device=device)).sum(), leaf
+    )
     assert grad[0, 7].item() == pytest.approx(g64[0, 7].item(), rel=1e-5, abs=16 * EPS32)
     assert grad[0, 7] > 0
 
@@ -46,12 +49,15 @@ def test_padding_columns_do_not_count(device):
     padded = torch.full((3, 512), -torch.inf, device=device)
     padded[:, :500] = x
     target = torch.tensor([1, 2, 3], device=device)
-    torch.testing.assert_close(dak.token_logp(padded, target), dak.token_logp(x, target), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        dak.token_logp(padded, target), dak.token_logp(x, target), rtol=1e-6, atol=1e-6
+    )
     assert dak.token_logp(padded, torch.tensor([511, 2, 3], device=device))[0] == -torch.inf
 
 
 def test_denormal_probabilities(device):
-    """F25: a column 95 nats below the maximum has a denormal probability in fp32; the sum must not break."""
+    """F25: a column 95 nats below the maximum has a denormal probability in fp32; the sum must not
+    break."""
     x = torch.full((1, 100), -95.0, device=device)
     x[0, 3] = 0.0
     logp = dak.token_logp(x, torch.tensor([5], device=device))

@@ -33,7 +33,11 @@ def plain_stats(r, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field(kind, dtype, device):
     r = make(5, 4999, kind).to(device, dtype)
-    got, gold, base = dak.token_stats(r.policy, r.ref, r.target), plain_stats(r, torch.float64), plain_stats(r, torch.float32)
+    got, gold, base = (
+        dak.token_stats(r.policy, r.ref, r.target),
+        plain_stats(r, torch.float64),
+        plain_stats(r, torch.float32),
+    )
     for name in FLOATS:
         assert_in_budget(name, getattr(got, name), base[name], gold[name])
     agree = (r.policy.argmax(-1) == r.ref.argmax(-1)) & (r.target != IGNORE)
@@ -43,7 +47,11 @@ def test_every_field(kind, dtype, device):
 @pytest.mark.parametrize("V", [1, 2, 7, 4097])
 def test_small_vocabularies(V, device):
     r = make(5, V).to(device, torch.float32)
-    got, gold, base = dak.token_stats(r.policy, r.ref, r.target), plain_stats(r, torch.float64), plain_stats(r, torch.float32)
+    got, gold, base = (
+        dak.token_stats(r.policy, r.ref, r.target),
+        plain_stats(r, torch.float64),
+        plain_stats(r, torch.float32),
+    )
     for name in FLOATS:
         assert_in_budget(name, getattr(got, name), base[name], gold[name])
 
@@ -53,7 +61,9 @@ def test_the_optional_fields(device):
     got = dak.token_stats(r.policy, r.ref, js_beta=None)
     assert got.logp is None and got.ref_logp is None and got.js is None
     assert (got.kl_policy_ref > 0).all()
-    torch.testing.assert_close(got.kl_policy_ref, dak.token_kl(r.policy, r.ref), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        got.kl_policy_ref, dak.token_kl(r.policy, r.ref), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_rows_left_out(device):
@@ -81,7 +91,9 @@ def test_infinities_and_poison(device):
     got = dak.token_stats(policy, ref, torch.tensor([99], device=device))
     assert got.logp.isnan().all() and got.ref_logp.isnan().all()
     assert got.kl_policy_ref.item() == torch.inf and math.isfinite(got.kl_ref_policy.item())
-    assert got.entropy.item() == pytest.approx(math.log(10)) and got.ref_entropy.item() == pytest.approx(math.log(9))
+    assert got.entropy.item() == pytest.approx(
+        math.log(10)
+    ) and got.ref_entropy.item() == pytest.approx(math.log(9))
 
 
 def test_batched_and_strided(device):

@@ -1,4 +1,5 @@
-"""The ops as citizens of torch: opcheck, gradcheck, compile, checkpointing, autocast, second derivatives."""
+"""The ops as citizens of torch: opcheck, gradcheck, compile, checkpointing, autocast, second
+derivatives."""
 
 import pytest
 import torch
@@ -16,8 +17,16 @@ def op_inputs(device, dtype):
     r = make(4, 33).to(device, dtype)
     policy, ref = r.policy[None].requires_grad_(), r.ref[None]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    valid, logp, norm = r.target != -100, torch.zeros(4, dtype=acc, device=device), torch.ones(4, 2, dtype=acc, device=device)
-    grad, scale, beta = r.grad.to(acc), torch.full((), 0.25, dtype=acc, device=device), r.beta.to(acc)
+    valid, logp, norm = (
+        r.target != -100,
+        torch.zeros(4, dtype=acc, device=device),
+        torch.ones(4, 2, dtype=acc, device=device),
+    )
+    grad, scale, beta = (
+        r.grad.to(acc),
+        torch.full((), 0.25, dtype=acc, device=device),
+        r.beta.to(acc),
+    )
     options = (-100, False, 0.0, 1.0, 0.0)
     detached = policy.detach()
     return {
@@ -78,12 +87,18 @@ def test_compiles_to_one_graph_for_every_length(op, device):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scalar_loss_under_inductor(reduction, device):
-    """The fused gradient is scaled in place by the upstream factor; functionalisation must keep that right."""
+    """The fused gradient is scaled in place by the upstream factor; functionalisation must keep
+    that right."""
     torch._dynamo.reset()
     r = make(6, 65).to(device, torch.float32)
 
     def step(policy):
-        return 3 * dak.constrained_loss(policy * 2, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction).sum()
+        return (
+            3
+            * dak.constrained_loss(
+                policy * 2, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction
+            ).sum()
+        )
 
     results = []
     for fn in (step, torch.compile(step, fullgraph=True)):
@@ -100,7 +115,9 @@ def test_activation_checkpointing(reduction, reentrant, device):
     r = make(6, 65).to(device, torch.float32)
 
     def loss(x):
-        return dak.constrained_loss(x * 1.5, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction).sum()
+        return dak.constrained_loss(
+            x * 1.5, r.target, beta=r.beta, ref_logits=r.ref, reduction=reduction
+        ).sum()
 
     leaf = r.policy.detach().requires_grad_()
     (expected,) = torch.autograd.grad(loss(leaf), leaf)
@@ -110,12 +127,16 @@ def test_activation_checkpointing(reduction, reentrant, device):
 
 @pytest.mark.parametrize("op", CASES)
 def test_autocast_leaves_the_ops_alone(op, device):
-    """F21: fp32 logits stay fp32 inside a bf16 autocast region; bf16 ones that come out of a matmul are taken."""
+    """F21: fp32 logits stay fp32 inside a bf16 autocast region; bf16 ones that come out of a matmul
+    are taken."""
     r = make(4, 65).to(device, torch.float32)
     expected = values_and_grad(CASES[op].ours, r)
     with torch.autocast(device.type, torch.bfloat16):
         got = values_and_grad(CASES[op].ours, r)
-        hidden, head = torch.randn(4, 16, device=device, requires_grad=True), torch.randn(65, 16, device=device)
+        hidden, head = (
+            torch.randn(4, 16, device=device, requires_grad=True),
+            torch.randn(65, 16, device=device),
+        )
         logits = torch.nn.functional.linear(hidden, head)
         assert logits.dtype == torch.bfloat16
         CASES[op].ours(type(r)(logits, r.ref.bfloat16(), r.target, r.beta, r.grad)).sum().backward()

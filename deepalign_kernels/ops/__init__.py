@@ -2,15 +2,27 @@
 
 from deepalign_kernels.ops._check import checked
 from deepalign_kernels.ops.constrained_loss import ConstrainedParts, constrained_loss
+from deepalign_kernels.ops.linear_constrained_loss import (
+    LinearConstrainedParts,
+    linear_constrained_loss,
+)
+from deepalign_kernels.ops.linear_token_kl import linear_token_kl
+from deepalign_kernels.ops.linear_token_logp import linear_token_logp
+from deepalign_kernels.ops.linear_token_stats import linear_token_stats
 from deepalign_kernels.ops.token_kl import token_kl
 from deepalign_kernels.ops.token_logp import token_logp
 from deepalign_kernels.ops.token_stats import TokenStats, token_stats
 
 __all__ = [
     "ConstrainedParts",
+    "LinearConstrainedParts",
     "TokenStats",
     "checked",
     "constrained_loss",
+    "linear_constrained_loss",
+    "linear_token_kl",
+    "linear_token_logp",
+    "linear_token_stats",
     "token_kl",
     "token_logp",
     "token_stats",

@@ -1,4 +1,4 @@
-"""Validation at the boundary: every public op calls these, and they are the only ones to raise ValueError.
+"""Validation at the boundary: every public op calls these; ValueErrors come from here.
 
 Nothing here reads a value that lives in a tensor, so nothing waits for a device; values are checked
 only inside `checked()`.
@@ -21,10 +21,11 @@ _checked = os.environ.get("DEEPALIGN_CHECKED", "0") == "1"
 
 @contextlib.contextmanager
 def checked(on: bool = True) -> Iterator[None]:
-    """Opt-in checks of values inside tensors: a target out of range or a negative beta raises ValueError.
+    """Check values inside tensors: a target out of range or a negative beta raises ValueError.
 
-    Costs a device synchronisation per call; for debugging. Outside it, such a row is poisoned with NaN.
-    The environment variable DEEPALIGN_CHECKED=1 does the same for a whole process. Ignored under torch.compile.
+    Costs a device synchronisation per call; for debugging. Outside it, such a row is poisoned with
+    NaN. The environment variable DEEPALIGN_CHECKED=1 does the same for a whole process. Ignored
+    under torch.compile.
     """
     global _checked
     old, _checked = _checked, on
@@ -39,7 +40,7 @@ def checking() -> bool:
 
 
 def logits3(name: str, x: Tensor) -> Tensor:
-    """Validate logits [..., V] and view them as [B, T, V]; copies only above 3 dimensions, if at all."""
+    """Validate logits [..., V]; a view [B, T, V] (above 3 dimensions a copy, if need be)."""
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise ValueError(f"{name}: expected a tensor [..., V], got {describe(x)}")
     if x.dtype not in DTYPES:
@@ -47,7 +48,9 @@ def logits3(name: str, x: Tensor) -> Tensor:
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")
     if x.shape[-1] < 1:
-        raise ValueError(f"{name}: expected at least one vocabulary column, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{name}: expected at least one vocabulary column, got shape {tuple(x.shape)}"
+        )
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected last stride 1, got strides {x.stride()} for shape {tuple(x.shape)}; "
@@ -63,10 +66,13 @@ def logits3(name: str, x: Tensor) -> Tensor:
 def same_kind(name: str, x: Tensor, other_name: str, other: Tensor, *, frozen: bool = True) -> None:
     """`x` must match `other` in shape, dtype and device, and must not ask for a gradient."""
     if not isinstance(x, Tensor) or x.shape != other.shape:
-        raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {describe(x)}")
+        raise ValueError(
+            f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {describe(x)}"
+        )
     if x.dtype != other.dtype:
         raise ValueError(
-            f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}; cast with .to({other.dtype})"
+            f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}; "
+            f"cast with .to({other.dtype})"
         )
     same_device(name, x, other_name, other)
     if frozen:
@@ -75,26 +81,39 @@ def same_kind(name: str, x: Tensor, other_name: str, other: Tensor, *, frozen: b
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {x.device}"
+        )
 
 
 def must_be_frozen(name: str, x: Tensor) -> None:
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: the reference gets no gradient, but this tensor requires one; pass it .detach()ed")
+        raise ValueError(
+            f"{name}: the reference gets no gradient, but this tensor requires one; "
+            "pass it .detach()ed"
+        )
 
 
 def targets(name: str, target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """Validate integer targets [...] against logits [..., V] and return them as contiguous int64 [N]."""
+    """Validate integer targets [...] against logits [..., V]; contiguous int64 [N]."""
     lead = logits.shape[:-1]
     if not isinstance(target, Tensor) or target.shape != lead:
-        raise ValueError(f"{name}: expected shape {tuple(lead)}, the logits without their last dimension, got {describe(target)}")
+        raise ValueError(
+            f"{name}: expected shape {tuple(lead)}, the logits without their last dimension, "
+            f"got {describe(target)}"
+        )
     if target.dtype not in _INTEGERS:
         raise ValueError(f"{name}: expected int32 or int64, got {target.dtype}")
     same_device(name, target, "the logits", logits)
     flat = target.reshape(-1).contiguous().to(torch.int64)
     if checking():
         vocab = logits.shape[-1]
-        _first(name, (flat != ignore_index) & ((flat < 0) | (flat >= vocab)), target, f"0..{vocab - 1} or ignore_index {ignore_index}")
+        _first(
+            name,
+            (flat != ignore_index) & ((flat < 0) | (flat >= vocab)),
+            target,
+            f"0..{vocab - 1} or ignore_index {ignore_index}",
+        )
     return flat
 
 
@@ -104,17 +123,24 @@ def mask(name: str, valid: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     lead = logits.shape[:-1]
     if not isinstance(valid, Tensor) or valid.shape != lead or valid.dtype != torch.bool:
-        raise ValueError(f"{name}: expected a bool tensor of shape {tuple(lead)}, got {describe(valid)}")
+        raise ValueError(
+            f"{name}: expected a bool tensor of shape {tuple(lead)}, got {describe(valid)}"
+        )
     same_device(name, valid, "the logits", logits)
     return valid.reshape(-1).contiguous()
 
 
-def vector(name: str, x: float | Tensor, logits: Tensor, dtype: torch.dtype, *, low: float = -math.inf) -> Tensor:
-    """A number, or a float tensor [...] aligned with logits [..., V], as contiguous [N] of `dtype`."""
+def vector(
+    name: str, x: float | Tensor, logits: Tensor, dtype: torch.dtype, *, low: float = -math.inf
+) -> Tensor:
+    """A number, or a float tensor [...] aligned with logits [..., V]; contiguous [N] of `dtype`."""
     lead = logits.shape[:-1]
     if isinstance(x, Tensor):
         if x.shape != lead:
-            raise ValueError(f"{name}: expected a number or shape {tuple(lead)}, aligned with the target, got {describe(x)}")
+            raise ValueError(
+                f"{name}: expected a number or shape {tuple(lead)}, aligned with the target, "
+                f"got {describe(x)}"
+            )
         if not x.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {x.dtype}")
         same_device(name, x, "the logits", logits)
@@ -127,17 +153,35 @@ def vector(name: str, x: float | Tensor, logits: Tensor, dtype: torch.dtype, *, 
     return torch.full((lead.numel(),), float(x), dtype=dtype, device=logits.device)
 
 
-def number(name: str, x: float, *, low: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> float:
+def number(
+    name: str,
+    x: float,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
     """A finite number in [low, inf), above `above` and below `below`."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not (math.isfinite(x) and x >= low and above < x < below):
-        bounds = [f">= {low:g}"] * (low > -math.inf) + [f"> {above:g}"] * (above > -math.inf) + [f"< {below:g}"] * (below < math.inf)
-        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {x!r}")
+    if (
+        isinstance(x, bool)
+        or not isinstance(x, (int, float))
+        or not (low <= x < math.inf and above < x < below)
+    ):
+        bounds = (
+            [f">= {low:g}"] * (low > -math.inf)
+            + [f"> {above:g}"] * (above > -math.inf)
+            + [f"< {below:g}"] * (below < math.inf)
+        )
+        raise ValueError(
+            f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {x!r}"
+        )
     return float(x)
 
 
 def score_options(temperature: float, softcap: float | None) -> tuple[float, float]:
     """(temperature, softcap) as the ops take them: softcap 0.0 stands for none."""
-    return number("temperature", temperature, above=0.0), 0.0 if softcap is None else number("softcap", softcap, above=0.0)
+    cap = 0.0 if softcap is None else number("softcap", softcap, above=0.0)
+    return number("temperature", temperature, above=0.0), cap
 
 
 def one_of(name: str, x: str, allowed: Sequence[str]) -> int:
@@ -155,4 +199,7 @@ def _first(name: str, bad: Tensor, shown: Tensor, expected: str) -> None:
     if len(where):
         at = torch.unravel_index(where[0, 0], shown.shape) if shown.dim() else ()
         position = tuple(int(i) for i in at)
-        raise ValueError(f"{name}: expected {expected}, got {shown[position].item()} at position {list(position)}")
+        raise ValueError(
+            f"{name}: expected {expected}, got {shown[position].item()} "
+            f"at position {list(position)}"
+        )

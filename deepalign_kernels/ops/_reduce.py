@@ -1,4 +1,4 @@
-"""How a sum over tokens becomes a loss: the one place that knows what `reduction` and `normalizer` mean."""
+"""How a sum over tokens becomes a loss: what `reduction` and `normalizer` mean, in one place."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from deepalign_kernels.ops import _check
 REDUCTIONS = ("none", "sum", "mean")
 
 
-def scale_of_sum(valid: Tensor, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+def scale_of_sum(
+    valid: Tensor, reduction: str, normalizer: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """What the sum of the token losses is multiplied by, as a 0-d tensor on the device of `valid`.
 
-    "mean": 1 / normalizer, or 1 / (number of valid tokens); 0 where that count is 0, so that a batch without
-    trained tokens gives loss 0 and gradients 0 instead of NaN. "sum" and "none": 1.
+    "mean": 1 / normalizer, or 1 / (number of valid tokens); 0 where that count is 0, so that a
+    batch without trained tokens gives loss 0 and gradients 0 instead of NaN. "sum" and "none": 1.
 
     Raises:
         ValueError: an unknown reduction, a normalizer without "mean", not above 0, or not 0-d.
@@ -28,7 +30,9 @@ def scale_of_sum(valid: Tensor, reduction: str, normalizer: float | Tensor | Non
         count = valid.sum().to(dtype)
     elif isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer: expected a number or a 0-d tensor, got {_check.describe(normalizer)}")
+            raise ValueError(
+                f"normalizer: expected a number or a 0-d tensor, got {_check.describe(normalizer)}"
+            )
         _check.same_device("normalizer", normalizer, "the target", valid)
         _check.must_be_frozen("normalizer", normalizer)
         count = normalizer.to(dtype)

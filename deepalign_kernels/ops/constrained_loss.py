@@ -8,14 +8,14 @@ from torch import Tensor
 from deepalign_kernels.ops import _check
 from deepalign_kernels.ops._reduce import scale_of_sum
 from deepalign_kernels.ops._register import accumulator, define, fake_grad, fake_rows
-from deepalign_kernels.ops.scale_grad import scale_grad_
+from deepalign_kernels.ops.scale_grad import hand_over
 from deepalign_kernels.ops.token_logp import _bwd as _logp_bwd
 
 OBJECTIVES = ("exact", "surrogate")
 
 
 class ConstrainedParts(NamedTuple):
-    """Per-token by-products of `constrained_loss(..., return_parts=True)`: [...], detached, 0 where ignored."""
+    """By-products of `constrained_loss(..., return_parts=True)`: [...], detached, 0 if ignored."""
 
     logp: Tensor  # log-probability of the target under the policy, nats
     ref_logp: Tensor  # the same under the reference, nats
@@ -42,42 +42,49 @@ def constrained_loss(
 
     With Delta = log p_ref(target) - log p_policy(target):
 
-        loss[t] = (2 / beta[t]) * softplus(beta[t] * Delta[t])          gradient: w[t] * (-d log p_policy)
-        w[t]    = 2 * sigmoid(beta[t] * Delta[t])                       equation 5
+        loss[t] = (2 / beta[t]) * softplus(beta[t] * Delta[t])
+        d loss[t] = -w[t] * d log p_policy,   w[t] = 2 * sigmoid(beta[t] * Delta[t])  (equation 5)
 
-    beta = 0 means the limit: w = 1 and the value Delta. A large beta pulls the gradient to 0 as soon as the
-    policy makes the token likelier than the reference does.
+    beta = 0 means the limit: w = 1 and the value Delta. A large beta pulls the gradient to 0 as
+    soon as the policy makes the token likelier than the reference does.
 
     Args:
-        policy_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any row
-            stride. Receives the gradient.
-        target: [...] int32 or int64. Rows with `ignore_index` give 0 and are never used. A target outside 0..V-1
-            gives NaN (in a scalar reduction: a NaN loss), without a device sync; inside `checked()` it raises.
+        policy_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any
+            row stride. Receives the gradient.
+        target: [...] int32 or int64. Rows with `ignore_index` give 0 and are never used. A target
+            outside 0..V-1 gives NaN (in a scalar reduction: a NaN loss), without a device sync;
+            inside `checked()` it raises.
         beta: >= 0. A number, or a float tensor [...] aligned with target, usually
             `BetaSchedule()(response_positions(target))`. A negative entry gives NaN in its row.
         ref_logits: [..., V], frozen, same dtype and device: both models are read in one launch; or
-        ref_logp: [...] float, frozen: log-probabilities of the target under the reference, computed before
-            (at the same temperature and softcap). Exactly one of the two must be given.
-        reduction: "mean" divides the sum by the number of targets that are not ignored, or by `normalizer`; "sum"; or "none".
-        normalizer: for "mean": a number > 0 or a 0-d tensor, such as the token count of all accumulation steps and
-            ranks. With no trained token (or a 0 in the tensor) loss and gradients are 0, never NaN.
-        objective: "exact", or "surrogate" (value w * NLL with w held fixed: what the authors' code computes, with
-            min_weight=1e-3). The gradients are equal but for the floor.
+        ref_logp: [...] float, frozen: log-probabilities of the target under the reference, computed
+            before (at the same temperature and softcap). Exactly one of the two must be given.
+        reduction: "mean" divides the sum by the number of targets that are not ignored, or by
+            `normalizer`; "sum"; or "none".
+        normalizer: for "mean": a number > 0 or a 0-d tensor, such as the token count of all
+            accumulation steps and ranks. With no trained token (or a 0 in the tensor) loss and
+            gradients are 0, never NaN.
+        objective: "exact", or "surrogate" (value w * NLL with w held fixed: what the authors' code
+            computes, with min_weight=1e-3). The gradients are equal but for the floor.
         min_weight: floor of w, in [0, 2], with "surrogate" only.
-        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or None.
+        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
+            None.
         return_parts: also return logp, ref_logp and weight of every token.
 
     Returns:
-        0-d for "mean" and "sum", else [...]; fp32 (fp64 for fp64 logits), in nats. With return_parts: (loss, ConstrainedParts).
+        0-d for "mean" and "sum", else [...]; fp32 (fp64 for fp64 logits), in nats. With
+        return_parts: (loss, ConstrainedParts).
 
     Raises:
-        ValueError: a wrong shape, dtype, device or stride, a missing or doubled reference, one that requires grad, a
-            negative beta; the message names the argument. RuntimeError: a scalar reduction backpropagated twice.
+        ValueError: a wrong shape, dtype, device or stride, a missing or doubled reference, one that
+            requires grad, a negative beta; the message names the argument. RuntimeError: a scalar
+            reduction backpropagated twice.
 
-    Memory: a scalar reduction of bf16 and fp32 logits writes the gradient in the forward launch and keeps nothing
-        else, neither policy nor reference logits; so it can be backpropagated once. fp16 logits (whose gradient must
-        be scaled before it is rounded) and reduction="none" keep the policy logits and two fp32 numbers per row and
-        compute the gradient in backward. Formulas and edge cases: `reference/constrained_loss.py`.
+    Memory: a scalar reduction of bf16 and fp32 logits writes the gradient in the forward launch and
+        keeps nothing else, neither policy nor reference logits; so it can be backpropagated once.
+        fp16 logits (whose gradient must be scaled before it is rounded) and reduction="none" keep
+        the policy logits and two fp32 numbers per row and compute the gradient in backward.
+        Formulas and edge cases: `reference/constrained_loss.py`.
     """
     policy = _check.logits3("policy_logits", policy_logits)
     flat = _check.targets("target", target, policy_logits, ignore_index)
@@ -87,8 +94,16 @@ def constrained_loss(
     surrogate = _check.one_of("objective", objective, OBJECTIVES) == 1
     _check.number("min_weight", min_weight, low=0.0, below=2.0 + 1e-6)
     if min_weight > 0 and not surrogate:
-        raise ValueError(f"min_weight: a floor belongs to objective='surrogate', got {min_weight} with {objective!r}")
-    options = (ignore_index, surrogate, float(min_weight), *_check.score_options(temperature, softcap))
+        raise ValueError(
+            f"min_weight: a floor belongs to objective='surrogate', "
+            f"got {min_weight} with {objective!r}"
+        )
+    options = (
+        ignore_index,
+        surrogate,
+        float(min_weight),
+        *_check.score_options(temperature, softcap),
+    )
     scale = scale_of_sum(flat != ignore_index, reduction, normalizer, acc)
 
     wants_grad = torch.is_grad_enabled() and policy.requires_grad
@@ -102,7 +117,9 @@ def constrained_loss(
     return loss, ConstrainedParts(*(x.detach().view(target.shape) for x in rows))
 
 
-def _reference(policy: Tensor, ref_logits: Tensor | None, ref_logp: Tensor | None, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _reference(
+    policy: Tensor, ref_logits: Tensor | None, ref_logp: Tensor | None, acc: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
     if (ref_logits is None) == (ref_logp is None):
         got = "neither" if ref_logits is None else "both"
         raise ValueError(f"ref_logits, ref_logp: expected exactly one of the two, got {got}")
@@ -110,14 +127,17 @@ def _reference(policy: Tensor, ref_logits: Tensor | None, ref_logp: Tensor | Non
         _check.same_kind("ref_logits", ref_logits, "policy_logits", policy)
         return _check.logits3("ref_logits", ref_logits), None
     if not isinstance(ref_logp, Tensor):
-        raise ValueError(f"ref_logp: expected a float tensor {tuple(policy.shape[:-1])}, got {ref_logp!r}")
+        raise ValueError(
+            f"ref_logp: expected a float tensor {tuple(policy.shape[:-1])}, got {ref_logp!r}"
+        )
     return None, _check.vector("ref_logp", ref_logp, policy, acc)
 
 
+_INPUTS = "Tensor policy, Tensor target, Tensor beta, Tensor? ref_logits, Tensor? ref_logp"
 _OPTIONS = "int ignore_index, bool surrogate, float min_weight, float temperature, float softcap"
 _fwd = define(
-    "constrained_loss_fwd(Tensor policy, Tensor target, Tensor beta, Tensor? ref_logits, Tensor? ref_logp,"
-    f" {_OPTIONS}) -> (Tensor loss, Tensor logp, Tensor ref_logp_out, Tensor weight, Tensor norm)"
+    f"constrained_loss_fwd({_INPUTS}, {_OPTIONS})"
+    " -> (Tensor loss, Tensor logp, Tensor ref_logp_out, Tensor weight, Tensor norm)"
 )
 
 
@@ -129,8 +149,8 @@ def _fused_body(implementation: Any, policy: Tensor, *rest: Any) -> tuple:
 
 
 _fused = define(
-    "constrained_loss_fused(Tensor policy, Tensor target, Tensor beta, Tensor? ref_logits, Tensor? ref_logp, Tensor scale,"
-    f" {_OPTIONS}) -> (Tensor total, Tensor logp, Tensor ref_logp_out, Tensor weight, Tensor grad)",
+    f"constrained_loss_fused({_INPUTS}, Tensor scale, {_OPTIONS})"
+    " -> (Tensor total, Tensor logp, Tensor ref_logp_out, Tensor weight, Tensor grad)",
     _fused_body,
 )
 
@@ -147,7 +167,9 @@ def _(policy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    policy, target, _beta, _ref, _ref_logp, ctx.ignore_index, _surrogate, _floor, *ctx.options = inputs
+    policy, target, _beta, _ref, _ref_logp, ctx.ignore_index, _surrogate, _floor, *ctx.options = (
+        inputs
+    )
     ctx.save_for_backward(policy, target, output[3], output[4])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -174,15 +196,10 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
     if grad is None:
         return (None,) * 11
-    if getattr(ctx, "spent", False):
-        raise RuntimeError(
-            "constrained_loss with a scalar reduction computes its gradient in the forward and hands it over once; "
-            "to backpropagate again (retain_graph=True), use reduction='none' and reduce outside"
-        )
-    ctx.spent = True
-    (out,) = ctx.saved_tensors
-    scale_grad_(out, grad)
+    (out,) = hand_over(ctx, "constrained_loss", grad)
     return (out, *(None,) * 10)
 
 
-torch.library.register_autograd("deepalign::constrained_loss_fused", _backward_fused, setup_context=_setup_fused)
+torch.library.register_autograd(
+    "deepalign::constrained_loss_fused", _backward_fused, setup_context=_setup_fused
+)

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
-from deepalign_kernels.ops._register import backward_body, define, fake_grad, fake_rows, no_double_backward
+from deepalign_kernels.ops._register import (
+    backward_body,
+    define,
+    fake_grad,
+    fake_rows,
+    no_double_backward,
+)
 
 DIRECTIONS = ("policy_ref", "ref_policy", "js")  # their indices are the op's `direction`
 
@@ -23,32 +29,34 @@ def token_kl(
 ) -> Tensor:
     """Full-vocabulary divergence between two models at each position, without a [..., V] temporary.
 
-    With q = softmax of the policy and p = softmax of the reference (both after softcap and temperature):
+    With q = softmax of the policy and p = softmax of the reference (both after softcap and
+    temperature):
 
         "policy_ref"   KL(q || p) = sum_v q_v (log q_v - log p_v)
         "ref_policy"   KL(p || q) = sum_v p_v (log p_v - log q_v)
         "js"           b KL(p || m) + (1 - b) KL(q || m),   m = b p + (1 - b) q,   b = js_beta
 
     Args:
-        policy_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any row
-            stride. Receives the gradient.
+        policy_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any
+            row stride. Receives the gradient.
         ref_logits: same shape, dtype and device. Frozen: must not require grad.
         direction: "policy_ref", "ref_policy" or "js".
-        js_beta: weight of the reference in the mixture, strictly between 0 and 1 (used by "js" only). At
-            the ends the divergence is 0; JS / js_beta tends to KL(p || q) there, JS / (1 - js_beta) to
-            KL(q || p), so ask for that direction instead.
+        js_beta: weight of the reference in the mixture, strictly between 0 and 1 (used by "js"
+            only). At the ends the divergence is 0; JS / js_beta tends to KL(p || q) there, JS / (1
+            - js_beta) to KL(q || p), so ask for that direction instead.
         valid: [...] bool, or None for all. False rows give 0 and gradient 0; their logits are never
             used, so padding may hold NaN.
-        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or None.
+        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
+            None.
 
     Returns:
-        [...] fp32 (fp64 for fp64 logits), in nats. Unreduced. Exactly 0, with gradient exactly 0, for equal
-        logits; rounding can make it as low as about -1e-6 for nearly equal ones. +inf where a
-        column is possible for the first model and masked (-inf) for the second.
+        [...] fp32 (fp64 for fp64 logits), in nats. Unreduced. Exactly 0, with gradient exactly 0,
+        for equal logits; rounding can make it as low as about -1e-6 for nearly equal ones. +inf
+        where a column is possible for the first model and masked (-inf) for the second.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or stride, a reference that requires grad, an unknown
-            direction; the message names the argument.
+        ValueError: a wrong shape, dtype, device or stride, a reference that requires grad, an
+            unknown direction; the message names the argument.
 
     Memory: saves the two inputs and five fp32 numbers per row; the gradient is the only [..., V]
         allocation. Formulas, gradients and edge cases: `reference/token_kl.py`.
@@ -63,13 +71,14 @@ def token_kl(
     return _fwd(policy, ref, flat, mode, b, *options)[0].view(policy_logits.shape[:-1])
 
 
+_OPTIONS = "int direction, float js_beta, float temperature, float softcap"
 _fwd = define(
-    "token_kl_fwd(Tensor policy, Tensor ref, Tensor? valid, int direction, float js_beta, float temperature,"
-    " float softcap) -> (Tensor kl, Tensor norm_policy, Tensor norm_ref, Tensor center)"
+    f"token_kl_fwd(Tensor policy, Tensor ref, Tensor? valid, {_OPTIONS})"
+    " -> (Tensor kl, Tensor norm_policy, Tensor norm_ref, Tensor center)"
 )
 _bwd = define(
-    "token_kl_bwd(Tensor grad, Tensor policy, Tensor ref, Tensor? valid, Tensor norm_policy, Tensor norm_ref,"
-    " Tensor center, int direction, float js_beta, float temperature, float softcap) -> Tensor",
+    "token_kl_bwd(Tensor grad, Tensor policy, Tensor ref, Tensor? valid, Tensor norm_policy,"
+    f" Tensor norm_ref, Tensor center, {_OPTIONS}) -> Tensor",
     backward_body,
 )
 no_double_backward("token_kl_bwd")

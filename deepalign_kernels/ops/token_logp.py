@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
-from deepalign_kernels.ops._register import backward_body, define, fake_grad, fake_rows, no_double_backward
+from deepalign_kernels.ops._register import (
+    backward_body,
+    define,
+    fake_grad,
+    fake_rows,
+    no_double_backward,
+)
 
 
 def token_logp(
@@ -19,14 +25,16 @@ def token_logp(
 ) -> Tensor:
     """Log-probability of each target token, without a [..., V] log-softmax.
 
-        logp[t] = z[t, target[t]] - log sum_v exp(z[t, v]),   z = softcap * tanh(logits / softcap) / temperature
+        logp[t] = z[t, target[t]] - log sum_v exp(z[t, v])
+        z       = softcap * tanh(logits / softcap) / temperature
 
     Args:
-        logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any row stride.
-            Receives the gradient onehot(target) - softmax(z), times dz/dlogits.
-        target: [...] int32 or int64 column indices. `ignore_index` marks rows to leave out: they give
-            0 and gradient 0, and their logits are never used. A target outside 0..V-1 gives NaN in
-            that row and in its gradient row, without a device sync; inside `checked()` it raises.
+        logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any row
+            stride. Receives the gradient onehot(target) - softmax(z), times dz/dlogits.
+        target: [...] int32 or int64 column indices. `ignore_index` marks rows to leave out: they
+            give 0 and gradient 0, and their logits are never used. A target outside 0..V-1 gives
+            NaN in that row and in its gradient row, without a device sync; inside `checked()` it
+            raises.
         ignore_index: the target value that marks a row to leave out.
         temperature: divides the scores, > 0. softcap: tanh cap applied first, > 0, or None.
 
@@ -36,8 +44,8 @@ def token_logp(
     Raises:
         ValueError: a wrong shape, dtype, device or stride; the message names the argument.
 
-    Memory: saves the logits and two fp32 numbers per row for backward; the gradient is the only [..., V]
-        allocation. Numerics, gradient and edge cases: `reference/token_logp.py`.
+    Memory: saves the logits and two fp32 numbers per row for backward; the gradient is the only
+        [..., V] allocation. Numerics, gradient and edge cases: `reference/token_logp.py`.
     """
     x = _check.logits3("logits", logits)
     flat = _check.targets("target", target, logits, ignore_index)
@@ -46,8 +54,8 @@ def token_logp(
 
 
 _fwd = define(
-    "token_logp_fwd(Tensor logits, Tensor target, int ignore_index, float temperature, float softcap)"
-    " -> (Tensor logp, Tensor norm)"
+    "token_logp_fwd(Tensor logits, Tensor target, int ignore_index, float temperature,"
+    " float softcap) -> (Tensor logp, Tensor norm)"
 )
 _bwd = define(
     "token_logp_bwd(Tensor grad, Tensor logits, Tensor target, Tensor norm, int ignore_index,"

@@ -33,16 +33,19 @@ def token_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """What two models say about each position, in one launch over both logits and without gradients.
+    """What two models say about each position: one launch over both logits, no gradients.
 
     Args:
-        policy_logits, ref_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), one shape, dtype
-            and device, last stride 1, any row stride. Gradients do not flow; pass either detached or not.
+        policy_logits, ref_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), one
+            shape, dtype and device, last stride 1, any row stride. Gradients do not flow; pass
+            either detached or not.
         target: [...] int32 or int64, or None. Rows with `ignore_index` are left out.
         valid: [...] bool, or None for all. Rows left out give 0 (False) in every field.
-        js_beta: weight of the reference in the mixture, strictly between 0 and 1, or None: no JS. It alone needs
-            both normalisers first, so it costs a second look at the row (in reverse, out of the cache).
-        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or None.
+        js_beta: weight of the reference in the mixture, strictly between 0 and 1, or None: no JS.
+            It alone needs both normalisers first, so it costs a second look at the row (in reverse,
+            out of the cache).
+        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
+            None.
 
     Returns:
         TokenStats; fp32 (fp64 for fp64 logits), top1_agree bool.
@@ -61,7 +64,9 @@ def token_stats(
     options = _check.score_options(temperature, softcap)
     with torch.no_grad():
         out = _fwd(policy.detach(), ref.detach(), flat, keep, ignore_index, b, *options)
-        logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = out.view(8, *policy_logits.shape[:-1]).unbind(0)
+        logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = out.view(
+            8, *policy_logits.shape[:-1]
+        ).unbind(0)
     has_target = target is not None
     return TokenStats(
         logp if has_target else None,
@@ -76,8 +81,8 @@ def token_stats(
 
 
 _fwd = define(
-    "token_stats_fwd(Tensor policy, Tensor ref, Tensor? target, Tensor? valid, int ignore_index, float js_beta,"
-    " float temperature, float softcap) -> Tensor"
+    "token_stats_fwd(Tensor policy, Tensor ref, Tensor? target, Tensor? valid, int ignore_index,"
+    " float js_beta, float temperature, float softcap) -> Tensor"
 )
 
 

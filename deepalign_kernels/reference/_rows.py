@@ -2,14 +2,15 @@
 
 Shapes used throughout: logits [B, T, V] with last stride 1; N = B * T rows; vectors are [N].
 
-Score of column v:   z_v = softcap * tanh(x_v / softcap) / temperature     (softcap 0.0: z = x / temperature)
+Score of column v:   z_v = softcap * tanh(x_v / softcap) / temperature   (no cap if softcap is 0)
 Normaliser of a row: (m, s) with m = max_v z_v (0 where the row is all -inf) and
                      s = log sum_v exp(z_v - m).  log softmax(z)_v = (z_v - m) - s.
 It is kept as a pair [N, 2] because m + s in one fp32 loses 6e-5 where |z| is 1e3.
-A masked column (x = -inf) stays outside the distribution as long as softcap is off; with a softcap the
-formula above makes it z = -softcap / temperature, so mask after capping.
-Gradients are written to `out` [B, T, V], whose last stride is 1; it may be the policy's own logits (the
-linear ops overwrite a chunk of logits with its gradient), and it may be bf16 or fp16 for fp32 logits.
+A masked column (x = -inf) stays outside the distribution as long as softcap is off; with a softcap
+the formula above makes it z = -softcap / temperature, so mask after capping.
+Gradients are written to `out` [B, T, V], whose last stride is 1; it may be the policy's own logits
+(the linear ops overwrite a chunk of logits with its gradient), and it may be bf16 or fp16 for fp32
+logits.
 Accumulation dtype: fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 (gradcheck).
 """
 

@@ -1,17 +1,19 @@
 """Specification of constrained_loss: equation 3 of arXiv 2406.05946 and its gradient, equation 5.
 
-For one trained token with log-probabilities logp (policy) and ref_logp (reference, frozen), beta >= 0 and
-Delta = ref_logp - logp:
+For one trained token with log-probabilities logp (policy) and ref_logp (reference, frozen),
+beta >= 0 and Delta = ref_logp - logp:
 
-    weight     w    = 2 sigmoid(beta Delta)                         in (0, 2); 1 where the models agree
-    exact      loss = (2 / beta) softplus(beta Delta)               beta = 0: the limit without its constant, Delta
-    surrogate  loss = max(w, min_weight) * (-logp), w held fixed    the authors' implementation (min_weight 1e-3)
+    weight     w    = 2 sigmoid(beta Delta), in (0, 2); 1 where the models agree
+    exact      loss = (2 / beta) softplus(beta Delta); for beta = 0 its limit less a constant, Delta
+    surrogate  loss = max(w, min_weight) * (-logp), w held fixed: the authors' code (floor 1e-3)
     gradient   d loss / d logp = -w      (surrogate: -max(w, min_weight))
 
 Edge cases, which every backend must match:
-  * target == ignore_index: loss, logp, ref_logp, weight and gradient are 0; nothing of the row is used;
+  * target == ignore_index: loss, logp, ref_logp, weight and gradient are 0; nothing of the row is
+    used;
   * target outside 0..V-1, or beta < 0: NaN in that row;
-  * ref_logp = -inf: w = 0 and loss 0; logp = -inf: w = 2 and loss +inf; both -inf: Delta counts as 0.
+  * ref_logp = -inf: w = 0 and loss 0; logp = -inf: w = 2 and loss +inf; both -inf: Delta counts as
+    0.
 """
 
 from __future__ import annotations
@@ -77,7 +79,16 @@ def constrained_loss_fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, logp, ref_logp, weight) [N]; writes the gradient of scale * sum(loss) to `out`."""
     loss, logp, ref_logp, weight, norm = constrained_loss_fwd(
-        policy, target, beta, ref_logits, ref_logp, ignore_index, surrogate, min_weight, temperature, softcap
+        policy,
+        target,
+        beta,
+        ref_logits,
+        ref_logp,
+        ignore_index,
+        surrogate,
+        min_weight,
+        temperature,
+        softcap,
     )
     token_logp_bwd(-scale * weight, policy, target, norm, ignore_index, temperature, softcap, out)
     return loss, logp, ref_logp, weight

@@ -1,7 +1,7 @@
 """Specification of scale_grad: grad *= factor, in place, and nothing at all where factor is 1.
 
-`loss.backward()` sends factor = 1; a multiplication that is skipped saves a read and a write of [B, T, V].
-On a GPU the decision is taken inside the kernel, so nothing waits for the value.
+`loss.backward()` sends factor = 1; a multiplication that is skipped saves a read and a write of [B,
+T, V]. On a GPU the decision is taken inside the kernel, so nothing waits for the value.
 """
 
 from __future__ import annotations

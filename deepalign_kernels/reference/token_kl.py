@@ -3,14 +3,18 @@
 For one row, q = softmax of the policy's scores, p = softmax of the reference's, b = js_beta and
 m = b p + (1 - b) q:
 
-    POLICY_REF   KL(q || p) = sum_v q_v (log q_v - log p_v)           d/dz_v = q_v (log q_v - log p_v - KL)
-    REF_POLICY   KL(p || q) = sum_v p_v (log p_v - log q_v)           d/dz_v = q_v - p_v
-    JS           b KL(p || m) + (1 - b) KL(q || m)                    d/dz_v = (1 - b) q_v (log(q_v/m_v) - KL(q || m))
+    POLICY_REF   KL(q || p) = sum_v q_v (log q_v - log p_v)
+                 d/dz_v = q_v (log q_v - log p_v - KL)
+    REF_POLICY   KL(p || q) = sum_v p_v (log p_v - log q_v)
+                 d/dz_v = q_v - p_v
+    JS           b KL(p || m) + (1 - b) KL(q || m)
+                 d/dz_v = (1 - b) q_v (log(q_v / m_v) - KL(q || m))
 
-z are the policy's scores; the gradient with respect to its logits has the slope of `_rows.py` on top.
-The reference is frozen. `center` is the row sum that the gradient subtracts: KL for POLICY_REF, KL(q || m)
-for JS, 0 for REF_POLICY. The generalised JS divergence is that of GKD (arXiv 2306.13649, eq. 1); it goes to 0 with b
-or 1 - b: JS / b -> KL(p || q) for b -> 0, JS / (1 - b) -> KL(q || p) for b -> 1.
+z are the policy's scores; the gradient with respect to its logits has the slope of `_rows.py` on
+top. The reference is frozen. `center` is the row sum that the gradient subtracts: KL for
+POLICY_REF, KL(q || m) for JS, 0 for REF_POLICY. The generalised JS divergence is that of GKD (arXiv
+2306.13649, eq. 1); it goes to 0 with b or 1 - b: JS / b -> KL(p || q) for b -> 0, JS / (1 - b) ->
+KL(q || p) for b -> 1.
 
 Edge cases, which every backend must match:
   * rows with valid = False: everything is 0 and the logits are never used (NaN too);
@@ -38,7 +42,7 @@ def kl_terms(own: Tensor, other: Tensor) -> Tensor:
 
 
 def log_mixture_ratios(logq: Tensor, logp: Tensor, b: float) -> tuple[Tensor, Tensor]:
-    """log(m/q) and log(m/p), exactly 0 where p = q, and no overflow for far-apart log-probabilities."""
+    """log(m/q) and log(m/p): exactly 0 where p = q, and no overflow where they are far apart."""
     d = logp - logq
     e = torch.expm1(-d.abs())
     near_q, near_p = torch.log1p(b * e), torch.log1p((1 - b) * e)

@@ -6,9 +6,10 @@ For one row with target y and z, m, s as in `_rows.py`:
     d logp / d x_v  = (1[v = y] - exp((z_v - m) - s)) * dz_v/dx_v       (1 - p_y is -expm1(logp))
 
 Edge cases, which every backend must match:
-  * target == ignore_index: logp, normaliser and gradient are 0; the logits and the upstream gradient of
-    that row are never used (NaN there does not leak);
-  * target outside 0..V-1: logp and the whole gradient row are NaN (no device sync is needed to notice);
+  * target == ignore_index: logp, normaliser and gradient are 0; the logits and the upstream
+    gradient of that row are never used (NaN there does not leak);
+  * target outside 0..V-1: logp and the whole gradient row are NaN (no device sync is needed to
+    notice);
   * a row of only -inf: NaN, as in torch.
 """
 

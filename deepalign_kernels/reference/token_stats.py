@@ -6,13 +6,14 @@ The rows of the result [8, N], all fp32 (fp64 for fp64 logits), in nats:
     1 ref_logp       the same under the reference                        (0 without a target)
     2 kl_policy_ref  KL(policy || ref)
     3 kl_ref_policy  KL(ref || policy)
-    4 js             generalised Jensen-Shannon divergence, `token_kl.py` (0 when js_beta is 0: not asked for)
+    4 js             generalised Jensen-Shannon divergence of `token_kl.py` (0 if js_beta is 0)
     5 entropy        of the policy
     6 ref_entropy    of the reference
     7 top1_agree     1.0 where the first maximum of both rows is the same column, else 0.0
 
-Rows that are not valid, and rows whose target is ignore_index, are 0. A target outside 0..V-1 poisons
-rows 0 and 1 with NaN and leaves the others alone. Infinities and masked columns as in `token_kl.py`.
+Rows that are not valid, and rows whose target is ignore_index, are 0. A target outside 0..V-1
+poisons rows 0 and 1 with NaN and leaves the others alone. Infinities and masked columns as in
+`token_kl.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,6 @@ from torch import Tensor
 from deepalign_kernels.reference._rows import log_probs, masked, normaliser, scores
 from deepalign_kernels.reference.token_kl import JS, kl_terms, token_kl_fwd
 from deepalign_kernels.reference.token_logp import outside
-
-FIELDS = (
-    "logp", "ref_logp", "kl_policy_ref", "kl_ref_policy", "js", "entropy", "ref_entropy", "top1_agree",
-)  # fmt: skip
 
 
 def _entropy(logp: Tensor) -> Tensor:
@@ -52,7 +49,11 @@ def token_stats_fwd(
         picked = [torch.where(bad, torch.nan, x.gather(-1, index)[:, 0]) for x in (logq, logp)]
         trained = target != ignore_index
         valid = trained if valid is None else valid & trained
-    js = token_kl_fwd(policy, ref, None, JS, js_beta, temperature, softcap)[0] if js_beta > 0 else zero
+    js = (
+        token_kl_fwd(policy, ref, None, JS, js_beta, temperature, softcap)[0]
+        if js_beta > 0
+        else zero
+    )
     out = torch.stack(
         [
             *picked,
