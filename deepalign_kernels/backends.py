@@ -47,14 +47,21 @@ def native_library(device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if not path.exists():
-        note = _HERE / "_native_build.txt"
-        why = note.read_text().strip() if note.exists() else "the package was built without it"
-        return f"{path.name} was not built: {why}"
+        return f"{path.name} {_build_note(device)}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
     return None
+
+
+def _build_note(device: str) -> str:
+    """What setup.py wrote about this device's library: one line "cpu: ..." or "cuda: ..." each."""
+    note = _HERE / "_native_build.txt"
+    for line in note.read_text().splitlines() if note.exists() else ():
+        if line.startswith(f"{device}: "):
+            return line.removeprefix(f"{device}: ")
+    return "is not there: the package was not built with it"
 
 
 def unavailable(
@@ -71,7 +78,8 @@ def unavailable(
         if why := native_library(device):
             return why
         name = f"deepalign_native::{op}"
-        if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        if torch._C._dispatch_has_kernel(name) and has_kernel(name, device.upper()):
             return None
         return f"no native kernel for {device}"
     if importlib.util.find_spec("triton") is None:

@@ -1,0 +1,55 @@
+# `make help` lists the targets. Each does its own set-up; all of it stays inside this folder.
+
+PY := .venv/bin/python
+TORCH ?= 2.13.0
+TRITON ?= 3.7.1
+export TORCH TRITON
+
+# Here a native build that fails is an error, not a fall back to Python. CUDA C++ is compiled wherever
+# nvcc is, GPU or not: that is its compile check.
+NVCC_PATH := $(shell command -v $${NVCC:-nvcc} 2>/dev/null)
+DEEPALIGN_BUILD_NATIVE ?= 1
+DEEPALIGN_BUILD_CUDA ?= $(if $(and $(NVCC_PATH),$(wildcard csrc/cuda/*.cu),$(filter 1,$(DEEPALIGN_BUILD_NATIVE))),1,auto)
+export DEEPALIGN_BUILD_NATIVE DEEPALIGN_BUILD_CUDA
+
+# pyright must not ask the network for newer versions of itself.
+PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format build clean
+.NOTPARALLEL:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "TORCH=$(TORCH) TRITON=$(TRITON)   versions to install (TORCH may carry +cpu, +cu130, +rocm...)"
+	@echo "PYTHON=python3.12             interpreter for a new .venv"
+	@echo "PYTEST_ARGS='-k kl -x'        passed on by test; BENCH_ARGS, DEMO_ARGS likewise"
+	@echo "DEEPALIGN_BUILD_NATIVE=1|auto|0, DEEPALIGN_BUILD_CUDA=1|auto|0, CXX=, NVCC=, MAX_JOBS="
+
+demo: build ## the whole method end to end on a toy model, into demo_output/
+	$(PY) -m deepalign_kernels.toyworld.demo --out demo_output $(DEMO_ARGS)
+
+test: lint ## all checks: build, lint, pytest
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: build ## microbenchmarks
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+lint: build ## ruff check, ruff format --check, pyright
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PYRIGHT)
+
+format: build ## rewrite the Python files as `make lint` wants them
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+build: ## .venv with torch and the tools, then the native libraries
+	@sh .ci/setup
+	@$(PY) setup.py --quiet build_ext --inplace
+
+clean: ## remove what the targets made, except .venv
+	rm -rf build dist demo_output deepalign_kernels.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -f deepalign_kernels/_native_*
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
