@@ -6,6 +6,7 @@ from deepalign_kernels.ops.linear_constrained_loss import (
     LinearConstrainedParts,
     linear_constrained_loss,
 )
+from deepalign_kernels.ops.linear_memory import MemoryEstimate, estimate_memory
 from deepalign_kernels.ops.linear_token_kl import linear_token_kl
 from deepalign_kernels.ops.linear_token_logp import linear_token_logp
 from deepalign_kernels.ops.linear_token_stats import linear_token_stats
@@ -16,9 +17,11 @@ from deepalign_kernels.ops.token_stats import TokenStats, token_stats
 __all__ = [
     "ConstrainedParts",
     "LinearConstrainedParts",
+    "MemoryEstimate",
     "TokenStats",
     "checked",
     "constrained_loss",
+    "estimate_memory",
     "linear_constrained_loss",
     "linear_token_kl",
     "linear_token_logp",

@@ -39,5 +39,5 @@ def hand_over(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
         return [None if g is None else g * factor for g in grads]
     for g in grads:
         if g is not None:
-            _scale(g.view(1, -1, g.shape[-1]) if g.dim() != 3 else g, factor)
+            _scale(g, factor)
     return list(grads)
