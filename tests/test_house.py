@@ -18,6 +18,7 @@ MAY_IMPORT = {  # room -> the rooms it may import
     "triton_kernels": {"traffic"},
     "traffic": set(),
     "testing": set(),
+    "_memory": set(),
     "backends": set(),
     "ops": {"backends"},
     "losses": {"ops"},

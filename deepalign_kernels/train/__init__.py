@@ -1,0 +1,26 @@
+"""Training: token-wise constrained fine-tuning and safety-recovery augmentation (arXiv 2406.05946).
+
+    from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
+
+    config = ConstrainedSFTConfig(output_dir="out", objective="constrained", epochs=3)
+    result = ConstrainedSFTTrainer(model, tokenizer, config, train_data="chat.jsonl").train()
+
+`python -m deepalign_kernels.train --help` does the same from a terminal. transformers is needed to
+tokenise chats and nowhere else.
+"""
+
+from deepalign_kernels.train.augment import RecoveryAugmentation
+from deepalign_kernels.train.config import ConstrainedSFTConfig
+from deepalign_kernels.train.data import Conversation, Example, load_chat_data, tokenize_chat
+from deepalign_kernels.train.loop import ConstrainedSFTTrainer, TrainResult
+
+__all__ = [
+    "ConstrainedSFTConfig",
+    "ConstrainedSFTTrainer",
+    "Conversation",
+    "Example",
+    "RecoveryAugmentation",
+    "TrainResult",
+    "load_chat_data",
+    "tokenize_chat",
+]

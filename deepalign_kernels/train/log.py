@@ -1,0 +1,159 @@
+"""What a run says about itself: sums per position group, a JSONL log, a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels.ops import ConstrainedParts
+from deepalign_kernels.train.data import IGNORE
+
+GROUPS = ("first", "prefix", "rest")  # position 1; 2..prefix_length; all other trained tokens
+FILE = "train_log.jsonl"
+
+
+class Meter:
+    """Sums over the steps since the last line of the log, kept on the device until somebody reads
+    them.
+
+    `sums` [5, 3] fp64: per position group the number of tokens and the sums of log-probability,
+    weight and log-ratio; the last row holds the objective, the last gradient norm and the number of
+    steps.
+    """
+
+    def __init__(self, device: torch.device, prefix_length: int) -> None:
+        self.bounds = torch.tensor([1, max(prefix_length, 1)], dtype=torch.int32, device=device)
+        self._columns = torch.arange(3, device=device)
+        self.sums = torch.zeros(5, 3, dtype=torch.float64, device=device)
+
+    def add(
+        self, loss: Tensor, parts: ConstrainedParts, targets: Tensor, positions: Tensor
+    ) -> None:
+        """One micro-batch."""
+        valid = (targets != IGNORE).reshape(-1)
+        at = positions.reshape(-1)
+        # Position 0 that is trained (what a chat template puts before the content) counts as
+        # "rest".
+        group = torch.where(at > 0, torch.bucketize(at, self.bounds), 2)
+        groups = (group[:, None] == self._columns).double()
+        logp, ref_logp, weight = (x.reshape(-1) for x in parts)
+        columns = torch.stack([valid.to(logp.dtype), logp, weight, logp - ref_logp])
+        self.sums[:4] += columns.double() @ groups
+        self.sums[4, 0] += loss.detach()
+
+    def add_step(
+        self, batches: list[tuple[Tensor, ConstrainedParts, Tensor, Tensor]], norm: Tensor
+    ) -> None:
+        """One optimizer step: (loss, parts, targets, positions) of its micro-batches."""
+        for batch in batches:
+            self.add(*batch)
+        self.sums[4, 1] = norm
+        self.sums[4, 2] += 1
+
+    def read(self, with_reference: bool) -> dict[str, float | int | None]:
+        """Means since the last call, in nats; the one place where the loop waits for the device."""
+        count, logp, weight, ratio, (objective, norm, steps) = self.sums.tolist()
+        self.sums.zero_()
+        out: dict[str, float | int | None] = {
+            "objective": objective / max(steps, 1),
+            "nll": _mean(-sum(logp), sum(count)),
+            "grad_norm": norm,
+            "trained_tokens": int(sum(count)),
+        }
+        for index, name in enumerate(GROUPS):
+            out[f"nll_{name}"] = _mean(-logp[index], count[index])
+            if with_reference:
+                out[f"weight_{name}"] = _mean(weight[index], count[index])
+                out[f"log_ratio_{name}"] = _mean(ratio[index], count[index])
+        return out
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+class RunLog:
+    """`train_log.jsonl`: one object per line, each complete on disk as soon as it is written.
+
+    A run that resumes keeps the lines up to its checkpoint and drops what the interrupted run wrote
+    after it.
+    """
+
+    def __init__(self, folder: Path, resume_at: int | None) -> None:
+        self.path = folder / FILE
+        kept = []
+        if resume_at is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                record = _parsed(line)
+                if (
+                    record is not None
+                    and record.get("step", 0) <= resume_at
+                    and record["event"] != "end"
+                ):
+                    kept.append(line + "\n")
+        part = self.path.with_name(f".{FILE}.{os.getpid()}")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> dict[str, Any]:
+        record = {"event": event, **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        return record
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # a line that a killed run left half written
+        return None
+
+
+class Progress:
+    """One bar on a terminal; elsewhere, or without tqdm, a plain line every 30 seconds."""
+
+    EVERY = 30.0
+
+    def __init__(self, total: int, done: int, show: bool) -> None:
+        self.total, self.done, self.show, self._bar = total, done, show, None
+        self._shown = time.monotonic()
+        if show and sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(
+                total=total, initial=done, desc="train", unit="step", dynamic_ncols=True
+            )
+
+    def step(self) -> None:
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, record: dict[str, Any]) -> None:
+        """Show what was logged last."""
+        if not self.show:
+            return
+        shown = {k: record[k] for k in ("objective", "nll", "lr") if record.get(k) is not None}
+        text = ", ".join(f"{k} {v:.3g}" for k, v in shown.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+        elif time.monotonic() - self._shown > self.EVERY or self.done == self.total:
+            self._shown = time.monotonic()
+            print(f"step {self.done}/{self.total}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

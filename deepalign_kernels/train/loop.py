@@ -1,0 +1,375 @@
+"""Constrained fine-tuning of a causal language model, as one loop to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deepalign_kernels.losses import reduce_tokens
+from deepalign_kernels.ops import ConstrainedParts, constrained_loss, token_logp
+from deepalign_kernels.train import checkpoint as ckpt
+from deepalign_kernels.train.config import ConstrainedSFTConfig
+from deepalign_kernels.train.data import IGNORE
+from deepalign_kernels.train.log import Meter, Progress, RunLog
+from deepalign_kernels.train.reference import (
+    ReferenceCache,
+    evaluating,
+    frozen_copy,
+    model_hash,
+    reference_logp,
+)
+from deepalign_kernels.train.session import check_models, deferred_interrupts, training_session
+from deepalign_kernels.train.source import Source
+from deepalign_kernels.train.table import Batch, steps_per_epoch
+
+Callback = Callable[["ConstrainedSFTTrainer", dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns."""
+
+    steps: int  # optimizer steps done, those before a resume included
+    metrics: dict[str, Any]  # the last line of the log that is about a step
+    log_path: Path  # JSONL
+    step0_max_log_ratio: float | None  # max |log p_policy - log p_ref| before training, nats; ~0
+    seconds: float  # of this call
+
+
+class ConstrainedSFTTrainer:
+    """Fine-tunes `model` in place with the constrained objective or plain SFT.
+
+    Args:
+        model: a causal LM; `model(input_ids=, attention_mask=)` returns an object with `.logits`
+            [B, T, V]. On one device.
+        tokenizer: a fast tokenizer with a chat template.
+        config: see `ConstrainedSFTConfig`.
+        train_data: path of a JSONL file, a list of chat records or of `Example`s, or an object with
+            `examples(epoch) -> list[Example]`, such as `RecoveryAugmentation`; see
+            `load_chat_data`.
+        ref_model: the model to be constrained to; None: `model` as it is when training starts.
+        callbacks: each is called as `callback(trainer, record)` with every line of the log that is
+            about a step.
+
+    Everything that can be wrong with the arguments is refused here, as a ValueError, and nothing is
+    written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: ConstrainedSFTConfig,
+        train_data: Any,
+        ref_model: nn.Module | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.callbacks = tuple(callbacks)
+        self.folder = Path(config.output_dir)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError("model: no parameter requires a gradient, nothing to train")
+        self.device = self.params[0].device
+        self.constrained = config.objective == "constrained"
+        self._ref_arg = ref_model
+        check_models(model, ref_model, config, self.device)
+
+        self.source = Source(train_data, tokenizer, model, config)
+        self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), config.step_size)
+        self.total_steps = config.max_steps or (config.epochs or 1) * self.steps_per_epoch
+        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        self.source.check(self.epochs)
+        self.step = 0  # optimizer steps done
+        self.ref_model: nn.Module | None = None  # in memory only with reference="frozen"
+        self._reference_keys: list[str] = []
+        self.step0_max_log_ratio: float | None = None
+        self.metrics: dict[str, Any] = {}
+
+    # The loop.
+
+    def train(self, resume: bool = False) -> TrainResult:
+        """Run to the end.
+
+        Args:
+            resume: go on from the newest checkpoint in `output_dir`; the parameters at the end are
+                bit for bit those of a run that was never interrupted (on one machine, with
+                deterministic kernels).
+
+        Raises:
+            ValueError: nothing to resume, or a run in `output_dir` that this one would overwrite;
+                another configuration, other data or a missing reference at a resume.
+            FloatingPointError: the loss is no longer finite.
+            KeyboardInterrupt: after an interrupt, once a checkpoint is written.
+        """
+        begun = time.perf_counter()
+        state = self._state_to_resume(resume)
+        with training_session(self.model, self.config, self.device):
+            self._prepare(state)
+            log = RunLog(self.folder, None if state is None else self.step)
+            progress = Progress(self.total_steps, self.step, self.config.progress)
+            try:
+                self._announce(log, state is not None)
+                with deferred_interrupts() as interrupted:
+                    self._since, self._tokens = time.perf_counter(), 0
+                    while self.step < self.total_steps:
+                        if interrupted():
+                            raise KeyboardInterrupt
+                        self._train_step()
+                        progress.step()
+                        self._report(log, progress)
+                        if self.config.save_every and self.step % self.config.save_every == 0:
+                            self.save_checkpoint()
+                if self.config.save_every and self.step % self.config.save_every:
+                    self.save_checkpoint()
+                log.write("end", step=self.step, seconds=time.perf_counter() - begun)
+            except KeyboardInterrupt:
+                if self._consistent:
+                    self.save_checkpoint()
+                raise
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                progress.close()
+                log.close()
+        seconds = time.perf_counter() - begun
+        return TrainResult(self.step, self.metrics, log.path, self.step0_max_log_ratio, seconds)
+
+    def _train_step(self) -> None:
+        batches, done = self._batches(self.step), []
+        for batch in batches:
+            loss, parts = self._micro_loss(batch)
+            loss.backward()
+            done.append((loss.detach(), parts, batch.targets, batch.positions))
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.params, self.config.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(self.step)
+
+        self._consistent = False  # until the end, a checkpoint would hold half an update
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._meter.add_step(done, norm)
+        self.step += 1
+        self._rng = ckpt.rng_state(self.device)
+        self._tokens += sum(batch.tokens for batch in batches)
+        self._consistent = True
+
+    def _micro_loss(self, batch: Batch) -> tuple[Tensor, ConstrainedParts]:
+        """One micro-batch's share of the objective, and what the log says about its tokens."""
+        logits = self._logits(self.model, batch)
+        mixed = batch.row_scale is not None  # parts with weights, not one mean over all tokens
+        if self.constrained:
+            options: dict[str, Any] = {"reduction": "none"}
+            if not mixed:
+                options = {"normalizer": batch.normalizer}
+            if self.ref_model is None:
+                options["ref_logp"] = batch.ref_logp
+            else:
+                with torch.no_grad():
+                    options["ref_logits"] = self._logits(self.ref_model, batch)
+            beta = self.config.beta_at(batch.positions)
+            result = constrained_loss(
+                logits, batch.targets, beta=beta, return_parts=True, **options
+            )
+            values, parts = cast(tuple[Tensor, ConstrainedParts], result)
+        else:
+            logp, valid = token_logp(logits, batch.targets), batch.targets != IGNORE
+            parts = ConstrainedParts(logp.detach(), torch.zeros_like(logp), valid.to(logp.dtype))
+            values = -logp if mixed else reduce_tokens(-logp, valid, normalizer=batch.normalizer)
+        return (values if batch.row_scale is None else (values * batch.row_scale).sum()), parts
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        dtype = self.config.autocast_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+    def _batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step: a function of the step alone, or no run could be resumed."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        table, order = self.source.epoch(epoch)
+        rows = order[at * self.config.step_size :][: self.config.step_size]
+        counts = self._global_counts(table.count(rows))
+        groups = table.split(rows, self.config.batch_size)
+        return [table.batch(group, self.device, counts) for group in groups]
+
+    def _global_counts(self, counts: Mapping[int, int]) -> Mapping[int, int]:
+        """Trained tokens of the step by part. Data parallelism would add the other ranks' here."""
+        return counts
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of update `step`, from 0: transformers' schedule of the same name."""
+        warmup, total = self.config.warmup_steps, self.total_steps
+        if step < warmup:
+            return self.config.learning_rate * step / warmup
+        done = min((step - warmup) / max(total - warmup, 1), 1.0)
+        left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+        return self.config.learning_rate * left[self.config.lr_schedule]
+
+    # Before the loop.
+
+    def _state_to_resume(self, resume: bool) -> dict[str, Any] | None:
+        found = ckpt.checkpoints(self.folder)
+        if not resume:
+            if found:
+                raise ValueError(
+                    f"output_dir: {self.folder} holds the checkpoints of a run; resume it, remove"
+                    " them, or choose another folder"
+                )
+            return None
+        if not found:
+            raise ValueError(f"resume: no checkpoint in {self.folder}")
+        return ckpt.load(found[-1], self.config.as_dict(), self.source.table(0).content_hash())
+
+    def _prepare(self, state: dict[str, Any] | None) -> None:
+        """Reference, optimizer and, at a resume, the state of the checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.step, self.metrics, self.step0_max_log_ratio = 0, {}, None
+        self._rng, self._consistent = ckpt.rng_state(self.device), True
+        self._meter = Meter(self.device, self.config.prefix_length)
+        self.optimizer = self._make_optimizer()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.constrained:
+            self._prepare_reference(state)
+        self.model.train()
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._meter.sums.copy_(state["meter"])
+            self.step, self.metrics, self._rng = state["step"], state["metrics"], state["rng"]
+            self.step0_max_log_ratio = state["step0_max_log_ratio"]
+        ckpt.set_rng_state(self._rng, self.device)
+
+    def _prepare_reference(self, state: dict[str, Any] | None) -> None:
+        reference = self.model if self._ref_arg is None else self._ref_arg
+        if self.config.reference == "frozen":
+            self.ref_model = frozen_copy(reference) if self._ref_arg is None else reference.eval()
+            self._reference_keys = [model_hash(self.ref_model)]
+            if state is not None and state["reference"] != self._reference_keys:
+                raise ValueError(
+                    "resume: the frozen reference is not the one this run began with; pass that as"
+                    " ref_model, or the model as it was before training"
+                )
+        else:
+            self._load_or_precompute(reference, state)
+        if state is None:
+            self._check_step0()
+
+    def _load_or_precompute(self, reference: nn.Module, state: dict[str, Any] | None) -> None:
+        cache, keys = ReferenceCache(self.folder), []
+        for epoch in self.source.epochs_with_own_table(self.epochs):
+            table = self.source.table(epoch)
+            if state is not None:
+                key = state["reference"][epoch]
+            else:
+                key = cache.key(reference, table, self.config.autocast_dtype)
+                if not cache.path(key).exists():
+                    size = self.config.batch_size
+                    logp = reference_logp(reference, table, self._logits, self.device, size)
+                    cache.save(key, table, logp)
+            table.ref_logp = cache.load(key, table)
+            keys.append(key)
+        self._reference_keys = keys
+
+    @torch.no_grad()
+    def _check_step0(self) -> None:
+        """Before training policy and reference agree, unless another model is the reference.
+
+        The first batch goes through the very path of training; a reference that is shifted by a
+        token, belongs to other data or sees other masks cannot pass.
+        """
+        with evaluating(self.model):
+            _, parts = self._micro_loss(self._batches(0)[0])
+        gap = (parts.logp - parts.ref_logp).abs().max().item()
+        low = self.config.autocast_dtype is not None or self.params[0].element_size() < 4
+        allowed = 1.0 if low else 1e-2
+        if self._ref_arg is None and not gap <= allowed:
+            raise RuntimeError(
+                f"before the first step policy and reference differ by up to {gap:.3g} nats on a"
+                f" target token, more than rounding explains ({allowed:g}): they do not speak about"
+                " the same tokens"
+            )
+        self.step0_max_log_ratio = gap
+
+    def _announce(self, log: RunLog, resumed: bool) -> None:
+        if resumed:
+            log.write("resume", step=self.step)
+            return
+        log.write(
+            "start",
+            step=0,
+            config=self.config.as_dict(),
+            total_steps=self.total_steps,
+            examples=len(self.source.table(0)),
+            too_long=self.source.too_long,
+            trained_tokens_per_epoch=sum(self.source.table(0).trained),
+            step0_max_log_ratio=self.step0_max_log_ratio,
+            torch=torch.__version__,
+        )
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        config = self.config
+        matrices = [p for p in self.params if p.dim() >= 2]
+        vectors = [p for p in self.params if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            fused=self.device.type in ("cpu", "cuda"),  # one kernel for all parameters
+        )
+
+    # After a step.
+
+    def _report(self, log: RunLog, progress: Progress) -> None:
+        """One line of the log, if it is due."""
+        if self.step % self.config.log_every and self.step != self.total_steps:
+            return
+        values = self._meter.read(with_reference=self.constrained)  # waits for the device
+        for name in ("objective", "grad_norm"):
+            if not math.isfinite(values[name] or 0.0):
+                raise FloatingPointError(
+                    f"step {self.step}: {name} is {values[name]}; the run is stopped"
+                )
+        speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
+        self.metrics = log.write(
+            "step",
+            step=self.step,
+            epoch=round(self.step / self.steps_per_epoch, 4),
+            lr=self.lr_at(self.step - 1),
+            tokens_per_s=round(speed, 1),
+            **values,
+        )
+        progress.say(self.metrics)
+        if self.callbacks:
+            for callback in self.callbacks:
+                callback(self, self.metrics)
+            self.model.train()  # a callback may evaluate or sample
+            ckpt.set_rng_state(self._rng, self.device)
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def save_checkpoint(self) -> Path:
+        """Write the state after the last complete step to `output_dir`; callbacks may call this."""
+        state = {
+            "config": self.config.as_dict(),
+            "data": self.source.table(0).content_hash(),
+            "reference": self._reference_keys,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meter": self._meter.sums.cpu(),
+            "rng": self._rng,
+            "metrics": self.metrics,
+            "step0_max_log_ratio": self.step0_max_log_ratio,
+        }
+        return ckpt.save(self.folder, self.step, state, self.config.keep_checkpoints)

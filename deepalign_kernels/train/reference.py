@@ -1,0 +1,137 @@
+"""What the reference says about the trained tokens: computed once, or asked batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepalign_kernels.ops import token_logp
+from deepalign_kernels.train.data import IGNORE
+from deepalign_kernels.train.table import Batch, TokenTable
+
+Logits = Callable[[nn.Module, Batch], Tensor]
+
+
+def model_hash(model: nn.Module) -> str:
+    """Of every parameter and buffer, and of what the config says about the computation."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(type(model).__name__.encode())
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    if to_dict is not None:
+        about = {k: v for k, v in to_dict().items() if _is_maths(k)}
+        digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_maths(key: str) -> bool:
+    """Whether a config entry can change what the model computes in eval()."""
+    return key[0] != "_" and "drop" not in key and key not in _NOT_MATHS
+
+
+_NOT_MATHS = ("transformers_version", "use_cache", "architectures", "name_or_path", "dtype")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() inside the block: no dropout, no activation checkpointing."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that never trains."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def reference_logp(
+    model: nn.Module, table: TokenTable, logits_of: Logits, device: torch.device, batch_size: int
+) -> Tensor:
+    """Log-probability of every target under `model`: a fp32 column of the table, else 0."""
+    out = torch.zeros(table.targets.shape, dtype=torch.float32)
+    with evaluating(model):
+        for rows in table.split(range(len(table)), batch_size):
+            batch = table.batch(rows, device, table.count(rows))
+            logp = token_logp(logits_of(model, batch), batch.targets)
+            out[table.slots(rows)] = logp.float().cpu()  # padding: every write to its slot is a 0
+    return out
+
+
+class ReferenceCache:
+    """Reference log-probabilities on disk: 4 bytes per trained token, `reference-<key>.pt` in the
+    output folder.
+
+    The key is a hash of the reference's weights and of the tokens, so a file never fits another
+    model or other data. A run that resumes reads the file that its checkpoint names: by then the
+    policy is not the reference any more, and computing it again would silently lift the constraint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def key(reference: nn.Module, table: TokenTable, *details: object) -> str:
+        text = repr((model_hash(reference), table.content_hash(), details))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"reference-{key}.pt"
+
+    def load(self, key: str, table: TokenTable) -> Tensor:
+        """The column of `table`.
+
+        Raises:
+            ValueError: the file is missing, cannot be read, or was made from other tokens.
+        """
+        path = self.path(key)
+        if not path.is_file():
+            raise ValueError(
+                f"resume: {path} is missing; it holds the reference of this run, which"
+                " cannot be computed again from a policy that has moved"
+            )
+        try:
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            logp, data = saved["ref_logp"], saved["data"]
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable reference file: {error}") from error
+        trained = table.targets != IGNORE
+        if data != table.content_hash() or logp.numel() != int(trained.sum()):
+            raise ValueError(f"{path}: made from other tokens than train_data gives now")
+        column = torch.zeros(table.targets.shape, dtype=torch.float32)
+        column[trained] = logp
+        return column
+
+    def save(self, key: str, table: TokenTable, column: Tensor) -> None:
+        logp = column[table.targets != IGNORE]
+        write_atomically(self.path(key), {"ref_logp": logp, "data": table.content_hash()})
+
+
+def write_atomically(path: Path, value: object) -> None:
+    """torch.save that leaves either the whole file or none."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
