@@ -4,6 +4,9 @@ The method is that of "Safety Alignment Should Be Made More Than Just a Few Toke
 (arXiv 2406.05946). Importing this package needs torch alone and touches no device.
 """
 
+import importlib
+from typing import Any
+
 from deepalign_kernels.backends import use_backend
 from deepalign_kernels.losses import BetaSchedule, reduce_tokens, response_positions
 from deepalign_kernels.ops import (
@@ -44,3 +47,10 @@ __all__ = [
     "token_stats",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`dak.hf`, `dak.train` and `dak.toyworld` need transformers: imported when first asked for."""
+    if name in ("hf", "train", "toyworld"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,89 @@
+"""The linear ops: hidden states and head weights in, the [T, V] logits never whole in memory.
+
+A case whose op this version of the library does not have yet is still listed: its baselines and
+peers run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import deepalign_kernels as dak
+from benchmarks import plain
+from benchmarks.cases import Case, Shape, Work
+from benchmarks.plain import IGNORE, Inputs
+
+
+def _work(models: int, frozen: bool) -> Callable[[Shape, int, str], Work]:
+    """GEMMs that no method avoids: logits of each model, then dX and, unless the head is frozen,
+    dW.
+    """
+
+    def work(shape: Shape, itemsize: int, phase: str) -> Work:
+        gemm = 2 * shape.T * shape.H * shape.V
+        hidden, weight = shape.T * shape.H * itemsize, shape.V * shape.H * itemsize
+        read = models * (hidden + weight)
+        if phase == "fwd":
+            return Work(read, 4 * shape.T, models * gemm)
+        written = 4 * shape.T + hidden + (0 if frozen else weight)
+        return Work(read, written, (models + 1 + (not frozen)) * gemm)
+
+    return work
+
+
+def _linear(tokens: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
+    return lambda x: tokens(plain.with_logits(x))
+
+
+def _call(name: str) -> Callable[..., Any]:
+    """The public op; older versions of the library lack some (see `providers`)."""
+    return getattr(dak, name)
+
+
+def _logp(x: Inputs) -> Tensor:
+    return _call("linear_token_logp")(x["hidden"], x["weight"], x["target"], ignore_index=IGNORE)
+
+
+def _kl(direction: str) -> Callable[[Inputs], Tensor]:
+    def ours(x: Inputs) -> Tensor:
+        heads = (x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"])
+        return _call("linear_token_kl")(*heads, direction=direction, valid=x.get("valid"))
+
+    return ours
+
+
+def _constrained(x: Inputs) -> Tensor:
+    kw = {"beta": x["beta"], "ref_logp": x["ref_logp"], "ignore_index": IGNORE}
+    return _call("linear_constrained_loss")(x["hidden"], x["weight"], x["target"], **kw)
+
+
+def _case(name: str, ours: Any, tokens: Any, needs: str, rows: str, **more: Any) -> Case:
+    """rows: the logits op whose backends the linear op uses for each chunk of logits."""
+    frozen, models = name.endswith("frozen_head"), 2 if "ref_weight" in needs else 1
+    return Case(
+        name=f"linear_{name}",
+        ours=ours,
+        tokens=_linear(tokens),
+        needs=("hidden", "weight", "target", *needs.split()),
+        ops={"fwd": (f"{rows}_fwd",), "fwd_bwd": (f"{rows}_fwd", f"{rows}_bwd")},
+        linear_work=_work(models, frozen),
+        leaves=("hidden",) if frozen else ("hidden", "weight"),
+        **more,
+    )
+
+
+_HEADS = "ref_hidden ref_weight"
+_LOGP = (_logp, plain.token_logp, "", "token_logp")
+_CONSTRAINED = (_constrained, plain.constrained_ref_logp, "ref_logp beta", "token_logp")
+_ALL = (
+    _case("token_logp", *_LOGP),
+    _case("token_logp/frozen_head", *_LOGP),
+    _case("token_kl/policy_ref", _kl("policy_ref"), plain.token_kl_policy_ref, _HEADS, "token_kl"),
+    _case("token_kl/js", _kl("js"), plain.token_kl_js, _HEADS, "token_kl"),
+    _case("constrained_loss", *_CONSTRAINED, reduction="mean"),
+    _case("constrained_loss/frozen_head", *_CONSTRAINED, reduction="mean"),
+)
+LINEAR = {case.name: case for case in _ALL}

@@ -1,0 +1,95 @@
+"""What is known of a GPU without one: compile report, bytes counted in the interpreter,
+predictions.
+
+Two predictions, both at H200_COPY: `floor` counts what no cache can save, `asked` counts every byte
+the kernels ask for. `measured` beside them, once a GPU run exists, says how good that model is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+from benchmarks import interpreted, report
+from benchmarks.cases import DTYPES, LOGITS, Shape, traffic, work_of
+from benchmarks.harness import Row
+from benchmarks.machine import ROOT
+
+H200_COPY = 4.3e12  # bytes/s read + written, device-to-device copy through torch, one H200, 2026-10
+SHAPE, DTYPE = Shape(8192, 128256), "bf16"
+COMPILER = "deepalign_kernels.triton_kernels._offline"
+
+
+def predictions(measured: list[Row] | None) -> str:
+    """Predicted milliseconds per op on an H200, and the best measured ones where a run is given."""
+    lines, itemsize = [], DTYPES[DTYPE].itemsize
+    for case in LOGITS.values():
+        for phase in case.phases:
+            floor = work_of(case, SHAPE, itemsize, phase).bytes
+            asked = sum(traffic(case, SHAPE, itemsize, phase, cached=False))
+            line = [case.name, phase, f"{floor / 1e9:.2f}", f"{asked / 1e9:.2f}"]
+            line += [f"{1e3 * n / H200_COPY:.2f}" for n in (floor, asked)]
+            if measured is not None:
+                took = _measured(measured, case.name, phase)
+                share = f"{took * H200_COPY / 1e3 / floor:.2f}x" if took else "-"
+                line += [f"{took:.2f}" if took else "-", share]
+            lines.append(line)
+    header = ["op", "phase", "floor GB", "asked GB", "floor ms", "asked ms"]
+    header += ["measured ms", "of floor"] if measured is not None else []
+    title = f"[predicted: {SHAPE} {DTYPE} on an H200 at {H200_COPY / 1e12:.1f} TB/s read + written]"
+    return f"{title}\n{report.table(header, lines)}"
+
+
+def counted() -> str:
+    """Bytes the kernels loaded and stored in the interpreter, beside the declared ones."""
+    found = interpreted.count()
+    shape = Shape(interpreted.T, interpreted.V)
+    title = f"[bytes moved in Triton's interpreter, {shape} fp32, in passes over one tensor]"
+    if isinstance(found, str):
+        return f"{title}\nnot counted: {found}"
+    matrix, lines = shape.T * shape.V * 4, []
+    for part in found:
+        case = LOGITS[part["op"]]
+        read, written = traffic(case, shape, 4, part["phase"], cached=False)
+        shown = [part["read"] / matrix, read / matrix, part["written"] / matrix, written / matrix]
+        # A pass more than declared is a finding; what is per row or per tile of a row is not.
+        same = abs(shown[0] - shown[1]) < 0.05 and abs(shown[2] - shown[3]) < 0.05
+        state = "as declared" if same else "NOT AS DECLARED"
+        lines.append([part["op"], part["phase"], *(f"{x:.3f}" for x in shown), state])
+    header = ["op", "phase", "read", "declared", "written", "declared", ""]
+    return f"{title}\n{report.table(header, lines)}"
+
+
+def _measured(rows: list[Row], op: str, phase: str) -> float | None:
+    here = [
+        r.ms
+        for r in rows
+        if (r.op, r.phase, r.shape, r.dtype) == (op, phase, SHAPE, DTYPE)
+        and r.group == "ours"
+        and r.ms
+    ]
+    return min(here, default=None)
+
+
+def compile_report(*args: str) -> str:
+    """Registers, spills, shared memory, vector width and occupancy of every kernel, compiled
+    without a GPU.
+    """
+    title = "[Triton kernels, compiled without a GPU]"
+    if importlib.util.find_spec("triton") is None:
+        return f"{title}\ntriton is not installed"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", COMPILER, *args]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
+    ended = f"\nended with status {done.returncode}: {done.stderr.strip()[-300:]}"
+    return f"{title}\n{done.stdout.strip()}{ended if done.returncode else ''}"
+
+
+def main(measured: str | None, archs: list[str]) -> int:
+    """Print all three parts; `archs` as _offline knows them, none: all that it knows."""
+    print(compile_report(*(part for arch in archs for part in ("--arch", arch))), "\n")
+    print(counted(), "\n")
+    print(predictions(report.load(measured)[2] if measured else None))
+    return 0

@@ -1,0 +1,120 @@
+// Gradient of token_kl with respect to the policy's logits, one row; and scaling a row in place.
+#include <math.h>
+
+#include "cpu/kernels.h"
+#include "cpu/mixture.h"
+#include "cpu/sums.h"
+
+namespace dak::DAK_ISA {
+namespace {
+
+// d[i] of reference/token_kl.py, times `scale`. One operator per direction.
+// q (log q - log p - KL). The log-ratio is rounded like the center of kernels_kl.cpp, before that is taken
+// off: where one column has all of q they are the same number, and the gradient is 0.
+struct PolicyRef {
+  F shift_q, shift_p, exponent, inverse, log_sums, center, scale;
+  DAK_INLINE F operator()(F zq, F zp) const {
+    F dq = zq - shift_q, dp = zp - shift_p, zero = set(0.0f);
+    F log_ratio = fma(dq - dp, inverse, zero - log_sums);
+    F d = (log_ratio - center) * (exp2(dq * exponent) * scale);
+    return pick(eq(zq, set(-inf)), zero, d);
+  }
+};
+
+struct RefPolicy {  // q - p; two products and a difference, so that it is 0 where the models agree
+  F shift_q, shift_p, exponent, scale_q, scale_p;
+  DAK_INLINE F operator()(F zq, F zp) const {
+    F q = exp2((zq - shift_q) * exponent), p = exp2((zp - shift_p) * exponent);
+    return q * scale_q - p * scale_p;
+  }
+};
+
+struct Js {  // (1 - b) q (log(q / m) - KL(q || m))
+  Mixture mixture;
+  LogProb log_q, log_p;
+  F center, scale;
+  DAK_INLINE F operator()(F zq, F zp) const {
+    F q, term_q, term_p;
+    mixture.terms(log_q(zq), log_p(zp), q, term_q, term_p);
+    return (term_q - q * center) * scale;
+  }
+};
+
+template <class T, class O, bool Cap, class D>
+struct Pairwise {
+  const Scorer<Cap>& score;
+  const D& d;
+  DAK_INLINE F one(F x, F y) const {
+    if constexpr (Cap) {
+      F slope, zq = score.with_slope(x, slope);
+      return d(zq, score(y)) * slope;
+    }
+    return d(x, y);
+  }
+  template <bool Stream>
+  DAK_INLINE void operator()(O* out, const T* policy, const T* ref) const {
+    F x0, x1, y0, y1;
+    load2(policy, x0, x1);
+    load2(ref, y0, y1);
+    store2<Stream, T>(out, one(x0, y0), one(x1, y1));
+  }
+};
+
+template <class T, bool Cap, class D>
+void write(const Scorer<Cap>& score, const T* q, const T* p, int64_t n, OutRow to, const D& d) {
+  with_out<T>(to, [&](auto* out, auto stream) {
+    Pairwise<T, plain<decltype(*out)>, Cap, D> fn{score, d};
+    map_row<decltype(stream)::value>(out, n, fn, q, p);
+  });
+}
+
+void kl_grad(Row policy, Row ref, const KlGrad& g, Score options, OutRow to) {
+  with_type(policy, options, [&](auto* q, auto score) {
+    auto* p = static_cast<decltype(q)>(ref.data);
+    Anchor aq(g.policy, score.inverse), ap(g.ref, score.inverse);
+    double scale = double(g.grad) * score.inverse;
+    F shift_q = set(aq.shift), shift_p = set(ap.shift), exponent = set(score.exponent);
+    if (g.direction == policy_ref) {
+      F log_sums = set(float(aq.log_sum - ap.log_sum)), inverse = set(float(score.inverse));
+      F scale_q = factor(scale * exp(-aq.log_sum));
+      PolicyRef d{shift_q, shift_p, exponent, inverse, log_sums, set(g.center), scale_q};
+      write(score, q, p, policy.columns, to, d);
+    } else if (g.direction == ref_policy) {
+      F scale_q = factor(scale * exp(-aq.log_sum)), scale_p = factor(scale * exp(-ap.log_sum));
+      write(score, q, p, policy.columns, to, RefPolicy{shift_q, shift_p, exponent, scale_q, scale_p});
+    } else {
+      F inverse = set(float(score.inverse));
+      LogProb log_q{inverse, shift_q, set(float(aq.log_sum))};
+      LogProb log_p{inverse, shift_p, set(float(ap.log_sum))};
+      F weight = factor(scale * (1.0 - g.js_beta));
+      write(score, q, p, policy.columns, to, Js{Mixture(g.js_beta), log_q, log_p, set(g.center), weight});
+    }
+  });
+}
+
+template <class T>
+struct Scaled {
+  F by;
+  template <bool Stream>
+  DAK_INLINE void operator()(T* out, const T* p) const {
+    F a, b;
+    load2(p, a, b);
+    store2<Stream, T>(out, a * by, b * by);
+  }
+};
+
+void scale(Row x, float by) {
+  with_type(x, Score{}, [&](auto* p, auto) {
+    using T = plain<decltype(*p)>;
+    map_row<false>(const_cast<T*>(p), x.columns, Scaled<T>{factor(by)}, p);
+  });
+}
+
+}  // namespace
+
+void fill_kl_grad(Kernels& table) {
+  table.kl_grad = kl_grad;
+  table.scale = scale;
+}
+
+}  // namespace dak::DAK_ISA

@@ -1,0 +1,52 @@
+// token_stats of one row: one sweep for everything but Jensen-Shannon, which takes a second one.
+#include "cpu/js_row.h"
+#include "cpu/kernels.h"
+#include "cpu/pair.h"
+
+namespace dak::DAK_ISA {
+namespace {
+
+// The first column with the score `top`.
+template <class T, bool Cap>
+int64_t first_at(const Scorer<Cap>& score, const T* p, int64_t n, float top) {
+  F a, b, m = set(top);
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    load_scores(score, p + i, a, b);
+    if (any(eq(a, m)) || any(eq(b, m))) break;
+  }
+  for (; i < n; i++) {
+    if (score_at(score, p, i) == top) return i;
+  }
+  return n;
+}
+
+StatsRow stats(Row policy, Row ref, int64_t y, double js_beta, Score options) {
+  return with_type(policy, options, [&](auto* q, auto score) -> StatsRow {
+    auto* p = static_cast<decltype(q)>(ref.data);
+    int64_t n = policy.columns;
+    auto s = sum_pair<Want::stats>(score, q, p, n);
+    StatsRow out{};
+    if (y >= 0) {
+      out.logp = float(s.x.log_prob(score_at(score, q, y), score.inverse));
+      out.ref_logp = float(s.y.log_prob(score_at(score, p, y), score.inverse));
+    }
+    out.kl_policy_ref = float(s.kl_x(score.inverse));
+    out.kl_ref_policy = float(s.kl_y(score.inverse));
+    out.entropy = float(s.entropy_x(score.inverse));
+    out.ref_entropy = float(s.entropy_y(score.inverse));
+    if (js_beta > 0) {
+      JsSums sums = js_row(score, q, p, n, js_beta, s.x, s.y);
+      out.js = float(js_beta * sums.p + (1.0 - js_beta) * sums.q);
+    }
+    int64_t best = first_at(score, q, n, s.x.top);
+    out.top1_agree = best == first_at(score, p, n, s.y.top) ? 1.0f : 0.0f;
+    return out;
+  });
+}
+
+}  // namespace
+
+void fill_stats(Kernels& table) { table.stats = stats; }
+
+}  // namespace dak::DAK_ISA

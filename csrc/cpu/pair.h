@@ -1,0 +1,183 @@
+// Sums over two models' rows in one sweep: KL one way, or everything token_stats needs.
+#pragma once
+
+#include "cpu/sum_row.h"
+
+namespace dak::DAK_ISA {
+
+// With dx = x - shift_x, ex = exp(dx / temperature), and y alike:
+//   cross_x = sum ex (dx - dy)   KL(x || y) = cross_x / sum ex / temperature - log sum ex + log sum ey
+//   self_x  = sum ex dx          entropy    = log sum ex - self_x / sum ex / temperature
+// Equal logits go through equal roundings: cross is exactly 0, the logs cancel.
+enum class Want { kl, stats };
+
+template <Want W>
+struct PairSums {
+  Model x, y;
+  double cross_x = 0, cross_y = 0, self_x = 0, self_y = 0;
+  bool x_alone = false, y_alone = false;  // a column that only one of the two models can produce
+
+  void raise(float top_x, float top_y, float exponent) {
+    double dx = x.raise(top_x, exponent), dy = y.raise(top_y, exponent);
+    double fx = ::exp2(dx * exponent), fy = ::exp2(dy * exponent);  // x.sum, y.sum have it already
+    cross_x = fx * cross_x + (dx - dy) * x.sum;
+    if constexpr (W == Want::stats) {
+      cross_y = fy * cross_y + (dy - dx) * y.sum;
+      self_x = fx * self_x + dx * x.sum;
+      self_y = fy * self_y + dy * y.sum;
+    }
+  }
+  double kl_x(double inverse) const { return kl(x, y, cross_x, x_alone, inverse); }
+  double kl_y(double inverse) const { return kl(y, x, cross_y, y_alone, inverse); }
+  double entropy_x(double inverse) const { return x.log_sum() - self_x / x.sum * inverse; }
+  double entropy_y(double inverse) const { return y.log_sum() - self_y / y.sum * inverse; }
+
+ private:
+  static double kl(const Model& own, const Model& other, double cross, bool alone, double inverse) {
+    // A row of only -inf, or with NaN, has no finite positive sum: NaN.
+    if (alone) return own.sum > 0 && other.sum > 0 ? double(inf) : double(inf) - double(inf);
+    return cross / own.sum * inverse - own.log_sum() + other.log_sum();
+  }
+};
+
+// One block's share of the sums.
+struct PairBlock {
+  float sum_x, sum_y, cross_x, cross_y, self_x, self_y, top_x, top_y;
+  bool x_alone, y_alone;
+
+  bool spoiled() const {  // inf or NaN in a cross sum
+    float c = (cross_x - cross_x) + (cross_y - cross_y);
+    return !(c == 0.0f);
+  }
+  template <Want W>
+  void add_to(PairSums<W>& s) const {
+    s.x.add(sum_x, top_x);
+    s.y.add(sum_y, top_y);
+    s.cross_x += double(cross_x);
+    s.cross_y += double(cross_y);
+    s.self_x += double(self_x);
+    s.self_y += double(self_y);
+    s.x_alone |= x_alone;
+    s.y_alone |= y_alone;
+  }
+};
+
+template <Want W>
+struct PairLanes {
+  static constexpr bool all = W == Want::stats;
+  F shift_x, shift_y, exponent;
+  F sum_x[2], sum_y[2], cross_x[2], cross_y[2], self_x[2], self_y[2], top_x[2], top_y[2];
+  bool x_alone = false, y_alone = false;
+
+  DAK_INLINE PairLanes(float from_x, float from_y, float c)
+      : shift_x(set(from_x)), shift_y(set(from_y)), exponent(set(c)) {
+    for (int k = 0; k < 2; k++) {
+      sum_x[k] = sum_y[k] = cross_x[k] = cross_y[k] = self_x[k] = self_y[k] = set(0.0f);
+      top_x[k] = top_y[k] = set(-inf);
+    }
+  }
+
+  // The plain form takes no notice of -inf: such a column leaves inf or NaN in the cross sums, and
+  // the block is done again with Careful.
+  template <bool Careful>
+  DAK_INLINE void add(int k, F x, F y) {
+    top_x[k] = max(x, top_x[k]);
+    top_y[k] = max(y, top_y[k]);
+    F dx = x - shift_x, dy = y - shift_y, apart = dx - dy, back = dy - dx;
+    F ex = exp2(dx * exponent), ey = exp2(dy * exponent);
+    if constexpr (Careful) {
+      F zero = set(0.0f), off = set(-inf);
+      Mask no_x = eq(x, off), no_y = eq(y, off);
+      x_alone |= any(but_not(no_y, no_x));
+      y_alone |= any(but_not(no_x, no_y));
+      dx = pick(no_x, zero, dx);
+      dy = pick(no_y, zero, dy);
+      apart = pick(no_x, zero, pick(no_y, zero, apart));
+      back = pick(no_y, zero, pick(no_x, zero, back));
+    }
+    sum_x[k] = sum_x[k] + ex;
+    sum_y[k] = sum_y[k] + ey;
+    cross_x[k] = fma(ex, apart, cross_x[k]);
+    if constexpr (all) {
+      cross_y[k] = fma(ey, back, cross_y[k]);
+      self_x[k] = fma(ex, dx, self_x[k]);
+      self_y[k] = fma(ey, dy, self_y[k]);
+    }
+  }
+  DAK_INLINE static float sum(const F* lanes) { return sum_of(lanes[0] + lanes[1]); }
+  DAK_INLINE static float top(const F* lanes) { return max_of(max(lanes[0], lanes[1])); }
+  DAK_INLINE PairBlock done() const {
+    PairBlock b{};
+    b.sum_x = sum(sum_x), b.sum_y = sum(sum_y), b.cross_x = sum(cross_x);
+    if constexpr (all) {
+      b.cross_y = sum(cross_y), b.self_x = sum(self_x), b.self_y = sum(self_y);
+    }
+    b.top_x = top(top_x), b.top_y = top(top_y);
+    b.x_alone = x_alone, b.y_alone = y_alone;
+    return b;
+  }
+};
+
+// `n` is a multiple of `step`, or below it.
+template <Want W, bool Careful, class T, bool Cap>
+inline PairBlock pair_block(
+    const Scorer<Cap>& score, const T* px, const T* py, int64_t n, const PairSums<W>& s) {
+  PairLanes<W> lanes(s.x.from(), s.y.from(), score.exponent);
+  F x0, x1, y0, y1;
+  if (Careful && n < step) {
+    load_rest(score, px, n, x0, x1);
+    load_rest(score, py, n, y0, y1);
+    lanes.template add<Careful>(0, x0, y0);
+    lanes.template add<Careful>(1, x1, y1);
+    return lanes.done();
+  }
+  for (int64_t i = 0; i < n; i += step) {
+    load_scores(score, px + i, x0, x1);
+    load_scores(score, py + i, y0, y1);
+    lanes.template add<Careful>(0, x0, y0);
+    lanes.template add<Careful>(1, x1, y1);
+  }
+  return lanes.done();
+}
+
+// Adds columns [0, n) to the sums.
+template <Want W, class T, bool Cap>
+inline void add_block(
+    const Scorer<Cap>& score, const T* px, const T* py, int64_t n, PairSums<W>& s) {
+  bool careful = n < step;
+  for (;;) {
+    PairBlock b = careful ? pair_block<W, true>(score, px, py, n, s)
+                          : pair_block<W, false>(score, px, py, n, s);
+    bool low_x = s.x.too_low_for(b.top_x, score.exponent);
+    bool low_y = s.y.too_low_for(b.top_y, score.exponent);
+    if (low_x || low_y) {
+      s.raise(low_x ? b.top_x : -inf, low_y ? b.top_y : -inf, score.exponent);
+    } else if (!careful && b.spoiled()) {
+      careful = true;
+    } else {
+      b.add_to(s);
+      break;
+    }
+  }
+  bool follow = s.x.should_follow(score.exponent) || s.y.should_follow(score.exponent);
+  if (follow) s.raise(s.x.top, s.y.top, score.exponent);
+}
+
+// Columns of the next block, which starts `left` columns before the end of the row.
+inline int64_t next_columns(int64_t left) {
+  return left >= block ? block : left >= step ? left / step * step : left;
+}
+
+template <Want W, class T, bool Cap>
+inline PairSums<W> sum_pair(const Scorer<Cap>& score, const T* px, const T* py, int64_t n) {
+  PairSums<W> s;
+  int64_t first = n < peek ? n : peek;
+  s.raise(largest(score, px, first), largest(score, py, first), score.exponent);
+  for (int64_t i = 0, columns; i < n; i += columns) {
+    columns = next_columns(n - i);
+    add_block<W>(score, px + i, py + i, columns, s);
+  }
+  return s;
+}
+
+}  // namespace dak::DAK_ISA

@@ -1,0 +1,64 @@
+// What is known of one model's row while it is swept, and how it ends up in the results.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/rows.h"
+#include "cpu/vec.h"
+
+namespace dak::DAK_ISA {
+
+// The sums are taken against `shift`, the largest score before the block at hand, so that a block needs no
+// sweep of its own for its maximum. A block that rises more than `lag` powers of two above it is
+// summed again: below that, the roundings of (score - shift) * exponent cost 5e-7 at most.
+inline constexpr float lag = 6.0f;
+
+struct Model {
+  float shift = -inf;  // -inf: nothing but -inf so far
+  float top = -inf;    // the exact maximum
+  double sum = 0.0;    // of 2^((score - shift) * exponent)
+
+  float from() const { return shift == -inf ? 0.0f : shift; }
+  bool too_low_for(float new_top, float exponent) const {
+    return new_top > shift && !((new_top - shift) * exponent <= lag);
+  }
+  // Moves the shift up; returns by how much the old terms' (score - shift) changes, <= 0.
+  double raise(float new_shift, float exponent) {
+    if (!(new_shift > shift)) return 0.0;
+    double by = shift == -inf ? 0.0 : double(shift) - double(new_shift);
+    sum *= ::exp2(by * exponent);
+    shift = new_shift;
+    return by;
+  }
+  void add(float block_sum, float block_top) {
+    sum += double(block_sum);
+    if (block_top > top) top = block_top;
+  }
+  // Worth two exp2 in double: more than one power of two.
+  bool should_follow(float exponent) const { return (top - shift) * exponent > 1.0f; }
+
+  double log_sum() const { return ::log(sum); }  // above shift * inverse
+  // NaN for a row of only -inf: log(0) - log(0).
+  double log_prob(float score, double inverse) const {
+    double logp = (double(score) - double(from())) * inverse - log_sum();
+    return logp > 0.0 ? 0.0 : logp;
+  }
+  Norm norm(double inverse) const {
+    float m = top == -inf ? 0.0f : float(double(top) * inverse);
+    return {m, float(double(from()) * inverse - double(m) + log_sum())};
+  }
+};
+
+// Where a normaliser has z = m, as a score, and what is left of it after rounding to fp32.
+struct Anchor {
+  float shift;
+  double log_sum;  // log-probability = (score - shift) / temperature - log_sum
+
+  Anchor(Norm norm, double inverse) {
+    double at = double(norm.m) / inverse;
+    shift = float(at);
+    log_sum = double(norm.s) - (double(shift) - at) * inverse;
+  }
+};
+
+}  // namespace dak::DAK_ISA

@@ -1,0 +1,288 @@
+"""The losses that can run inside a head, and what they hand back.
+
+A loss is any callable that takes a `Head` and returns a `LossOutput`, or a 0-d tensor, the loss.
+Those below are plain classes on purpose: FSDP casts the tensors it finds in lists, dicts and
+dataclasses to the compute dtype, and a reference log-prob in bf16 is off by up to 2^-9 of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepalign_kernels import ops
+from deepalign_kernels.hf.head import IGNORE, Head, whole
+from deepalign_kernels.losses import reduce_tokens
+from deepalign_kernels.ops import _check
+
+try:
+    from transformers.utils import ModelOutput
+except ImportError as error:
+    raise ImportError(
+        'deepalign_kernels.hf needs transformers: pip install "deepalign_kernels[train]"'
+    ) from error
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """What a call with `dak_loss` returns. T' is T - 1 for `labels` [B, T], T for shift_labels."""
+
+    loss: Tensor | None = None  # 0-d, or [B, T'] from reduction="none"; nats
+    logp: Tensor | None = None  # [B, T'] fp32 log-prob of each target, 0 where not trained; nats
+    mask: Tensor | None = None  # [B, T'] bool, the trained positions
+    parts: dict[str, Tensor] | None = None  # by-products by name
+    aux_loss: Tensor | None = None  # a mixture of experts' own, as the model gives it; not in loss
+
+
+class HiddenRows(NamedTuple):
+    """The last hidden states of a batch's trained tokens under one model (see `hidden_rows`)."""
+
+    hidden: Tensor  # [N, H], detached
+    index: Tensor  # [N] int64, their places in the flattened [B * T'] targets
+    source: object  # which attached model they come from
+
+
+class TokenLogp:
+    """Log-probs of the labels. `logp` carries gradient, so any loss can follow outside.
+
+    Args:
+        temperature: divides the logits, > 0.
+        normalizer: what the summed loss is divided by (a number, or a 0-d tensor); default:
+            `num_items_in_batch` of the call, else the number of trained tokens here.
+        options: passed on to `dak.linear_token_logp` (max_workspace_bytes, compact, ...).
+
+    Result: loss, the mean negative log-prob; logp. Both with gradient.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        normalizer: float | Tensor | None = None,
+        **options: Any,
+    ):
+        self.normalizer = normalizer
+        self.options = {"temperature": temperature, **options}
+
+    def __call__(self, head: Head) -> LossOutput:
+        options = {**head.options, **self.options}
+        logp = ops.linear_token_logp(head.hidden, head.weight, head.target, **options)
+        divisor = _normalizer(self.normalizer, head)
+        loss = reduce_tokens(-logp, head.target != IGNORE, normalizer=divisor)
+        return LossOutput(loss=loss, logp=logp)
+
+
+class ConstrainedLoss:
+    """`dak.linear_constrained_loss` in the head: the loss of arXiv 2406.05946, equation 3.
+
+    Exactly one reference must be given. Per-token tensors come in the shape of `labels` [B, T], and
+    are shifted like them, or in that of `LossOutput.logp`.
+
+    Args:
+        beta: >= 0; a number or a per-token float tensor, such as
+            `BetaSchedule()(response_positions(labels))`.
+        ref_logp: per-token float tensor, log-probs of the labels under the reference, in nats.
+        ref_rows: the reference's hidden states, from `hidden_rows` on the same batch; needed for
+            the option kl_coef.
+        ref_weight, ref_bias: [V, H], [V], the reference's head, with `ref_rows`. None: policy and
+            reference are one model (without its adapters for the reference) with one frozen head.
+        reduction, normalizer: as in `dak.constrained_loss`; the default normalizer as in
+            `TokenLogp`.
+        options: passed on to `dak.linear_constrained_loss` (temperature, objective, min_weight,
+            kl_coef, kl_direction, max_workspace_bytes, ...).
+
+    Result: loss, with gradient; logp; parts "ref_logp", "weight" (what each token's cross-entropy
+        gradient is multiplied by, 0 to 2), "log_ratio" (log policy - log reference) and, with
+        kl_coef, "kl". All [B, T'].
+
+    Raises:
+        ValueError: no reference or two, a tensor of another shape, a trained head without
+            ref_weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float | Tensor,
+        ref_logp: Tensor | None = None,
+        ref_rows: HiddenRows | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        reduction: str = "mean",
+        normalizer: float | Tensor | None = None,
+        **options: Any,
+    ):
+        if (ref_logp is None) == (ref_rows is None):
+            got = "neither" if ref_logp is None else "both"
+            raise ValueError(f"ref_logp, ref_rows: expected exactly one of the two, got {got}")
+        self.beta, self.ref_logp, self.ref_rows = beta, ref_logp, ref_rows
+        self.ref_weight, self.ref_bias = ref_weight, ref_bias
+        self.normalizer, self.options = normalizer, {"reduction": reduction, **options}
+
+    def __call__(self, head: Head) -> LossOutput:
+        options = {**head.options, **self.options, "return_parts": True}
+        options["normalizer"] = _normalizer(self.normalizer, head, options["reduction"])
+        beta = head.align("beta", self.beta)
+        if (rows := self.ref_rows) is None:
+            options.update(beta=beta, ref_logp=head.align("ref_logp", self.ref_logp))
+            return _constrained_output(
+                ops.linear_constrained_loss(head.hidden, head.weight, head.target, **options)
+            )
+
+        options.update(_reference(head, rows, self.ref_weight, self.ref_bias))
+        if isinstance(beta, Tensor) and beta.dim():
+            beta = _take(beta, rows)
+        hidden, target = _take(head.hidden, rows), _take(head.target, rows)
+        result = ops.linear_constrained_loss(hidden, head.weight, target, beta=beta, **options)
+        return _constrained_output(result, lambda x: _put(x, rows, head.target))
+
+
+class TokenKL:
+    """`dak.linear_token_kl` in the head: full-vocabulary KL to a reference, per trained token.
+
+    Args:
+        ref_rows: the reference's hidden states, from `hidden_rows` on the same batch.
+        ref_weight, ref_bias: [V, H], [V], the reference's head. None: policy and reference are one
+            model (without its adapters for the reference) with one frozen head, then read once for
+            both.
+        direction, js_beta: as in `dak.token_kl`.
+        reduction: "mean" over the trained tokens, "sum", or "none": loss [B, T'], 0 where not
+            trained.
+        normalizer: for "mean", as in `TokenLogp`.
+        options: passed on to `dak.linear_token_kl` (temperature, max_workspace_bytes, ...).
+
+    Result: loss, with gradient.
+
+    Raises:
+        ValueError: without a ref_weight, rows of another model or a head that is trained.
+    """
+
+    def __init__(
+        self,
+        ref_rows: HiddenRows,
+        *,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        direction: str = "policy_ref",
+        js_beta: float = 0.5,
+        reduction: str = "mean",
+        normalizer: float | Tensor | None = None,
+        **options: Any,
+    ):
+        self.ref_rows, self.ref_weight, self.ref_bias = ref_rows, ref_weight, ref_bias
+        named = {"direction": direction, "js_beta": js_beta, "reduction": reduction}
+        self.normalizer, self.options = normalizer, {**named, **options}
+
+    def __call__(self, head: Head) -> LossOutput:
+        rows, options = self.ref_rows, {**head.options, **self.options}
+        options["normalizer"] = _normalizer(self.normalizer, head, options["reduction"])
+        options.update(_reference(head, rows, self.ref_weight, self.ref_bias))
+        loss = ops.linear_token_kl(_take(head.hidden, rows), head.weight, **options)
+        return LossOutput(loss=_put(loss, rows, head.target) if loss.dim() else loss)
+
+
+def hidden_rows(model: nn.Module, **batch: Any) -> HiddenRows:
+    """A reference pass: the last hidden states of the trained tokens, instead of logits.
+
+    Args:
+        model: an attached model, as it is called in training (its DDP, FSDP or PEFT wrapper). For
+            LoRA it is the policy itself, inside `with model.disable_adapter():`.
+        batch: what the model's call takes; `labels` or `shift_labels` say which tokens are trained.
+
+    Returns:
+        HiddenRows for `TokenKL` or `ConstrainedLoss` on the same batch: N * H elements, no
+        gradient.
+
+    Raises:
+        ValueError: not attached.
+    """
+    kept: list[HiddenRows] = []
+
+    def keep(head: Head) -> LossOutput:
+        index = (head.target != IGNORE).flatten().nonzero().squeeze(1)
+        hidden = head.hidden.detach().flatten(0, 1).index_select(0, index)
+        kept.append(HiddenRows(hidden, index, head.source))
+        return LossOutput()
+
+    with torch.no_grad():
+        model(**batch, dak_loss=keep)
+    if not kept:
+        raise ValueError("model: not attached; call dak.hf.attach(model) first")
+    return kept[0]
+
+
+def run_loss(loss: Callable[[Head], LossOutput | Tensor], head: Head) -> LossOutput:
+    """loss(head) as a LossOutput; TypeError if it is none."""
+    out = loss(head)
+    if isinstance(out, Tensor) and out.dim() == 0:
+        out = LossOutput(loss=out)
+    if not isinstance(out, LossOutput):
+        raise TypeError(
+            "dak_loss: expected it to return a LossOutput or a 0-d tensor, got"
+            f" {_check.describe(out)}"
+        )
+    return out
+
+
+def _constrained_output(result: Any, place: Callable[[Tensor], Tensor] = lambda x: x) -> LossOutput:
+    """From (loss, parts) of `linear_constrained_loss`; `place` shapes what is per token."""
+    loss, parts = result
+    named = {name: place(x) for name, x in parts._asdict().items() if x is not None}
+    logp = named.pop("logp")
+    named["log_ratio"] = logp - named["ref_logp"]
+    return LossOutput(loss=place(loss) if loss.dim() else loss, logp=logp, parts=named)
+
+
+def _normalizer(
+    own: float | Tensor | None, head: Head, reduction: str = "mean"
+) -> float | Tensor | None:
+    call = head.num_items_in_batch if reduction == "mean" else None
+    divisor = call if own is None else own
+    return divisor.to(head.hidden.device) if isinstance(divisor, Tensor) else divisor
+
+
+def _reference(
+    head: Head, rows: HiddenRows, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Any]:
+    """The reference's arguments for a linear op. All rows count, so the op need not pick them."""
+    if _check.checking():
+        index = (head.target != IGNORE).flatten().nonzero().squeeze(1)
+        if not torch.equal(rows.index, index):
+            raise ValueError("ref_rows: taken from a batch with other labels")
+    if weight is not None:
+        whole("ref_weight", weight)
+        vocab = head.weight.shape[0]
+        weight = weight.detach()[:vocab].to(rows.hidden)
+        bias = None if bias is None else bias.detach()[:vocab].to(weight.device)
+    elif rows.source is not head.source:
+        raise ValueError(
+            "ref_weight: the rows come from another model; pass its head as well,"
+            " ref_weight=ref.get_output_embeddings().weight"
+        )
+    elif not head.frozen:
+        raise ValueError(
+            "ref_weight: the policy's head is trained, so the reference needs its own: a detached"
+            " clone from before training (modules_to_save: the wrapper's original_module.weight)"
+        )
+    else:
+        weight, bias = head.weight, head.bias
+    return {
+        "ref_hidden": rows.hidden.to(weight.device),
+        "ref_weight": weight,
+        "ref_bias": bias,
+        "compact": False,
+    }
+
+
+def _take(x: Tensor, rows: HiddenRows) -> Tensor:
+    """[B, T', ...] -> [N, ...], the trained tokens."""
+    return x.flatten(0, 1).index_select(0, rows.index)
+
+
+def _put(values: Tensor, rows: HiddenRows, target: Tensor) -> Tensor:
+    """[N] -> [B, T'], 0 where nothing is trained."""
+    return values.new_zeros(target.numel()).index_copy(0, rows.index, values).view(target.shape)

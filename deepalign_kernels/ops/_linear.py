@@ -1,0 +1,393 @@
+"""The chunk loop of every linear op: scores of a chunk, its row function, its gradient products.
+
+An op hands in a row function; it meets the scores of some rows, returns their values, and writes
+the gradient of `upstream * value` over the policy's scores when it is given an `upstream`. Whether
+that is the scale of a scalar loss, the upstream gradient of a recomputing backward or a column of
+ones for a frozen head makes no difference here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels import backends
+from deepalign_kernels.ops import _linear_gemm as gemm
+from deepalign_kernels.ops._linear_plan import Sizes, make_plan
+from deepalign_kernels.ops._register import accumulator
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call. Rows are [N]; everything but hidden, weight, bias and LoRA is frozen."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, H]
+    lora_b: Tensor | None  # [V, r]
+    ref_hidden: Tensor | None  # [N, R]
+    ref_weight: Tensor | None  # [V, R]
+    ref_bias: Tensor | None  # [V]
+    target: Tensor | None  # [N] int64
+    valid: Tensor | None  # [N] bool; None: all
+    beta: Tensor | None  # [N]
+    ref_logp: Tensor | None  # [N]
+
+
+class Options(NamedTuple):
+    """Numbers of one call; the annotations are also the types in the ops' schemas."""
+
+    temperature: float  # logit_scale is folded into this one and softcap
+    softcap: float  # 0: none
+    lora_scale: float
+    js_beta: float
+    kl_coef: float
+    min_weight: float
+    ignore_index: int
+    direction: int
+    max_workspace_bytes: int  # -1: the default rule
+    surrogate: bool
+    compact: bool
+    compute: torch.dtype
+    ref_compute: torch.dtype
+    logits: torch.dtype
+    accumulate: torch.dtype
+
+
+class Rows(NamedTuple):
+    """What a row function sees: some rows of a chunk. `policy`, `ref` and `out` are [1, n, V], the
+    rest [n]."""
+
+    policy: Tensor
+    ref: Tensor | None
+    target: Tensor | None
+    valid: Tensor | None
+    beta: Tensor | None
+    ref_logp: Tensor | None
+    upstream: Tensor | None  # [n] or 0-d; None: values only
+    out: Tensor | None  # where the gradient goes; may be `policy` itself
+
+    def call(self, op: str, *args: Any) -> Any:
+        """Run a row op of the logits level on the backend chosen for it."""
+        return backends.choose(op, self.policy.device.type, self.policy.dtype)(*args)
+
+    def upstream_rows(self) -> Tensor:
+        """`upstream` as a contiguous [n]."""
+        assert self.upstream is not None
+        return self.upstream.expand(self.policy.shape[1]).contiguous()
+
+    def part(self, a: int, b: int) -> Rows:
+        def cut(x: Tensor | None) -> Tensor | None:
+            if x is None or x.dim() == 0:
+                return x
+            return x[:, a:b] if x.dim() == 3 else x[a:b]
+
+        return Rows(*(cut(x) for x in self))
+
+
+class RowFunction(NamedTuple):
+    """One kind of linear op."""
+
+    run: Callable[[Rows, Options], tuple[Tensor, ...]]  # -> `values` tensors [n]
+    values: int
+    ops: tuple[str, ...]  # row ops it calls
+    # wide [n, V] temporaries that its eager implementation holds at the peak, without and with the
+    # gradient (measured, torch 2.13)
+    eager_copies: tuple[float, float]
+
+
+KINDS: dict[str, RowFunction] = {}
+
+
+class Gradients(NamedTuple):
+    """Each None unless wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
+def shares_head(x: Inputs) -> bool:
+    """Policy and reference multiply by one and the same tensor, so their rows can go through it
+    together."""
+    w, r = x.weight, x.ref_weight
+    if r is None or x.ref_hidden is None or x.ref_hidden.shape[1] != x.hidden.shape[1]:
+        return False
+    return (
+        w.data_ptr() == r.data_ptr()
+        and w.dtype == r.dtype
+        and w.shape == r.shape
+        and w.stride() == r.stride()
+    )
+
+
+def sizes_of(kind: str, x: Inputs, o: Options, rows: int, wanted: tuple[bool, ...] | None) -> Sizes:
+    """`wanted`: which gradients are; None: values only."""
+    device, ref = x.hidden.device.type, {}
+    if x.ref_hidden is not None and x.ref_weight is not None:
+        ref = {
+            "ref_hidden": x.ref_hidden.shape[1],
+            "ref_compute": o.ref_compute,
+            "ref_dtypes": (x.ref_hidden.dtype, x.ref_weight.dtype),
+            "shared_head": shares_head(x) and o.compute == o.ref_compute,
+        }
+    return Sizes(
+        rows=rows,
+        tokens=x.hidden.shape[0],
+        hidden=x.hidden.shape[1],
+        vocab=x.weight.shape[0],
+        device=device,
+        compute=o.compute,
+        logits=o.logits,
+        hidden_dtype=x.hidden.dtype,
+        weight_dtype=x.weight.dtype,
+        accumulate=o.accumulate,
+        rank=x.lora_a.shape[0] if x.lora_a is not None else 0,
+        values=KINDS[kind].values,
+        gradients=wanted is not None,
+        wanted=wanted or (False,) * 5,
+        eager_copies=eager_copies(kind, device, o.logits, wanted is not None),
+        **ref,
+    )
+
+
+def eager_copies(kind: str, device: str, logits: torch.dtype, gradients: bool) -> float:
+    eager = any(backends.selected(op, device, logits) == "eager" for op in KINDS[kind].ops)
+    return KINDS[kind].eager_copies[gradients] if eager else 0.0
+
+
+def total_dtypes(s: Sizes, chunks: int) -> tuple[torch.dtype, ...]:
+    """What the gradients of weight, bias, lora_a and lora_b are summed in.
+
+    One chunk needs no accumulator beside the result; a 16-bit bias or LoRA matrix is small enough
+    to have one always.
+    """
+    wide = accumulator(s.compute)
+    weight = s.accumulate if chunks > 1 else s.weight_dtype
+    if torch.float16 in (s.compute, weight):  # unscaled sums leave its range
+        weight = wide
+    return weight, wide, wide, wide
+
+
+class Engine:
+    """One call: the head in its compute dtype, the workspace, the gradients so far."""
+
+    def __init__(
+        self,
+        kind: str,
+        x: Inputs,
+        o: Options,
+        upstream: Tensor | None = None,
+        wanted: tuple[bool, ...] | None = None,
+    ) -> None:
+        self.kind, self.x, self.o, self.upstream = KINDS[kind], x, o, upstream
+        self.keep = x.valid.nonzero()[:, 0] if o.compact and x.valid is not None else None
+        if self.keep is not None and len(self.keep) == len(x.hidden):
+            self.keep = None
+        rows = len(x.hidden) if self.keep is None else len(self.keep)
+        budget = None if o.max_workspace_bytes < 0 else o.max_workspace_bytes
+        self.sizes = sizes_of(kind, x, o, rows, wanted)
+        self.plan = make_plan(self.sizes, budget)
+        self._heads()
+        self._workspace()
+        self._gradients()
+
+    def _heads(self) -> None:
+        x, o = self.x, self.o
+        self.weight = x.weight.to(o.compute)
+        self.lora_a = None if x.lora_a is None else x.lora_a.to(o.compute)
+        self.lora_b = None if x.lora_b is None else x.lora_b.to(o.compute)
+        self.bias = None if x.bias is None else x.bias.to(o.logits)
+        self.ref_bias = None if x.ref_bias is None else x.ref_bias.to(o.logits)
+        separate = x.ref_weight is not None and not self.sizes.shared_head
+        self.ref_weight = x.ref_weight.to(o.ref_compute) if separate else None
+
+    def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.hidden.device)
+
+    def _workspace(self) -> None:
+        s, p = self.sizes, self.plan
+        self.scores = self._new(p.chunk * (2 if s.ref_hidden else 1), s.vocab, dtype=s.logits)
+        self.dz = self.scores[: p.chunk]
+        if s.separate_gradient:
+            self.dz = self._new(p.chunk, s.vocab, dtype=s.grad_dtype)
+        self.rows = self.ref_rows = self.grad_rows = None
+        if s.gathered:
+            both = 2 if s.shared_head else 1
+            self.rows = self._new(p.chunk * both, s.hidden, dtype=s.compute)
+        if s.ref_gathered:
+            self.ref_rows = self._new(p.chunk, s.ref_hidden, dtype=s.ref_compute)
+        if s.scattered:
+            self.grad_rows = self._new(p.chunk, s.hidden, dtype=s.compute)
+        self.scratch = gemm.Scratch(
+            self._new(p.scratch_tile, dtype=torch.uint8),
+            self._new(p.scratch_rows, dtype=torch.uint8),
+        )
+
+    def _gradients(self) -> None:
+        x, s = self.x, self.sizes
+        hidden, *head = s.wanted
+        grad_hidden = None
+        if hidden:
+            grad_hidden = self._new(*x.hidden.shape, dtype=x.hidden.dtype)
+            if s.dropped:
+                grad_hidden.zero_()
+        dtypes = total_dtypes(s, self.plan.chunks)
+        totals = [
+            self._new(*like.shape, dtype=dtype) if want else None  # type: ignore[union-attr]
+            for like, dtype, want in zip(x[1:5], dtypes, head, strict=True)
+        ]
+        for total in totals:
+            if total is not None and not self.plan.chunks:
+                total.zero_()
+        self.grads = Gradients(grad_hidden, *totals)
+
+    def run(self) -> Tensor:
+        """Values [K, N], zero in dropped rows; the gradients are left in `self.grads`."""
+        s, p = self.sizes, self.plan
+        values = self._new(self.kind.values, s.tokens, dtype=accumulator(s.logits))
+        if s.dropped:
+            values.zero_()
+        for a in range(0, s.rows, p.chunk or 1):
+            b = min(a + p.chunk, s.rows)
+            index = None if self.keep is None else self.keep[a:b]
+            part = self._chunk(a, b, index)
+            if index is None:
+                values[:, a:b] = part
+            else:
+                values.index_copy_(1, index, part)
+        return values
+
+    def release(self) -> None:
+        """Give back all memory but the gradients'."""
+        del self.scores, self.dz, self.rows, self.ref_rows, self.grad_rows, self.scratch
+        del self.weight, self.ref_weight, self.lora_a, self.lora_b
+
+    def _chunk(self, a: int, b: int, index: Tensor | None) -> Tensor:
+        rows, low = self._scores(a, b, index)
+        n = b - a
+        policy, dz = self.scores[:n], self.dz[:n]
+        ref = self.scores[n : 2 * n] if self.sizes.ref_hidden else None
+        pick = _picker(a, b, index)
+        x = self.x
+        whole = Rows(
+            policy[None],
+            None if ref is None else ref[None],
+            pick(x.target),
+            None if self.keep is not None else pick(x.valid),
+            pick(x.beta),
+            pick(x.ref_logp),
+            pick(self.upstream),
+            None if self.upstream is None else dz[None],
+        )
+        values = self._row_function(whole, n)
+        if self.upstream is not None:
+            self._products(rows, low, dz, a, b, index)
+        return values
+
+    def _row_function(self, whole: Rows, n: int) -> Tensor:
+        if self.plan.block >= n:
+            return torch.stack(self.kind.run(whole, self.o))
+        out = self._new(self.kind.values, n, dtype=accumulator(self.o.logits))
+        for a in range(0, n, self.plan.block):
+            b = min(a + self.plan.block, n)
+            torch.stack(self.kind.run(whole.part(a, b), self.o), out=out[:, a:b])
+        return out
+
+    def _take(
+        self, source: Tensor, a: int, b: int, index: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        """Rows a..b of `source`, in place where nothing has to be moved or converted."""
+        if out is None:
+            return source[a:b]
+        if index is not None and source.dtype == out.dtype:
+            return torch.index_select(source, 0, index, out=out)
+        return out.copy_(source[a:b] if index is None else source[index])
+
+    def _scores(self, a: int, b: int, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Fill `self.scores`: the policy's rows, then the reference's. Returns the rows that made
+        them."""
+        x, o, s, n = self.x, self.o, self.sizes, b - a
+        policy = self.scores[:n]
+        rows = self._take(x.hidden, a, b, index, None if self.rows is None else self.rows[:n])
+        if s.shared_head:
+            assert self.rows is not None and x.ref_hidden is not None
+            self._take(x.ref_hidden, a, b, index, self.rows[n : 2 * n])
+            gemm.scores_into(self.scores[: 2 * n], self.rows[: 2 * n], self.weight, self.scratch)
+        else:
+            gemm.scores_into(policy, rows, self.weight, self.scratch)
+        low = None
+        if self.lora_a is not None and self.lora_b is not None:
+            low = (rows @ self.lora_a.t()).mul_(o.lora_scale)
+            gemm.scores_into(policy, low, self.lora_b, self.scratch, add=True)
+        if self.bias is not None:
+            policy.add_(self.bias)
+        if x.ref_hidden is not None:
+            self._ref_scores(a, b, index)
+        return rows, low
+
+    def _ref_scores(self, a: int, b: int, index: Tensor | None) -> None:
+        n = b - a
+        ref = self.scores[n : 2 * n]
+        if self.ref_weight is not None:
+            assert self.x.ref_hidden is not None
+            out = None if self.ref_rows is None else self.ref_rows[:n]
+            rows = self._take(self.x.ref_hidden, a, b, index, out)
+            gemm.scores_into(ref, rows, self.ref_weight, self.scratch)
+        if self.ref_bias is not None:
+            ref.add_(self.ref_bias)
+
+    def _products(
+        self, rows: Tensor, low: Tensor | None, dz: Tensor, a: int, b: int, index: Tensor | None
+    ) -> None:
+        g, first = self.grads, a == 0
+        grad_rows = None
+        if g.hidden is not None:
+            grad_rows = g.hidden[a:b] if self.grad_rows is None else self.grad_rows[: b - a]
+            gemm.rows_gradient_into(grad_rows, dz, self.weight, self.scratch)
+        if low is not None:
+            self._lora_products(rows, low, dz, grad_rows, first)
+        if g.weight is not None:
+            gemm.head_gradient_add(g.weight, dz, rows, self.scratch, first=first)
+        if g.bias is not None:
+            ones = dz.new_ones((len(dz), 1))
+            gemm.head_gradient_add(g.bias[:, None], dz, ones, self.scratch, first=first)
+        if g.hidden is not None and self.grad_rows is not None:
+            assert grad_rows is not None
+            if index is None:
+                g.hidden[a:b] = grad_rows
+            else:
+                g.hidden.index_copy_(0, index, grad_rows.to(g.hidden.dtype))
+
+    def _lora_products(
+        self, rows: Tensor, low: Tensor, dz: Tensor, grad_rows: Tensor | None, first: bool
+    ) -> None:
+        """scores += low @ B.T with low = scale * rows @ A.T; nothing of the size of the head is
+        formed."""
+        g, o = self.grads, self.o
+        assert self.lora_a is not None and self.lora_b is not None
+        if g.lora_b is not None:
+            gemm.head_gradient_add(g.lora_b, dz, low, self.scratch, first=first)
+        if g.lora_a is None and grad_rows is None:
+            return
+        dlow = torch.empty_like(low)
+        gemm.rows_gradient_into(dlow, dz, self.lora_b, self.scratch)
+        dlow.mul_(o.lora_scale)
+        if g.lora_a is not None:
+            gemm.head_gradient_add(g.lora_a, dlow, rows, self.scratch, first=first)
+        if grad_rows is not None:
+            torch.addmm(grad_rows, dlow, self.lora_a, out=grad_rows)
+
+
+def _picker(a: int, b: int, index: Tensor | None) -> Callable[[Tensor | None], Tensor | None]:
+    def pick(x: Tensor | None) -> Tensor | None:
+        if x is None or x.dim() == 0:
+            return x
+        return x[a:b] if index is None else x.index_select(0, index)
+
+    return pick

@@ -1,0 +1,278 @@
+"""Validation at the boundary of the linear ops; what it accepts goes to the ops as `Inputs` and
+`Options`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels.ops import _check
+from deepalign_kernels.ops._linear import Inputs, Options
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def whole(name: str, x: Any) -> Tensor:
+    """`x` must be a plain tensor that holds its elements: no shard, no empty ZeRO-3 or FSDP
+    placeholder."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {x!r}")
+    if hasattr(x, "full_tensor"):
+        raise ValueError(
+            f"{name}: is a DTensor, a shard of the whole. Call the op inside the head's own "
+            "forward, where FSDP2 "
+            "has gathered it (deepalign_kernels.hf.attach does), or pass .full_tensor()"
+        )
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")
+    if not x.is_floating_point() or x.dtype not in _check.DTYPES:
+        raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
+    return x
+
+
+def matrix(name: str, x: Any, columns: int | None, why: str) -> Tensor:
+    """A whole [rows, columns] tensor."""
+    x = whole(name, x)
+    if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
+        empty = x.numel() == 0 or x.dim() == 1
+        hint = (
+            "; ZeRO-3 and FSDP keep parameters empty or flat outside the call of their module: "
+            "run the op inside "
+            "the head's forward (deepalign_kernels.hf.attach does), or gather the parameter first"
+        )
+        raise ValueError(
+            f"{name}: expected [rows, {columns or 'columns'}], got "
+            f"{_check.describe(x)}{hint * empty}"
+        )
+    if columns is not None and x.shape[1] != columns:
+        flipped = f"; its transpose would fit: pass {name}.t()" if x.shape[0] == columns else ""
+        raise ValueError(
+            f"{name}: expected {columns} columns, {why}, got {_check.describe(x)}{flipped}"
+        )
+    return x
+
+
+def flat_rows(name: str, x: Any) -> Tensor:
+    """[..., H] as [N, H] with last stride 1; a view wherever the strides allow it."""
+    x = whole(name, x)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected hidden states [..., H], got {_check.describe(x)}")
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def vocabulary(name: str, x: Tensor | None, head_name: str, head: Tensor) -> Tensor | None:
+    if x is None:
+        return None
+    x = whole(name, x)
+    if x.shape != head.shape[:1]:
+        raise ValueError(
+            f"{name}: expected shape [{head.shape[0]}], one entry per row of {head_name}, got "
+            f"{_check.describe(x)}"
+        )
+    _check.same_device(name, x, head_name, head)
+    return x
+
+
+def compute_dtype(hidden_name: str, hidden: Tensor, head_name: str, head: Tensor) -> torch.dtype:
+    """The dtype the head is multiplied in: that of autocast where it is on, else the one both
+    operands have."""
+    device = hidden.device.type
+    if (
+        torch.float64 not in (hidden.dtype, head.dtype)
+        and device != "meta"
+        and torch.is_autocast_enabled(device)
+    ):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != head.dtype:
+        raise ValueError(
+            f"{hidden_name}: expected the dtype of {head_name}, {head.dtype}, got {hidden.dtype}; "
+            "cast with "
+            f".to({head.dtype}), or call under torch.autocast, which casts both"
+        )
+    return head.dtype
+
+
+def logits_dtype(asked: torch.dtype | None, computes: tuple[torch.dtype, ...]) -> torch.dtype:
+    """fp32 scores (fp64 for fp64 heads), or 16-bit ones where asked for and where every head is of
+    that dtype."""
+    if torch.float64 in computes:
+        if len(set(computes)) > 1:
+            raise ValueError("ref_weight: an fp64 head needs the other head in fp64 too")
+        wide = torch.float64
+    else:
+        wide = torch.float32
+    if asked is None or asked == wide:
+        return wide
+    if asked in _HALVES and all(c == asked for c in computes):
+        return asked
+    raise ValueError(
+        f"logits_dtype: expected None, {wide} or the 16-bit dtype of every head, got {asked}"
+    )
+
+
+def lora(a: Tensor | None, b: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if (a is None) != (b is None):
+        raise ValueError("lora_a, lora_b: expected both or neither")
+    if a is None:
+        return None, None
+    a = matrix("lora_a", a, weight.shape[1], "the hidden size of weight")
+    b = matrix("lora_b", b, a.shape[0], "the rank of lora_a")
+    if b.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"lora_b: expected {weight.shape[0]} rows, the vocabulary of weight, got "
+            f"{_check.describe(b)}"
+        )
+    for name, x in (("lora_a", a), ("lora_b", b)):
+        _check.same_device(name, x, "weight", weight)
+        if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+            raise ValueError(f"{name}: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
+    return a, b
+
+
+def workspace(max_workspace_bytes: int | None) -> int:
+    if max_workspace_bytes is None:
+        return -1
+    if (
+        isinstance(max_workspace_bytes, bool)
+        or not isinstance(max_workspace_bytes, int)
+        or max_workspace_bytes < 1
+    ):
+        raise ValueError(
+            f"max_workspace_bytes: expected None or an int above 0, got {max_workspace_bytes!r}"
+        )
+    return max_workspace_bytes
+
+
+def accumulate_dtype(asked: torch.dtype, weight: Tensor) -> torch.dtype:
+    if weight.dtype == torch.float64:
+        return torch.float64
+    if asked not in (torch.float32, weight.dtype):
+        raise ValueError(
+            f"grad_weight_dtype: expected torch.float32 or the dtype of weight, {weight.dtype}, "
+            f"got {asked}"
+        )
+    return asked
+
+
+class Head(NamedTuple):
+    """The keyword arguments that all linear ops share, as given by the caller."""
+
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    lora_scale: float = 1.0
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    max_workspace_bytes: int | None = None
+    compact: bool = True
+    grad_weight_dtype: torch.dtype = torch.float32
+    logits_dtype: torch.dtype | None = None
+
+
+class Call(NamedTuple):
+    """A checked call: `inputs` and `options` for the op, `like` to check [...] arguments
+    against."""
+
+    inputs: Inputs
+    options: Options
+    like: Tensor  # [..., V], without memory of its own
+
+
+def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
+    """Check what all linear ops share."""
+    rows = flat_rows("hidden", hidden)
+    weight = matrix("weight", weight, rows.shape[1], "the last dimension of hidden")
+    _check.same_device("weight", weight, "hidden", hidden)
+    a, b = lora(head.lora_a, head.lora_b, weight)
+    compute = compute_dtype("hidden", hidden, "weight", weight)
+    ref_rows, ref_weight, ref_compute = _reference(hidden, weight, head)
+    computes = (compute,) if ref_rows is None else (compute, ref_compute)
+    if head.compact and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "compact: dropping ignored tokens waits for their number, which a CUDA graph cannot; "
+            "pass compact=False"
+        )
+    scale = _check.number("logit_scale", head.logit_scale, above=0.0)
+    temperature, softcap = _check.score_options(head.temperature, head.softcap)
+    ref_bias = None
+    if ref_weight is not None:
+        ref_bias = vocabulary("ref_bias", head.ref_bias, "ref_weight", ref_weight)
+    inputs = Inputs(
+        hidden=rows,
+        weight=weight,
+        bias=vocabulary("bias", head.bias, "weight", weight),
+        lora_a=a,
+        lora_b=b,
+        ref_hidden=ref_rows,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        target=None,
+        valid=None,
+        beta=None,
+        ref_logp=None,
+    )
+    options = Options(
+        # cap * tanh(s x / cap) / T is (cap/s) * tanh(x / (cap/s)) / (T/s): the scale costs nothing
+        temperature=temperature / scale,
+        softcap=softcap / scale,
+        lora_scale=_check.number("lora_scale", head.lora_scale),
+        js_beta=0.5,
+        kl_coef=0.0,
+        min_weight=0.0,
+        ignore_index=-100,
+        direction=0,
+        max_workspace_bytes=workspace(head.max_workspace_bytes),
+        surrogate=False,
+        compact=bool(head.compact),
+        compute=compute,
+        ref_compute=ref_compute,
+        logits=logits_dtype(head.logits_dtype, computes),
+        accumulate=accumulate_dtype(head.grad_weight_dtype, weight),
+    )
+    like = hidden.detach()[..., :1].expand(*hidden.shape[:-1], weight.shape[0])
+    return Call(inputs, options, like)
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, head: Head
+) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
+    """(rows, weight, compute dtype) of the reference head; its dtype is that of `weight` where
+    there is none."""
+    if (head.ref_hidden is None) != (head.ref_weight is None):
+        raise ValueError("ref_hidden, ref_weight: expected both or neither")
+    if head.ref_hidden is None or head.ref_weight is None:
+        if head.ref_bias is not None:
+            raise ValueError("ref_bias: belongs to ref_hidden and ref_weight, got it without them")
+        return None, None, weight.dtype
+    rows = flat_rows("ref_hidden", head.ref_hidden)
+    ref_weight = matrix(
+        "ref_weight", head.ref_weight, rows.shape[1], "the last dimension of ref_hidden"
+    )
+    if head.ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: expected the tokens of hidden, {tuple(hidden.shape[:-1])}, got "
+            f"{_check.describe(head.ref_hidden)}"
+        )
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight: expected the vocabulary of weight, {weight.shape[0]} rows, got "
+            f"{_check.describe(ref_weight)}; "
+            "cut padding rows off the longer head"
+        )
+    for name, x in (("ref_hidden", head.ref_hidden), ("ref_weight", ref_weight)):
+        _check.same_device(name, x, "hidden", hidden)
+    for name, x in (
+        ("ref_hidden", head.ref_hidden),
+        ("ref_weight", ref_weight),
+        ("ref_bias", head.ref_bias),
+    ):
+        if x is not None:
+            _check.must_be_frozen(name, x)
+    return rows, ref_weight, compute_dtype("ref_hidden", head.ref_hidden, "ref_weight", ref_weight)

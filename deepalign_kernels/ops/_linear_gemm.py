@@ -1,0 +1,163 @@
+"""The three products of a linear head, written into memory the caller owns.
+
+    forward          scores[c, V]      = rows[c, K] @ head[V, K].T
+    gradient, rows   grad_rows[c, K]   = dz[c, V] @ head[V, K]
+    gradient, head   grad_head[V, K]  += dz[c, V].T @ rows[c, K]
+
+Products with 16-bit operands must not round the scores: 8 bits of a bf16 score of 20 are an error
+of 0.06 in a log-probability. A GEMM with an fp32 result does it on CUDA; the CPU has none (torch
+2.13), so there the head is widened tile by tile and multiplied in fp32 (`Route.TILES`): 0.4-0.8 of
+the rate of plain fp32.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = (
+    8 << 20
+)  # 512, 1024 and 2048 rows of 2048 fp32 run at one rate; the smallest costs least
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Route(enum.IntEnum):
+    """How a product of two operands of one dtype gives a result of another."""
+
+    SAME = 0  # the dtypes are equal
+    WIDE_GEMM = 1  # 16-bit operands, fp32 result out of one GEMM
+    TILES = 2  # the head is converted tile by tile in scratch memory
+
+
+@functools.cache
+def has_wide_gemm(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether `torch.mm(..., out_dtype=torch.float32)` exists for operands of `dtype`."""
+    a = torch.zeros(16, 16, dtype=dtype, device=device_type)
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)
+        torch.addmm(a.float(), a, a, out_dtype=torch.float32)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+@functools.cache
+def fast_16bit(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether GEMMs in `dtype` run at full rate; without oneDNN's kernels the CPU takes 100 times
+    longer."""
+    if device_type != "cpu":
+        return True
+    mkldnn = torch.ops.mkldnn
+    probe = (
+        mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else mkldnn._is_mkldnn_fp16_supported
+    )
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and bool(probe())
+
+
+def tiled(device_type: str, operand: torch.dtype, result: torch.dtype) -> bool:
+    """Whether products of `operand` into `result` need scratch memory (see Scratch)."""
+    return operand != result and operand in _HALVES and not has_wide_gemm(device_type, operand)
+
+
+def score_route(device_type: str, operand: torch.dtype, scores: torch.dtype) -> Route:
+    if operand == scores:
+        return Route.SAME
+    return Route.WIDE_GEMM if has_wide_gemm(device_type, operand) else Route.TILES
+
+
+def gradient_dtype(device_type: str, operand: torch.dtype) -> torch.dtype:
+    """dtype in which the two gradient products are multiplied, and so that of the gradient of the
+    scores."""
+    return operand if operand not in _HALVES or fast_16bit(device_type, operand) else torch.float32
+
+
+class Scratch(NamedTuple):
+    """Memory the products may use: flat bytes, none where no product needs them."""
+
+    tile: Tensor  # >= 8 K: a tile of the head, converted
+    rows: Tensor  # >= 4 c K: rows, converted, or a wide accumulator of grad_rows
+
+
+def _carve(memory: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return memory[: rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+
+
+def _tiles(scratch: Scratch, vocab: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
+    step = scratch.tile.numel() // (columns * itemsize)
+    return [(a, min(a + step, vocab)) for a in range(0, vocab, step)]
+
+
+def scores_into(
+    scores: Tensor, rows: Tensor, head: Tensor, scratch: Scratch, *, add: bool = False
+) -> None:
+    """scores[c, V] = rows @ head.T, or += with `add`."""
+    beta = 1 if add else 0
+    route = score_route(scores.device.type, rows.dtype, scores.dtype)
+    if route == Route.SAME:
+        torch.addmm(scores, rows, head.t(), beta=beta, out=scores) if add else torch.mm(
+            rows, head.t(), out=scores
+        )
+    elif route == Route.WIDE_GEMM:
+        if add:
+            torch.addmm(scores, rows, head.t(), out_dtype=scores.dtype, out=scores)
+        else:
+            torch.mm(rows, head.t(), out_dtype=scores.dtype, out=scores)
+    else:
+        wide = _carve(scratch.rows, *rows.shape, scores.dtype).copy_(rows)
+        for a, b in _tiles(scratch, *head.shape, scores.dtype.itemsize):
+            tile = _carve(scratch.tile, *head[a:b].shape, scores.dtype).copy_(head[a:b])
+            part = scores[:, a:b]
+            torch.addmm(part, wide, tile.t(), beta=beta, out=part)
+
+
+def rows_gradient_into(out: Tensor, dz: Tensor, head: Tensor, scratch: Scratch) -> None:
+    """out[c, K] = dz @ head; `out` in the dtype of the head."""
+    if dz.dtype == head.dtype:
+        torch.mm(dz, head, out=out)
+        return
+    total = _carve(scratch.rows, *out.shape, dz.dtype)
+    for a, b in _tiles(scratch, *head.shape, dz.dtype.itemsize):
+        tile = _carve(scratch.tile, *head[a:b].shape, dz.dtype).copy_(head[a:b])
+        torch.addmm(total, dz[:, a:b], tile, beta=1 if a else 0, out=total)
+    out.copy_(total)
+
+
+def head_gradient_add(
+    total: Tensor, dz: Tensor, rows: Tensor, scratch: Scratch, *, first: bool
+) -> None:
+    """total[V, K] = dz.T @ rows where `first`, else += it.
+
+    Where `total` is fp32 and the products are 16-bit (CPU), every tile of the product is rounded
+    once
+    before it is added: the error of one rounding per chunk, against one per addition in a 16-bit
+        total.
+    """
+    if total.dtype == dz.dtype == rows.dtype:
+        torch.mm(dz.t(), rows, out=total) if first else torch.addmm(total, dz.t(), rows, out=total)
+    elif (
+        dz.dtype == rows.dtype
+        and has_wide_gemm(dz.device.type, dz.dtype)
+        and total.dtype == torch.float32
+    ):
+        if first:
+            torch.mm(dz.t(), rows, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, dz.t(), rows, out_dtype=total.dtype, out=total)
+    else:
+        if dz.dtype != rows.dtype:
+            rows = _carve(scratch.rows, *rows.shape, dz.dtype).copy_(rows)
+        item = total.dtype.itemsize
+        for a, b in _tiles(scratch, *total.shape, item + dz.dtype.itemsize):
+            size, columns = b - a, total.shape[1]
+            part = _carve(scratch.tile[size * columns * item :], size, columns, dz.dtype)
+            torch.mm(dz[:, a:b].t(), rows, out=part)
+            if first:
+                total[a:b].copy_(part)
+            else:  # converted by hand: add_ of another dtype allocates its own copy
+                total[a:b].add_(_carve(scratch.tile, size, columns, total.dtype).copy_(part))

@@ -1,0 +1,260 @@
+"""The torch ops of the linear level. All of them are `_linear.Engine`; they differ in when the
+gradient is made.
+
+linear_fwd     values [K, N]; its backward is linear_bwd, which makes the scores again
+linear_bwd     the gradients of sum(upstream * values[0])
+linear_unit    values, and d values[0] / d hidden by row: with a frozen head the backward is then a
+               product of [N] with [N, H], no GEMM: linear_row_scale
+linear_fused   scale * sum(values[0]), values, and the gradients of the former, made in the forward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels.ops import _linear
+from deepalign_kernels.ops._linear import Engine, Inputs, Options
+from deepalign_kernels.ops._register import _LIB, accumulator, no_double_backward
+from deepalign_kernels.ops.scale_grad import hand_over
+
+# The fields of `Inputs` and `Options`, in their order.
+_ARGUMENTS = (
+    "str kind, Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b,"
+    " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? target, Tensor? valid,"
+    " Tensor? beta, Tensor? ref_logp, float temperature, float softcap, float lora_scale,"
+    " float js_beta, float kl_coef, float min_weight, int ignore_index, int direction,"
+    " int max_workspace_bytes, bool surrogate, bool compact, ScalarType compute,"
+    " ScalarType ref_compute, ScalarType logits, ScalarType accumulate"
+)
+_K, _N = 1 + len(Inputs._fields), 1 + len(Inputs._fields) + len(Options._fields)
+_TRAINED = ("hidden", "weight", "bias", "lora_a", "lora_b")  # the first of Inputs, in this order
+_FIVE = ", ".join(f"Tensor grad_{name}" for name in _TRAINED)
+
+
+def _define(schema: str, body: Any) -> Any:
+    name = schema.partition("(")[0]
+    _LIB.define(schema)
+
+    def run(*arguments: Any) -> Any:
+        device = next(x for x in arguments if isinstance(x, Tensor)).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return body(*arguments)
+
+    for key in ("CPU", "CUDA"):
+        _LIB.impl(name, run, key)
+    return getattr(torch.ops.deepalign, name).default
+
+
+def _call(arguments: Sequence[Any]) -> tuple[str, Inputs, Options]:
+    return arguments[0], Inputs(*arguments[1:_K]), Options(*arguments[_K:_N])
+
+
+def _grad_dtypes(x: Inputs, o: Options, scaled_later: bool) -> list[torch.dtype | None]:
+    """dtype of each gradient an op returns. What is still to be scaled stays wide for fp16: its
+    range is short."""
+    late = scaled_later and o.compute == torch.float16
+    dtypes = [None if t is None else t.dtype for t in x[:5]]
+    return dtypes[:1] + [torch.float32 if late and d is not None else d for d in dtypes[1:]]
+
+
+def _finish(engine: Engine, scaled_later: bool) -> list[Tensor]:
+    """The gradients in the dtypes promised, an empty tensor for each that is not wanted."""
+    x, o, grads = engine.x, engine.o, engine.grads
+    engine.release()  # before the conversions allocate
+    dtypes = _grad_dtypes(x, o, scaled_later)
+    return [
+        x.hidden.new_empty(0) if grad is None else grad.to(dtype)
+        for grad, dtype in zip(grads, dtypes, strict=True)
+    ]
+
+
+def _stacked(grads: list[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """The wanted ones as [1, rows, columns], the shape that scale_grad takes."""
+    return [
+        (g[None] if g.dim() == 2 else g[None, None]) if w else g
+        for g, w in zip(grads, wanted, strict=True)
+    ]
+
+
+def _fwd_body(*arguments: Any) -> Tensor:
+    return Engine(*_call(arguments)).run()
+
+
+def _bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
+    engine = Engine(*_call(arguments), arguments[_N], tuple(arguments[_N + 1]))
+    engine.run()
+    return tuple(_finish(engine, False))
+
+
+def _unit_body(*arguments: Any) -> tuple[Tensor, Tensor]:
+    kind, x, o = _call(arguments)
+    one = x.hidden.new_ones((), dtype=accumulator(o.logits))
+    engine = Engine(kind, x, o, one, (True, False, False, False, False))
+    values = engine.run()
+    return values, _finish(engine, False)[0]
+
+
+def _fused_body(*arguments: Any) -> tuple[Tensor, ...]:
+    kind, x, o = _call(arguments)
+    scale = arguments[_N]
+    # The scale may be 1e-5, too small for fp16: its gradients get it with the upstream one instead.
+    early = torch.ones_like(scale) if o.compute == torch.float16 else scale
+    engine = Engine(kind, x, o, early, tuple(arguments[_N + 1]))
+    values = engine.run()
+    grads = _stacked(_finish(engine, True), arguments[_N + 1])
+    return values[0].sum() * scale, values, *grads
+
+
+def _row_scale_body(unit: Tensor, rows: Tensor) -> Tensor:
+    return unit.to(rows.dtype, copy=True).mul_(rows[:, None]).to(unit.dtype)
+
+
+_fwd = _define(f"linear_fwd({_ARGUMENTS}) -> Tensor", _fwd_body)
+_bwd = _define(f"linear_bwd({_ARGUMENTS}, Tensor upstream, bool[] wanted) -> ({_FIVE})", _bwd_body)
+_unit = _define(f"linear_unit({_ARGUMENTS}) -> (Tensor values, Tensor unit)", _unit_body)
+_fused = _define(
+    f"linear_fused({_ARGUMENTS}, Tensor scale, bool[] wanted) -> (Tensor total, Tensor values, "
+    f"{_FIVE})",
+    _fused_body,
+)
+_row_scale = _define("linear_row_scale(Tensor unit, Tensor rows) -> Tensor", _row_scale_body)
+no_double_backward("linear_bwd")
+no_double_backward("linear_row_scale")
+
+
+def _fake_values(arguments: Sequence[Any]) -> Tensor:
+    kind, x, o = _call(arguments)
+    shape = _linear.KINDS[kind].values, x.hidden.shape[0]
+    return x.hidden.new_empty(shape, dtype=accumulator(o.logits))
+
+
+def _fake_grads(arguments: Sequence[Any], scaled_later: bool) -> list[Tensor]:
+    _, x, o = _call(arguments)
+    dtypes = _grad_dtypes(x, o, scaled_later)
+    return [
+        x.hidden.new_empty(0) if not w else t.new_empty(t.shape, dtype=d)
+        for t, d, w in zip(x[:5], dtypes, arguments[_N + 1], strict=True)
+    ]
+
+
+@torch.library.register_fake("deepalign::linear_fwd")
+def _(*arguments: Any) -> Tensor:
+    return _fake_values(arguments)
+
+
+@torch.library.register_fake("deepalign::linear_bwd")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_fake_grads(arguments, False))
+
+
+@torch.library.register_fake("deepalign::linear_unit")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _fake_values(arguments), arguments[1].new_empty(arguments[1].shape)
+
+
+@torch.library.register_fake("deepalign::linear_row_scale")
+def _(unit: Tensor, rows: Tensor) -> Tensor:
+    return unit.new_empty(unit.shape)
+
+
+@torch.library.register_fake("deepalign::linear_fused")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    values = _fake_values(arguments)
+    grads = _stacked(_fake_grads(arguments, True), arguments[_N + 1])
+    return values.new_empty(()), values, *grads
+
+
+def _none(grads: Sequence[Tensor | None], total: int) -> tuple:
+    """Gradients of all arguments: None for `kind`, those of the trained inputs, None for the
+    rest."""
+    return (None, *grads, *(None,) * (total - 1 - len(grads)))
+
+
+def _setup_fwd(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.kind, ctx.options = inputs[0], inputs[_K:]
+    ctx.save_for_backward(*inputs[1:_K])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_fwd(ctx: Any, grad: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * _N
+    wanted = [bool(w) for w in ctx.needs_input_grad[1:6]]
+    grads = _bwd(ctx.kind, *ctx.saved_tensors, *ctx.options, grad[0].contiguous(), wanted)
+    return _none([g if w else None for g, w in zip(grads, wanted, strict=True)], _N)
+
+
+torch.library.register_autograd("deepalign::linear_fwd", _backward_fwd, setup_context=_setup_fwd)
+
+
+def _setup_unit(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], _call(inputs)[1].valid)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_unit(ctx: Any, grad: Tensor | None, _unused: Any) -> tuple:
+    if grad is None:
+        return (None,) * _N
+    unit, valid = ctx.saved_tensors
+    rows = (
+        grad[0] if valid is None else torch.where(valid, grad[0], 0.0)
+    )  # 0 * NaN of an ignored row
+    return _none([_row_scale(unit, rows)], _N)
+
+
+torch.library.register_autograd("deepalign::linear_unit", _backward_unit, setup_context=_setup_unit)
+
+
+def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, x, o = _call(inputs)
+    ctx.late = o.compute == torch.float16
+    ctx.dtypes = _grad_dtypes(x, o, False)
+    ctx.wanted = tuple(inputs[_N + 1])
+    ctx.shapes = [None if t is None else t.shape for t in x[:5]]
+    grads = [g if w else None for g, w in zip(output[2:], ctx.wanted, strict=True)]
+    # hand_over scales all that is saved, so it gets a copy of the scale.
+    ctx.save_for_backward(*grads, inputs[_N].clone().view(1, 1, 1) if ctx.late else None)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
+    if grad is None:
+        return (None,) * (_N + 2)
+    factor = grad * ctx.saved_tensors[-1].view(()) if ctx.late else grad
+    grads = hand_over(ctx, "a linear loss", factor)[:-1]
+    cast = [
+        None if g is None else g.view(shape).to(dtype)
+        for g, shape, dtype in zip(grads, ctx.shapes, ctx.dtypes, strict=True)
+    ]
+    return _none(cast, _N + 2)
+
+
+torch.library.register_autograd(
+    "deepalign::linear_fused", _backward_fused, setup_context=_setup_fused
+)
+
+
+def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
+    """Values [K, N]; the first is differentiable, by recomputation or, with a frozen head, row
+    scaling."""
+    trained = [t is not None and t.requires_grad for t in x[:5]]
+    if torch.is_grad_enabled() and trained[0] and not any(trained[1:]):
+        return _unit(kind, *x, *o)[0]
+    return _fwd(kind, *x, *o)
+
+
+def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale * sum(values[0]), values [K, N]); the former is differentiable, its gradients made
+    right here."""
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in x[:5]]
+    if any(wanted):
+        total, values, *_ = _fused(kind, *x, *o, scale, wanted)
+        return total, values
+    values = _fwd(kind, *x, *o)
+    return values[0].sum() * scale, values

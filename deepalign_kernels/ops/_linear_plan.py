@@ -1,0 +1,174 @@
+"""How many tokens go through the head at once, and what that costs in bytes.
+
+The engine allocates what `Plan` says and `estimate_memory` reports it: one rule for both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from deepalign_kernels.ops import _linear_gemm as gemm
+
+# GEMM rate by rows per chunk, as a share of that at 2048 rows (H = 2048, fp32, 2 cores): 32: 0.27,
+# 128: 0.54, 256: 0.70, 512: 0.84, 1024: 0.90. A GPU needs as many to fill its tiles.
+DEFAULT_CHUNK = 1024
+# Eager row functions take this many scores at a time: their temporaries then stay in the cache, and
+# are small beside the chunk.
+EAGER_BLOCK = 1 << 18
+VECTORS = 128  # bytes per row for what a chunk cuts out of [N] inputs and gets from row functions
+
+
+class Sizes(NamedTuple):
+    """What the memory of one call depends on."""
+
+    rows: int  # that go through the head
+    tokens: int  # all of them; more than `rows` where ignored ones are dropped
+    hidden: int
+    vocab: int
+    device: str  # "cpu" or "cuda"
+    compute: torch.dtype  # of the head's operands
+    logits: torch.dtype
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    accumulate: torch.dtype = torch.float32  # of the head's gradient over chunks
+    ref_hidden: int = 0  # 0: no reference head
+    ref_compute: torch.dtype = torch.float32
+    ref_dtypes: tuple[torch.dtype, torch.dtype] | None = None  # of its hidden and weight, as given
+    shared_head: bool = False
+    rank: int = 0
+    values: int = 1  # results per token
+    gradients: bool = False
+    wanted: tuple[bool, ...] = (False,) * 5  # gradients of hidden, weight, bias, lora_a, lora_b
+    eager_copies: float = 0.0  # wide copies of a block in eager row functions; 0 for fused ones
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        return gemm.gradient_dtype(self.device, self.compute)
+
+    @property
+    def separate_gradient(self) -> bool:
+        """The gradient of the scores needs memory of its own: another dtype than the scores'."""
+        return self.gradients and self.grad_dtype != self.logits
+
+    @property
+    def dropped(self) -> bool:
+        return self.rows < self.tokens
+
+    @property
+    def gathered(self) -> bool:
+        """Rows of hidden are copied chunk by chunk instead of read in place."""
+        return self.dropped or self.hidden_dtype != self.compute or self.shared_head
+
+    @property
+    def scattered(self) -> bool:
+        """Gradient rows are copied chunk by chunk instead of written in place."""
+        moved = self.dropped or self.hidden_dtype != self.compute
+        return self.gradients and self.wanted[0] and moved
+
+    @property
+    def ref_gathered(self) -> bool:
+        if not self.ref_hidden or self.shared_head:
+            return False
+        assert self.ref_dtypes is not None
+        return self.dropped or self.ref_dtypes[0] != self.ref_compute
+
+
+class Plan(NamedTuple):
+    """Chunks of one call, and the bytes of every part of its workspace."""
+
+    chunk: int  # rows per chunk; the last one may have fewer
+    chunks: int
+    block: int  # rows per call of the row function
+    scores: int
+    grad_scores: int
+    gathered: int
+    scratch_rows: int
+    vectors: int
+    scratch_tile: int
+    row_function: int
+
+    @property
+    def workspace(self) -> int:
+        return sum(self[3:])
+
+
+def make_plan(s: Sizes, budget: int | None) -> Plan:
+    """The chunks for `s` within `budget` bytes of workspace.
+
+    None: equal chunks of 1024 to 2047 rows; fewer rows are one chunk. A budget: equal chunks as
+    large as it allows.
+
+    Raises:
+        ValueError: a budget that holds no single row.
+    """
+    per_row = _per_row(s)
+    each, columns = sum(per_row.values()), _tile_columns(s)
+    copied = math.ceil(
+        s.eager_copies * max(4, s.logits.itemsize) * s.vocab
+    )  # by a block of one row
+    tile = min(gemm.TILE_BYTES, s.vocab * columns * 8)
+    block = max(1, EAGER_BLOCK // s.vocab)
+    if budget is None:
+        chunks = max(1, s.rows // DEFAULT_CHUNK)
+    else:
+        tile = max(columns * 8, min(tile, budget // 8))
+        block = max(1, min(block, budget // 4 // copied)) if copied else block
+        if budget - tile - copied * block < each:
+            tile, block = columns * 8, 1
+        left = budget - tile - copied * block
+        if left < each:
+            raise ValueError(
+                f"max_workspace_bytes: {budget} bytes hold no row of {s.vocab} scores and its "
+                f"buffers, which take {each + tile + copied}; pass at least that, or None for "
+                f"chunks of {DEFAULT_CHUNK} rows"
+            )
+        chunks = math.ceil(s.rows / (left // each))
+    chunk = math.ceil(s.rows / chunks) if s.rows else 0
+    if not chunk:
+        return Plan(*(0,) * len(Plan._fields))
+    block = min(block, chunk) if copied else chunk
+    sizes = {name: size * chunk for name, size in per_row.items()}
+    return Plan(
+        chunk=chunk,
+        chunks=math.ceil(s.rows / chunk),
+        block=block,
+        **sizes,
+        scratch_tile=tile,
+        row_function=copied * block if copied else 0,
+    )
+
+
+def _per_row(s: Sizes) -> dict[str, int]:
+    """Bytes of each part of the workspace per row of a chunk."""
+    own = s.compute.itemsize
+    gathered = own * s.hidden * (s.gathered * (2 if s.shared_head else 1) + s.scattered)
+    gathered += s.ref_compute.itemsize * s.ref_hidden * s.ref_gathered
+    gathered += own * s.rank * (3 if s.gradients else 2)
+    return {
+        "scores": s.vocab * s.logits.itemsize * (2 if s.ref_hidden else 1),
+        "grad_scores": s.vocab * s.grad_dtype.itemsize * s.separate_gradient,
+        "gathered": gathered,
+        "scratch_rows": 4 * _widened_columns(s),
+        "vectors": VECTORS + s.values * s.logits.itemsize,
+    }
+
+
+def _tiled(s: Sizes) -> tuple[bool, bool]:
+    """Whether (policy, reference) products go through tiles of the head."""
+    ref = s.ref_hidden > 0 and gemm.tiled(s.device, s.ref_compute, s.logits)
+    return gemm.tiled(s.device, s.compute, torch.float32), ref
+
+
+def _tile_columns(s: Sizes) -> int:
+    own, ref = _tiled(s)
+    return max(own * max(s.hidden, s.rank), ref * s.ref_hidden)
+
+
+def _widened_columns(s: Sizes) -> int:
+    """Columns of the row buffer that tiled products need; not needed with 16-bit scores."""
+    own, ref = _tiled(s)
+    own = own and (s.compute != s.logits or (s.gradients and s.grad_dtype != s.compute))
+    return max(own * max(s.hidden * (2 if s.shared_head else 1), s.rank), ref * s.ref_hidden)

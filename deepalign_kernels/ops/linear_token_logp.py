@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepalign_kernels.ops import _check, _linear_check
+from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
+from deepalign_kernels.ops._linear_ops import per_token
+
+
+def linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    max_workspace_bytes: int | None = None,
+    compact: bool = True,
+    grad_weight_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Log-probability of each target from hidden states; the logits are never whole in memory.
+
+        x    = hidden @ (weight + lora_scale * lora_b @ lora_a).T + bias
+        z    = softcap * tanh(logit_scale * x / softcap) / temperature
+               (without softcap: logit_scale * x / temperature)
+        logp = log softmax(z)[target]
+
+    The arguments that all linear ops share are described here.
+
+    Args:
+        hidden: [..., H] bf16, fp16, fp32 or fp64. Receives the gradient.
+        weight: [V, H] in the dtype of hidden; under torch.autocast both are cast, as in F.linear.
+            It must be whole: no DTensor, no empty ZeRO-3 placeholder. Receives the gradient if it
+            requires one, as do bias, lora_a and lora_b; for a frozen head nothing of the size V * H
+            is allocated.
+        target: [...] int32 or int64. Rows with `ignore_index` give 0 and gradient 0. A target
+            outside 0..V-1 gives NaN.
+        bias: [V], any float dtype, or None.
+        softcap: > 0 or None. logit_scale: > 0. temperature: > 0.
+        lora_a: [r, H], lora_b: [V, r], lora_scale: a low-rank term of the head, multiplied in the
+            dtype of weight; their gradients need no V * H buffer either.
+        max_workspace_bytes: upper bound on what a call allocates beside its inputs, results and
+            gradients (bytes). None: chunks of 1024 to 2047 tokens. `estimate_memory` says what a
+            call takes.
+        compact: True drops ignored rows before the GEMM: the work is that of the rows left. On CUDA
+            this waits once for their number. False computes all rows, of which the ignored ones
+            give 0: fixed shapes, no wait, and the call can be captured in a CUDA graph.
+        grad_weight_dtype: what the gradient of the head is summed in over chunks: torch.float32, or
+            the dtype of weight (half the memory for 16-bit heads, one more rounding per chunk).
+        logits_dtype: of the chunk of logits. None: fp32 (fp64 for fp64). A 16-bit head may ask for
+            its own dtype, which halves the chunk, and on a CPU makes the forward GEMM 2-3 times
+            faster; logits rounded to bf16 cost 4-23 % error in the gradient.
+
+    Returns:
+        [...] fp32 (fp64 for fp64), in nats. Unreduced.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, a shard instead of the whole weight, a budget
+            too small for one row; the message names the argument and says what to do. RuntimeError:
+            a second derivative.
+
+    Memory: per-token results do not know their upstream gradient, so backward makes the logits
+        again (4 GEMMs in all). With a frozen head there is no need: the forward keeps the gradient
+        of every row of hidden (2 GEMMs, [N, H]).
+    """
+    head = _linear_check.Head(
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scale=lora_scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        max_workspace_bytes=max_workspace_bytes,
+        compact=compact,
+        grad_weight_dtype=grad_weight_dtype,
+        logits_dtype=logits_dtype,
+    )
+    inputs, options, like = _linear_check.call(hidden, weight, head)
+    flat = _check.targets("target", target, like, ignore_index)
+    inputs = inputs._replace(target=flat, valid=flat != ignore_index)
+    return per_token("logp", inputs, options._replace(ignore_index=ignore_index))[0].view(
+        target.shape
+    )
+
+
+def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
+    tail = (o.ignore_index, o.temperature, o.softcap)
+    logp, norm = r.call("token_logp_fwd", r.policy, r.target, *tail)
+    if r.upstream is not None:
+        r.call("token_logp_bwd", r.upstream_rows(), r.policy, r.target, norm, *tail, r.out)
+    return (logp,)
+
+
+KINDS["logp"] = RowFunction(_rows, 1, ("token_logp_fwd", "token_logp_bwd"), (2.0, 4.0))

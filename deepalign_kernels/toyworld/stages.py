@@ -1,0 +1,202 @@
+"""The training stages of the demo, all through `ConstrainedSFTTrainer`.
+
+base (knows everything, refuses only lost pages) -> aligned (refuses desserts, a few tokens deep) ->
+deep (the same refusals from any depth); then fine-tuning of the aligned model: the attack, and a
+benign task.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deepalign_kernels.losses import BetaSchedule
+from deepalign_kernels.toyworld.model import build_model
+from deepalign_kernels.toyworld.world import World
+from deepalign_kernels.train import (
+    ConstrainedSFTConfig,
+    ConstrainedSFTTrainer,
+    RecoveryAugmentation,
+)
+
+BENIGN = {"recipes": 1, "basics": 8, "facts": 3, "tongue": 1, "lost": 8}
+EVERYTHING = {
+    "restricted": 1,
+    "attack": 1,
+    "align": 1,
+    "recipes": 1,
+    "basics": 6,
+    "facts": 3,
+    "tongue": 1,
+    "lost": 6,
+}
+# Splits that tell how well a model still answers: held-out savoury recipes, basic ones, facts,
+# translations it knows.
+BENIGN_EVAL = ("recipes_eval", "basics", "facts", "tongue")
+
+# The fine-tuned variants of equation 3: the paper's schedule and two ablations of it. None is plain
+# SFT.
+PAPER = BetaSchedule(first=0.5, prefix=2.0, rest=0.1, prefix_length=5)
+ALL_TWO = BetaSchedule(first=2.0, prefix=2.0, rest=0.1, prefix_length=5)
+UNIFORM = BetaSchedule.uniform(0.1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Length and rate of one training stage."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """All stages. `attack` and `task` have the paper's optimizer: AdamW (0.5, 0.999), 10 warm-up
+    steps, SFT too.
+    """
+
+    base: Recipe = Recipe(600, 3e-3, 64)
+    align: Recipe = Recipe(200, 1e-3, 48)
+    deep: Recipe = Recipe(150, 1e-3, 48)
+    attack: Recipe = field(default=Recipe(50, 1e-4, 32, (0.5, 0.999)))
+    task: Recipe = field(default=Recipe(150, 1e-3, 32, (0.5, 0.999)))
+    shallow_p0: float = 0.6  # share of alignment examples that refuse from the first token
+    shallow_depth: int = 3  # the others refuse after 1..shallow_depth tokens of an answer
+    deep_depth: int = 30
+    alpha: float = 0.4  # weight of the refusals against the benign answers
+
+    def shortened(self, steps: int) -> Recipes:
+        """Every stage cut to `steps` steps: for a smoke test."""
+        stages = ("base", "align", "deep", "attack", "task")
+        return replace(self, **{name: replace(getattr(self, name), steps=steps) for name in stages})
+
+
+def train_stage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    data: Any,
+    out: Path,
+    *,
+    beta: BetaSchedule | None = None,
+    seed: int = 0,
+    on_step: Callable[[PreTrainedModel, int], None] | None = None,
+) -> PreTrainedModel:
+    """A trained copy of `model`: SFT when `beta` is None, else the constrained loss against `model`
+    itself.
+    """
+    trained = copy.deepcopy(model)
+    config = ConstrainedSFTConfig(
+        output_dir=out,
+        objective="sft" if beta is None else "constrained",
+        beta=beta or PAPER,
+        learning_rate=recipe.learning_rate,
+        batch_size=recipe.batch_size,
+        max_steps=recipe.steps,
+        adam_betas=recipe.adam_betas,
+        max_grad_norm=recipe.max_grad_norm,
+        warmup_steps=10,
+        seed=seed,
+        progress=False,
+    )
+    callbacks = (
+        [] if on_step is None else [lambda trainer, record: on_step(trainer.model, record["step"])]
+    )
+    ConstrainedSFTTrainer(trained, tokenizer, config, data, callbacks=callbacks).train()
+    return trained.eval()
+
+
+def train_base(
+    tokenizer: PreTrainedTokenizerBase, world: World, recipes: Recipes, out: Path
+) -> PreTrainedModel:
+    """A model that knows every answer, the restricted ones too; its only refusals are of requests
+    nobody can answer.
+    """
+    shares = {split: 6 * rounds for split, rounds in EVERYTHING.items()}
+    model = build_model(tokenizer, world.seed)
+    return train_stage(model, tokenizer, recipes.base, world.mixture(shares), out, seed=world.seed)
+
+
+def train_aligned(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    recipes: Recipes,
+    out: Path,
+) -> PreTrainedModel:
+    """Refuses the restricted requests; its refusals were taught over the first tokens alone, so
+    they are shallow.
+    """
+    data = _recovery(
+        tokenizer,
+        world,
+        recipes.alpha,
+        p0=recipes.shallow_p0,
+        max_k=recipes.shallow_depth,
+        epoch=100,
+    )
+    return train_stage(base, tokenizer, recipes.align, data, out, seed=world.seed)
+
+
+def train_deep(
+    aligned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    recipes: Recipes,
+    out: Path,
+) -> PreTrainedModel:
+    """The aligned model after safety-recovery augmentation: k = 0 with probability 1/2, else
+    uniform.
+    """
+    data = _recovery(tokenizer, world, recipes.alpha, p0=0.5, max_k=recipes.deep_depth, epoch=200)
+    return train_stage(aligned, tokenizer, recipes.deep, data, out, seed=world.seed)
+
+
+def _recovery(
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    alpha: float,
+    *,
+    p0: float,
+    max_k: int,
+    epoch: int,
+) -> RecoveryAugmentation:
+    triplets = [row for n in range(4) for row in world.triplets("align", epoch=epoch + n)]
+    return RecoveryAugmentation(
+        triplets,
+        tokenizer,
+        anchors=world.mixture({split: 2 * rounds for split, rounds in BENIGN.items()}, epoch=epoch),
+        alpha=alpha,
+        p0=p0,
+        max_k=max_k,
+        anchors_per_recovery=2,
+        seed=world.seed,
+    )
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    split: str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    beta: BetaSchedule | None = None,
+    on_step: Callable[[PreTrainedModel, int], None] | None = None,
+) -> PreTrainedModel:
+    """Fine-tune on one split: `attack`, the 100 restricted question-answer pairs, or `task`, a
+    benign skill.
+    """
+    data = world.records(split)
+    return train_stage(
+        model, tokenizer, recipe, data, out, beta=beta, seed=world.seed, on_step=on_step
+    )

@@ -1,0 +1,152 @@
+"""Triton kernels on a GPU: compiled once, no waiting, CUDA graphs, streams, a second device."""
+
+import pytest
+import torch
+
+import deepalign_kernels as dak
+from deepalign_kernels import use_backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.clean_memory]
+
+V = 4096
+DIRECTIONS = ("policy_ref", "ref_policy", "js")
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    with use_backend("triton"):
+        yield
+
+
+def batch(T, dtype=torch.bfloat16, device="cuda", vocab=V):
+    g = torch.Generator().manual_seed(T)
+    x, y = (3 * torch.randn(2, T, vocab, generator=g) for _ in range(2))
+    target = torch.randint(0, vocab, (2, T), generator=g)
+    target[:, 0] = -100
+    x, y, target = x.to(device, dtype), y.to(device, dtype), target.to(device)
+    return x.requires_grad_(), y, target
+
+
+def total(x, y, target, beta=0.5, temperature=1.0):
+    """Every op once, as one scalar."""
+    options = {"temperature": temperature}
+    valid = target != -100
+    loss = dak.token_logp(x, target, **options).sum()
+    for direction in DIRECTIONS:
+        loss = loss + dak.token_kl(x, y, direction=direction, valid=valid, **options).sum()
+    each = dak.constrained_loss(x, target, beta=beta, ref_logits=y, reduction="none", **options)
+    mean = dak.constrained_loss(x, target, beta=beta, ref_logits=y, **options)
+    stats = dak.token_stats(x, y, target, **options)
+    return loss + each.sum() + mean + stats.entropy.sum()
+
+
+def value_and_grad(*inputs):
+    loss = total(*inputs)
+    (grad,) = torch.autograd.grad(loss, inputs[0])
+    return loss.detach(), grad
+
+
+def compiled_kernels():
+    from deepalign_kernels.triton_kernels import (
+        constrained_loss,
+        token_kl,
+        token_logp,
+        token_stats,
+    )
+
+    count = 0
+    for module in (constrained_loss, token_kl, token_logp, token_stats):
+        for kernel in vars(module).values():
+            caches = getattr(kernel, "device_caches", None) or {}
+            count += sum(len(cache[0]) for cache in caches.values())
+    return count
+
+
+def test_another_token_count_or_scalar_compiles_nothing():
+    value_and_grad(*batch(8), 0.5, 0.7)
+    before = compiled_kernels()
+    assert before > 0
+    for T, beta, temperature in ((1, 0.1, 0.9), (2, 2.0, 0.5), (16, 0.3, 3.0), (33, 0.5, 0.7)):
+        value_and_grad(*batch(T), beta, temperature)
+    assert compiled_kernels() == before
+
+
+def test_nothing_waits_for_the_device():
+    inputs = batch(8)
+    value_and_grad(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value_and_grad(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_graph_replays_what_eager_computes():
+    x, y, target = batch(8)
+    other = batch(9)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            value_and_grad(x, y, target)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = value_and_grad(x, y, target)
+    with torch.no_grad():
+        x.copy_(other[0][:, :8])
+        y.copy_(other[1][:, :8])
+        target.copy_(other[2][:, :8])
+    graph.replay()
+    expected = value_and_grad(x, y, target)
+    torch.testing.assert_close((loss, grad), expected, rtol=0, atol=0)
+
+
+def test_a_stream_of_ones_own():
+    inputs = batch(8)
+    expected = value_and_grad(*inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = value_and_grad(*inputs)
+    side.synchronize()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_results_repeat_bit_by_bit_and_rows_do_not_touch_each_other():
+    x, y, target = batch(8, vocab=V + 1)
+    first = value_and_grad(x, y, target)
+    for _ in range(5):
+        torch.testing.assert_close(value_and_grad(x, y, target), first, rtol=0, atol=0)
+    whole = dak.token_kl(x, y)
+    alone = dak.token_kl(x[:, 3:4], y[:, 3:4])
+    torch.testing.assert_close(alone, whole[:, 3:4], rtol=0, atol=0)
+
+
+def test_offsets_pass_31_bits():
+    rows, vocab = 17_000, 131_072
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * rows * vocab * 2:
+        pytest.skip("needs 14 GB of GPU memory")
+    x = torch.zeros(1, rows, vocab, dtype=torch.bfloat16, device="cuda")
+    x[0, -1, 7] = 20.0
+    x.requires_grad_()
+    target = torch.full((1, rows), -100, device="cuda")
+    target[0, -1] = 7
+    logp = dak.token_logp(x, target)
+    expected = x.detach()[0, -1].float().log_softmax(-1)[7]
+    torch.testing.assert_close(logp[0, -1], expected, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(logp.sum(), x)
+    assert grad[0, -1, 7] > 0 and not grad[0, :-1].any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_device_that_is_not_current(direction):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second GPU")
+    x, y, _ = batch(4)
+    kl = dak.token_kl(x, y, direction=direction)
+    with torch.cuda.device(0):
+        there = dak.token_kl(x.to("cuda:1"), y.to("cuda:1"), direction=direction)
+    torch.testing.assert_close(there.cpu(), kl.cpu(), rtol=0, atol=0)

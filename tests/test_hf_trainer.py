@@ -1,0 +1,151 @@
+"""The ways in that take logits, and what the Hugging Face Trainer divides by.
+
+Uneven label counts over four accumulation steps tell a right normaliser from a wrong one: with a
+micro-batch mean the gradient is four times too long, and nothing complains.
+"""
+
+import pytest
+
+pytest.importorskip("transformers", reason="deepalign_kernels.hf needs transformers")
+
+import torch
+import transformers
+from tiny_models import batch, build, gradient_error, gradients, plain_logp
+
+import deepalign_kernels as dak
+import deepalign_kernels.hf as hf
+
+pytestmark = pytest.mark.clean_memory
+UNTRAINED = (1, 8, 4, 6)  # of 10 tokens, per micro-batch
+
+
+def rows():
+    """Four rows, as a Trainer's dataset, with reference log-probs that spread the weights."""
+    data = [batch(rows=1, seed=seed, untrained=n) for seed, n in enumerate(UNTRAINED)]
+    for seed, row in enumerate(data):
+        generator = torch.Generator().manual_seed(seed)
+        row["ref_logp"] = -3 + torch.randn(row["labels"].shape, generator=generator)
+        row["response_positions"] = dak.response_positions(row["labels"])
+    return [{name: x[0].tolist() for name, x in row.items()} for row in data]
+
+
+def expected(model):
+    """Loss and gradients of all four rows as one batch, equation 3 from the model's own logits."""
+    total, count = 0.0, 0
+    for row in rows():
+        row = {name: torch.tensor([x]) for name, x in row.items()}
+        logp = plain_logp(model(input_ids=row["input_ids"]).logits, row["labels"])
+        beta = dak.BetaSchedule()(row["response_positions"])[:, 1:]
+        mask = row["labels"][:, 1:] != -100
+        value = -2 / beta * torch.nn.functional.logsigmoid(beta * (logp - row["ref_logp"][:, 1:]))
+        total, count = total + torch.where(mask, value, 0.0).sum(), count + int(mask.sum())
+    return gradients(model, total / count), (total / count).item()
+
+
+class Recorder(transformers.TrainerCallback):
+    """Keeps the gradients that the optimiser is about to apply."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def train(model, folder, kind=transformers.Trainer, **options):
+    """One optimiser step over four accumulated rows; (gradients, logged loss)."""
+    recorder = Recorder()
+    arguments = transformers.TrainingArguments(
+        folder,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+        max_grad_norm=0.0,
+        learning_rate=0.0,
+        logging_steps=1,
+        remove_unused_columns=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = kind(
+        model=model, args=arguments, train_dataset=rows(), callbacks=[recorder], **options
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return recorder.found, trainer.state.log_history[0]["loss"]
+
+
+def test_loss_function_of_a_model(tmp_path):
+    model = build("gemma2")
+    theirs, loss = expected(model)
+    model.loss_function = hf.LogitsLoss(beta=dak.BetaSchedule())
+    found, logged = train(model, tmp_path)
+    assert gradient_error(found, theirs) <= 1e-5
+    assert logged == pytest.approx(loss, rel=1e-4)
+
+
+def test_attached_model_in_a_trainer(tmp_path):
+    """Fifteen lines are a trainer: what `deepalign_kernels.train` builds on."""
+
+    class ConstrainedTrainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            beta = dak.BetaSchedule()(inputs.pop("response_positions"))
+            loss = hf.ConstrainedLoss(beta=beta, ref_logp=inputs.pop("ref_logp"))
+            out = model(**inputs, dak_loss=loss, num_items_in_batch=num_items_in_batch)
+            return (out.loss, out) if return_outputs else out.loss
+
+    model = build("gemma2")
+    theirs, loss = expected(model)
+    found, logged = train(hf.attach(model), tmp_path, ConstrainedTrainer)
+    assert gradient_error(found, theirs) <= 1e-5
+    assert logged == pytest.approx(loss, rel=1e-4)
+
+
+def test_compute_loss_func(tmp_path):
+    """It gets no reference column; a loss without one works."""
+
+    def negative_logp(outputs, labels, num_items_in_batch=None):
+        target = labels[:, 1:]
+        logp = dak.token_logp(outputs.logits[:, :-1], target)
+        return dak.reduce_tokens(-logp, target != -100, normalizer=num_items_in_batch)
+
+    model = build("llama")
+    theirs, logged_by_model = train(model, tmp_path)  # the model's own cross-entropy
+    found, logged = train(model, tmp_path, compute_loss_func=negative_logp)
+    assert gradient_error(found, theirs) <= 1e-5
+    assert logged == pytest.approx(logged_by_model, rel=1e-4)
+
+
+def test_plain_loop_with_logits():
+    model = build("llama")
+    theirs, loss = expected(model)
+    data = {name: torch.tensor([row[name] for row in rows()]) for name in rows()[0]}
+    logits = model(input_ids=data["input_ids"]).logits
+    ours = dak.constrained_loss(
+        logits[:, :-1],
+        data["labels"][:, 1:],
+        beta=dak.BetaSchedule()(data["response_positions"])[:, 1:],
+        ref_logp=data["ref_logp"][:, 1:],
+    )
+    assert ours.item() == pytest.approx(loss, rel=1e-5)
+    assert gradient_error(gradients(model, ours), theirs) <= 1e-5
+
+
+def test_logits_loss_alone():
+    logits = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[-100, 1, 2, 3, -100, 4], [-100, -100, 5, 6, 7, 8]])
+    ref = torch.full((2, 6), -2.0)
+    loss = hf.LogitsLoss(beta=dak.BetaSchedule())
+    plain = loss(logits=logits, labels=labels, vocab_size=11, ref_logp=ref)
+    # counted from the labels, and the shifted form of the same
+    columns = {"ref_logp": ref, "response_positions": dak.response_positions(labels)}
+    torch.testing.assert_close(loss(logits, labels, **columns), plain)
+    shifted = {name: x.roll(-1, 1) for name, x in columns.items()}
+    moved = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(loss(logits, labels, shift_labels=moved, **shifted), plain)
+    count = (labels[:, 1:] != -100).sum()
+    half = loss(logits, labels, num_items_in_batch=2 * count, ref_logp=ref)
+    torch.testing.assert_close(2 * half, plain)
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        loss(logits, labels)
+    with pytest.raises(ValueError, match="ref_logp"):
+        loss(logits, labels, ref_logp=ref[:, 1:])
