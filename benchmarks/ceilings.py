@@ -45,7 +45,7 @@ class Ceilings:
             self.gemm[kind] = max(rate, self.gemm.get(kind, 0.0))
 
 
-def bandwidth(ceilings: Ceilings, device: str, size: int, laps: int = 7) -> None:
+def bandwidth(ceilings: Ceilings, device: str, size: int, laps: int = 5) -> None:
     """Measure read and copy bandwidth over buffers of `size` bytes and keep what is better than
     before.
     """

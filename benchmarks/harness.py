@@ -116,6 +116,7 @@ def run(
             rows += _cell(plan, case, shape, dtype, phase, found, sets)
             spent = time.monotonic() - started
             say(f"{case.name} {phase} {shape} {dtype}: {len(found)} providers, {spent:.1f} s")
+        _rulers(ceilings, plan, sets[0], dtype)
         del sets
         who = [{"provider": n, "why": w, "ops": sorted({*ops})} for (n, w), ops in absent.items()]
         if keep:
@@ -134,7 +135,7 @@ def _input_sets(plan: Plan, shape: Shape, dtype: str) -> list[Inputs]:
 
 
 def _rulers(ceilings: Ceilings, plan: Plan, x: Inputs, dtype: str) -> None:
-    """Measure the ceilings again before each group of cells: machines drift."""
+    """Measure the ceilings again, before and after each group of cells: machines drift."""
     largest = max(v.nbytes for v in x.values())
     smallest = 4 * machine.last_level_cache(plan.device)
     bandwidth(ceilings, plan.device, min(max(largest, smallest), GIB) // 16384 * 16384)
@@ -197,7 +198,9 @@ class Caller:
     """One provider's call on a case: input set k -> (value, gradients of the leaves)."""
 
     def __init__(self, provider: Provider, case: Case, phase: str, sets: list[Inputs]) -> None:
-        self.fn, self.sets, self.backward = provider.fn, sets, phase == "fwd_bwd"
+        self.fn, self.backward = provider.fn, phase == "fwd_bwd"
+        # Some libraries make the gradient in the forward of whatever requires one, no_grad or not.
+        self.sets = sets if self.backward else [{n: v.detach() for n, v in x.items()} for x in sets]
         self.leaves = case.leaves
         self.scalar = provider.reduction == "mean"
         self.copy: Inputs | None = None
@@ -206,12 +209,12 @@ class Caller:
         """Give the next call a copy of its leaves, which it may overwrite."""
         x = self.sets[k % len(self.sets)]
         if self.copy is None:
-            self.copy = {**x, **{n: x[n].detach().clone().requires_grad_() for n in self.leaves}}
-            return
-        old = self.copy
-        self.copy = {**x, **{n: old[n].detach().copy_(x[n].detach()) for n in self.leaves}}
-        for name in self.leaves:
-            self.copy[name].requires_grad_()
+            fresh = {n: torch.empty_like(x[n].detach()) for n in self.leaves}
+        else:
+            fresh = {n: self.copy[n].detach() for n in self.leaves}
+        for name, leaf in fresh.items():
+            leaf.copy_(x[name].detach()).requires_grad_(self.backward)
+        self.copy = {**x, **fresh}
 
     def call(self, k: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         x = self.copy if self.copy is not None else self.sets[k % len(self.sets)]

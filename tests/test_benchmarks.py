@@ -228,6 +228,23 @@ def test_a_wrong_peer_is_refused_and_the_exit_status_is_about_ours(monkeypatch):
     assert main([*quick, "--providers", "reference"]) == 1
 
 
+def test_a_provider_that_overwrites_its_inputs_gets_a_copy_each_time():
+    case = LOGITS["token_logp"]
+
+    def destroys(x):
+        value = case.tokens(x)
+        x["policy"].zero_()
+        return value
+
+    sets = [for_case(case, make_inputs(SHAPE, torch.float32, "cpu", seed=s)) for s in (0, 1)]
+    caller = Caller(Provider("p", "peers", destroys, consumes=True), case, "fwd", sets)
+    for k in (0, 1, 2):
+        caller.prepare(k)
+        value, _ = caller.call(k)
+        torch.testing.assert_close(value, case.tokens(sets[k % 2]).detach())
+    assert all(x["policy"].abs().sum() > 0 for x in sets)
+
+
 # --- comparing runs -------------------------------------------------------------------------------
 
 
