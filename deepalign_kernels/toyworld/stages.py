@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,23 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Recipes:
-    """All stages. `attack` and `task` have the paper's optimizer: AdamW (0.5, 0.999), 10 warm-up
-    steps, SFT too.
+    """All stages. `attack` and `task` have the paper's optimizer, plain SFT too: AdamW with betas
+    (0.5, 0.999) and 10 warm-up steps, then linear decay.
+
+    They are not clipped: clipping the large first gradients hides them from Adam's second moment,
+    so that the small ones which a constraint leaves later weigh more. Measured on one seed where
+    SFT reached 91 %: the constrained run ended at 21 % with a norm of 1 and at 17 % without.
     """
 
-    base: Recipe = Recipe(600, 3e-3, 64)
-    align: Recipe = Recipe(200, 1e-3, 48)
+    base: Recipe = Recipe(600, 4e-3, 64)
+    align: Recipe = Recipe(350, 1e-3, 48)
     deep: Recipe = Recipe(150, 1e-3, 48)
-    attack: Recipe = field(default=Recipe(50, 1e-4, 32, (0.5, 0.999)))
-    task: Recipe = field(default=Recipe(150, 1e-3, 32, (0.5, 0.999)))
-    shallow_p0: float = 0.6  # share of alignment examples that refuse from the first token
-    shallow_depth: int = 3  # the others refuse after 1..shallow_depth tokens of an answer
+    attack: Recipe = Recipe(50, 1.2e-4, 16, (0.5, 0.999), None)
+    task: Recipe = Recipe(100, 5e-4, 32, (0.5, 0.999), None)
+    shallow_p0: float = 0.5  # share of alignment examples that refuse from the first token
+    shallow_depth: int = 4  # the others refuse after 1..shallow_depth tokens of an answer
     deep_depth: int = 30
-    alpha: float = 0.4  # weight of the refusals against the benign answers
+    alpha: float = 0.6  # weight of the refusals against the benign answers
 
     def shortened(self, steps: int) -> Recipes:
         """Every stage cut to `steps` steps: for a smoke test."""
