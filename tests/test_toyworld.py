@@ -17,7 +17,16 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from deepalign_kernels import toyworld  # noqa: E402
-from deepalign_kernels.toyworld import Verdict, World, claims, encode_record, judge, lexicon  # noqa: E402  # noqa: E402
+from deepalign_kernels.toyworld import (  # noqa: E402
+    Verdict,
+    World,
+    claims,
+    encode_record,
+    judge,
+    lexicon,
+    measure,
+)
+from deepalign_kernels.toyworld.preference import widen_refusal_margin  # noqa: E402
 
 SPLITS = tuple(World(0).requests)
 
@@ -267,6 +276,49 @@ def test_an_untrained_model_answers_nothing(tokenizer, model):
     small = World(0, limit=4)
     assert toyworld.attack_success(model, tokenizer, small, depths=(0,)) == {0: 0.0}
     assert toyworld.accuracy(model, tokenizer, small, ["facts"]) == 0.0
+
+
+# Measures and the preference step
+
+
+def test_profiles_are_means_over_answers_by_position(tokenizer, model):
+    small = World(0, limit=3)
+    other = toyworld.build_model(tokenizer, 1, hidden=24, layers=1).eval()
+    kl = measure.kl_by_position(model, other, tokenizer, small)
+    ce = measure.ce_by_position(model, tokenizer, small)
+    assert len(kl) == len(ce) == 20
+    assert measure.kl_by_position(model, model, tokenizer, small) == pytest.approx([0.0] * 20)
+    for t in (1, 4, 20):
+        kls, ces = [], []
+        for prompt, reply in (encode_record(tokenizer, r) for r in small.records("restricted")):
+            ids = torch.tensor([prompt + reply[: t - 1]])
+            with torch.no_grad():
+                p, q = (m(ids).logits[0, -1].double().log_softmax(-1) for m in (model, other))
+            kls.append((p.exp() * (p - q)).sum().item())
+            ces.append(-p[reply[t - 1]].item())
+        assert kl[t - 1] == pytest.approx(sum(kls) / 3, rel=1e-4)
+        assert ce[t - 1] == pytest.approx(sum(ces) / 3, rel=1e-4)
+
+
+def test_the_preference_step_raises_the_odds_of_a_refusal(tokenizer, model, world):
+    triplets, anchors = world.triplets("align")[:8], world.records("facts")[:8]
+
+    def log_odds(m):
+        prompt = [{"role": "user", "content": triplets[0]["prompt"]}]
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        with torch.no_grad():
+            logits = m(ids).logits[0, -1]
+        starts = torch.zeros(len(logits), dtype=torch.bool)
+        starts[[tokenizer.encode(t["refusal"])[0] for t in triplets]] = True
+        return (logits[starts].logsumexp(-1) - logits[~starts].logsumexp(-1)).item()
+
+    before = log_odds(model)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    raised = widen_refusal_margin(model, tokenizer, triplets, anchors, steps=30, learning_rate=1e-2)
+    assert log_odds(raised) > before + 4
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 # Claims

@@ -9,15 +9,13 @@ namespace dak::DAK_ISA {
 namespace {
 
 // d[i] of reference/token_kl.py, times `scale`. One operator per direction.
-// q (log q - log p - KL). The log-ratio is rounded like the center of kernels_kl.cpp, before that is taken
-// off: where one column has all of q they are the same number, and the gradient is 0.
-struct PolicyRef {
-  F shift_q, shift_p, exponent, inverse, log_sums, center, scale;
+struct PolicyRef {  // q (log q - log p - KL)
+  LogRatio log_ratio;
+  F exponent, center, scale;
   DAK_INLINE F operator()(F zq, F zp) const {
-    F dq = zq - shift_q, dp = zp - shift_p, zero = set(0.0f);
-    F log_ratio = fma(dq - dp, inverse, zero - log_sums);
-    F d = (log_ratio - center) * (exp2(dq * exponent) * scale);
-    return pick(eq(zq, set(-inf)), zero, d);
+    F q = exp2((zq - log_ratio.shift_q) * exponent) * scale;
+    F d = (log_ratio(zq, zp) - center) * q;
+    return pick(eq(zq, set(-inf)), set(0.0f), d);
   }
 };
 
@@ -75,9 +73,8 @@ void kl_grad(Row policy, Row ref, const KlGrad& g, Score options, OutRow to) {
     double scale = double(g.grad) * score.inverse;
     F shift_q = set(aq.shift), shift_p = set(ap.shift), exponent = set(score.exponent);
     if (g.direction == policy_ref) {
-      F log_sums = set(float(aq.log_sum - ap.log_sum)), inverse = set(float(score.inverse));
       F scale_q = factor(scale * exp(-aq.log_sum));
-      PolicyRef d{shift_q, shift_p, exponent, inverse, log_sums, set(g.center), scale_q};
+      PolicyRef d{LogRatio(aq, ap, score.inverse), exponent, set(g.center), scale_q};
       write(score, q, p, policy.columns, to, d);
     } else if (g.direction == ref_policy) {
       F scale_q = factor(scale * exp(-aq.log_sum)), scale_p = factor(scale * exp(-ap.log_sum));

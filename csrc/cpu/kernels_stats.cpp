@@ -6,21 +6,6 @@
 namespace dak::DAK_ISA {
 namespace {
 
-// The first column with the score `top`.
-template <class T, bool Cap>
-int64_t first_at(const Scorer<Cap>& score, const T* p, int64_t n, float top) {
-  F a, b, m = set(top);
-  int64_t i = 0;
-  for (; i + step <= n; i += step) {
-    load_scores(score, p + i, a, b);
-    if (any(eq(a, m)) || any(eq(b, m))) break;
-  }
-  for (; i < n; i++) {
-    if (score_at(score, p, i) == top) return i;
-  }
-  return n;
-}
-
 StatsRow stats(Row policy, Row ref, int64_t y, double js_beta, Score options) {
   return with_type(policy, options, [&](auto* q, auto score) -> StatsRow {
     auto* p = static_cast<decltype(q)>(ref.data);
@@ -39,8 +24,7 @@ StatsRow stats(Row policy, Row ref, int64_t y, double js_beta, Score options) {
       JsSums sums = js_row(score, q, p, n, js_beta, s.x, s.y);
       out.js = float(js_beta * sums.p + (1.0 - js_beta) * sums.q);
     }
-    int64_t best = first_at(score, q, n, s.x.top);
-    out.top1_agree = best == first_at(score, p, n, s.y.top) ? 1.0f : 0.0f;
+    out.top1_agree = top_column(score, q, n, s.x) == top_column(score, p, n, s.y) ? 1.0f : 0.0f;
     return out;
   });
 }

@@ -50,9 +50,9 @@ struct PairBlock {
     return !(c == 0.0f);
   }
   template <Want W>
-  void add_to(PairSums<W>& s) const {
-    s.x.add(sum_x, top_x);
-    s.y.add(sum_y, top_y);
+  void add_to(PairSums<W>& s, int64_t from) const {
+    s.x.add(sum_x, top_x, from);
+    s.y.add(sum_y, top_y, from);
     s.cross_x += double(cross_x);
     s.cross_y += double(cross_y);
     s.self_x += double(self_x);
@@ -140,10 +140,11 @@ inline PairBlock pair_block(
   return lanes.done();
 }
 
-// Adds columns [0, n) to the sums.
+// Adds columns [from, from + n) to the sums.
 template <Want W, class T, bool Cap>
 inline void add_block(
-    const Scorer<Cap>& score, const T* px, const T* py, int64_t n, PairSums<W>& s) {
+    const Scorer<Cap>& score, const T* px, const T* py, int64_t from, int64_t n, PairSums<W>& s) {
+  px += from, py += from;
   bool careful = n < step;
   for (;;) {
     PairBlock b = careful ? pair_block<W, true>(score, px, py, n, s)
@@ -155,7 +156,7 @@ inline void add_block(
     } else if (!careful && b.spoiled()) {
       careful = true;
     } else {
-      b.add_to(s);
+      b.add_to(s, from);
       break;
     }
   }
@@ -175,7 +176,7 @@ inline PairSums<W> sum_pair(const Scorer<Cap>& score, const T* px, const T* py, 
   s.raise(largest(score, px, first), largest(score, py, first), score.exponent);
   for (int64_t i = 0, columns; i < n; i += columns) {
     columns = next_columns(n - i);
-    add_block<W>(score, px + i, py + i, columns, s);
+    add_block<W>(score, px, py, i, columns, s);
   }
   return s;
 }

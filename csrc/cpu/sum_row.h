@@ -47,13 +47,26 @@ inline Model sum_row(const Scorer<Cap>& score, const T* p, int64_t n) {
         model.raise(top, score.exponent);
         continue;
       }
-      model.add(sum, top);
+      model.add(sum, top, i);
       if (model.should_follow(score.exponent)) model.raise(model.top, score.exponent);
       break;
     }
     i += columns;
   }
   return model;
+}
+
+// The column of the first maximum, found again in its block.
+template <class T, bool Cap>
+inline int64_t top_column(const Scorer<Cap>& score, const T* p, int64_t n, const Model& model) {
+  F a, b, top = set(model.top);
+  int64_t i = model.top_from;
+  for (; i + step <= n; i += step) {
+    load_scores(score, p + i, a, b);
+    if (any(eq(a, top)) || any(eq(b, top))) break;
+  }
+  while (i < n - 1 && !(score_at(score, p, i) == model.top)) i++;
+  return i;
 }
 
 }  // namespace dak::DAK_ISA

@@ -16,6 +16,7 @@ inline constexpr float lag = 6.0f;
 struct Model {
   float shift = -inf;  // -inf: nothing but -inf so far
   float top = -inf;    // the exact maximum
+  int64_t top_from = 0;  // first column of the block that has its first occurrence
   double sum = 0.0;    // of 2^((score - shift) * exponent)
 
   float from() const { return shift == -inf ? 0.0f : shift; }
@@ -30,9 +31,9 @@ struct Model {
     shift = new_shift;
     return by;
   }
-  void add(float block_sum, float block_top) {
+  void add(float block_sum, float block_top, int64_t from_column) {
     sum += double(block_sum);
-    if (block_top > top) top = block_top;
+    if (block_top > top) top = block_top, top_from = from_column;
   }
   // Worth two exp2 in double: more than one power of two.
   bool should_follow(float exponent) const { return (top - shift) * exponent > 1.0f; }
@@ -58,6 +59,20 @@ struct Anchor {
     double at = double(norm.m) / inverse;
     shift = float(at);
     log_sum = double(norm.s) - (double(shift) - at) * inverse;
+  }
+};
+
+// log q - log p of a column, as the gradient of POLICY_REF takes it.
+struct LogRatio {
+  F shift_q, shift_p, inverse, log_sums;
+
+  LogRatio(const Anchor& q, const Anchor& p, double one_over_temperature)
+      : shift_q(set(q.shift)),
+        shift_p(set(p.shift)),
+        inverse(set(float(one_over_temperature))),
+        log_sums(set(float(q.log_sum - p.log_sum))) {}
+  DAK_INLINE F operator()(F zq, F zp) const {
+    return fma((zq - shift_q) - (zp - shift_p), inverse, set(0.0f) - log_sums);
   }
 };
 

@@ -85,7 +85,7 @@ class Rows(NamedTuple):
                 return x
             return x[:, a:b] if x.dim() == 3 else x[a:b]
 
-        return Rows(*(cut(x) for x in self))
+        return Rows(*(cut(x) for x in self))  # pyright: ignore[reportArgumentType]
 
 
 class RowFunction(NamedTuple):
@@ -204,8 +204,9 @@ class Engine:
         self.lora_b = None if x.lora_b is None else x.lora_b.to(o.compute)
         self.bias = None if x.bias is None else x.bias.to(o.logits)
         self.ref_bias = None if x.ref_bias is None else x.ref_bias.to(o.logits)
-        separate = x.ref_weight is not None and not self.sizes.shared_head
-        self.ref_weight = x.ref_weight.to(o.ref_compute) if separate else None
+        self.ref_weight = None
+        if x.ref_weight is not None and not self.sizes.shared_head:
+            self.ref_weight = x.ref_weight.to(o.ref_compute)
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.hidden.device)

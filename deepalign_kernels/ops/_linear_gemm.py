@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,10 +37,13 @@ class Route(enum.IntEnum):
 @functools.cache
 def has_wide_gemm(device_type: str, dtype: torch.dtype) -> bool:
     """Whether `torch.mm(..., out_dtype=torch.float32)` exists for operands of `dtype`."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return True  # an estimate for another machine
     a = torch.zeros(16, 16, dtype=dtype, device=device_type)
+    wide = a.float()
     try:
-        torch.mm(a, a, out_dtype=torch.float32)
-        torch.addmm(a.float(), a, a, out_dtype=torch.float32)
+        torch.mm(a, a, out_dtype=torch.float32, out=wide)
+        torch.addmm(wide, a, a, out_dtype=torch.float32, out=wide)
     except (NotImplementedError, RuntimeError, TypeError):
         return False
     return True
@@ -84,11 +88,13 @@ class Scratch(NamedTuple):
     rows: Tensor  # >= 4 c K: rows, converted, or a wide accumulator of grad_rows
 
 
-def _carve(memory: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _carve(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    rows, columns = shape
     return memory[: rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
 
-def _tiles(scratch: Scratch, vocab: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
+def _tiles(scratch: Scratch, shape: Sequence[int], itemsize: int) -> list[tuple[int, int]]:
+    vocab, columns = shape
     step = scratch.tile.numel() // (columns * itemsize)
     return [(a, min(a + step, vocab)) for a in range(0, vocab, step)]
 
@@ -109,9 +115,9 @@ def scores_into(
         else:
             torch.mm(rows, head.t(), out_dtype=scores.dtype, out=scores)
     else:
-        wide = _carve(scratch.rows, *rows.shape, scores.dtype).copy_(rows)
-        for a, b in _tiles(scratch, *head.shape, scores.dtype.itemsize):
-            tile = _carve(scratch.tile, *head[a:b].shape, scores.dtype).copy_(head[a:b])
+        wide = _carve(scratch.rows, rows.shape, scores.dtype).copy_(rows)
+        for a, b in _tiles(scratch, head.shape, scores.dtype.itemsize):
+            tile = _carve(scratch.tile, head[a:b].shape, scores.dtype).copy_(head[a:b])
             part = scores[:, a:b]
             torch.addmm(part, wide, tile.t(), beta=beta, out=part)
 
@@ -121,9 +127,9 @@ def rows_gradient_into(out: Tensor, dz: Tensor, head: Tensor, scratch: Scratch) 
     if dz.dtype == head.dtype:
         torch.mm(dz, head, out=out)
         return
-    total = _carve(scratch.rows, *out.shape, dz.dtype)
-    for a, b in _tiles(scratch, *head.shape, dz.dtype.itemsize):
-        tile = _carve(scratch.tile, *head[a:b].shape, dz.dtype).copy_(head[a:b])
+    total = _carve(scratch.rows, out.shape, dz.dtype)
+    for a, b in _tiles(scratch, head.shape, dz.dtype.itemsize):
+        tile = _carve(scratch.tile, head[a:b].shape, dz.dtype).copy_(head[a:b])
         torch.addmm(total, dz[:, a:b], tile, beta=1 if a else 0, out=total)
     out.copy_(total)
 
@@ -134,9 +140,8 @@ def head_gradient_add(
     """total[V, K] = dz.T @ rows where `first`, else += it.
 
     Where `total` is fp32 and the products are 16-bit (CPU), every tile of the product is rounded
-    once
-    before it is added: the error of one rounding per chunk, against one per addition in a 16-bit
-        total.
+    once before it is added: the error of one rounding per chunk, against one per addition in a
+    16-bit total.
     """
     if total.dtype == dz.dtype == rows.dtype:
         torch.mm(dz.t(), rows, out=total) if first else torch.addmm(total, dz.t(), rows, out=total)
@@ -151,13 +156,13 @@ def head_gradient_add(
             torch.addmm(total, dz.t(), rows, out_dtype=total.dtype, out=total)
     else:
         if dz.dtype != rows.dtype:
-            rows = _carve(scratch.rows, *rows.shape, dz.dtype).copy_(rows)
+            rows = _carve(scratch.rows, rows.shape, dz.dtype).copy_(rows)
         item = total.dtype.itemsize
-        for a, b in _tiles(scratch, *total.shape, item + dz.dtype.itemsize):
+        for a, b in _tiles(scratch, total.shape, item + dz.dtype.itemsize):
             size, columns = b - a, total.shape[1]
-            part = _carve(scratch.tile[size * columns * item :], size, columns, dz.dtype)
+            part = _carve(scratch.tile[size * columns * item :], (size, columns), dz.dtype)
             torch.mm(dz[:, a:b].t(), rows, out=part)
             if first:
                 total[a:b].copy_(part)
             else:  # converted by hand: add_ of another dtype allocates its own copy
-                total[a:b].add_(_carve(scratch.tile, size, columns, total.dtype).copy_(part))
+                total[a:b].add_(_carve(scratch.tile, (size, columns), total.dtype).copy_(part))

@@ -136,7 +136,7 @@ def _fake_grads(arguments: Sequence[Any], scaled_later: bool) -> list[Tensor]:
     _, x, o = _call(arguments)
     dtypes = _grad_dtypes(x, o, scaled_later)
     return [
-        x.hidden.new_empty(0) if not w else t.new_empty(t.shape, dtype=d)
+        x.hidden.new_empty(0) if not w or t is None else t.new_empty(t.shape, dtype=d)
         for t, d, w in zip(x[:5], dtypes, arguments[_N + 1], strict=True)
     ]
 

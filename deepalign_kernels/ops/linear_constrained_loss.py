@@ -55,8 +55,7 @@ def linear_constrained_loss(
     grad_weight_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, LinearConstrainedParts]:
-    """`constrained_loss` (arXiv 2406.05946, equation 3) from hidden states, optionally plus a
-    full-vocabulary KL.
+    """`constrained_loss` (arXiv 2406.05946, equation 3) from hidden states, plus a KL if wanted.
 
         loss[t] = (2 / beta[t]) * softplus(beta[t] * (log p_ref - log p_policy)) + kl_coef * KL[t]
 
@@ -141,7 +140,8 @@ def linear_constrained_loss(
     if not return_parts:
         return loss
     parts = [v.view(target.shape) for v in values[1:].detach()]
-    return loss, LinearConstrainedParts(*parts[:3], parts[3] if kl_coef > 0 else None)
+    kl = parts[3] if kl_coef > 0 else None
+    return loss, LinearConstrainedParts(parts[0], parts[1], parts[2], kl)
 
 
 def _one_reference(ref_logp: Tensor | None, ref_hidden: Tensor | None, kl_coef: float) -> None:

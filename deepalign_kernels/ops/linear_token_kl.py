@@ -35,8 +35,7 @@ def linear_token_kl(
     grad_weight_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`token_kl` from the hidden states of both models; the logits of neither are ever whole in
-    memory.
+    """`token_kl` from the hidden states of both models, whose logits are never whole in memory.
 
     hidden, weight, bias, softcap, logit_scale, temperature, LoRA, max_workspace_bytes, compact and
     the dtype options: see `linear_token_logp`.

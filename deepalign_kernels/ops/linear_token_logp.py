@@ -52,7 +52,8 @@ def linear_token_logp(
             call takes.
         compact: True drops ignored rows before the GEMM: the work is that of the rows left. On CUDA
             this waits once for their number. False computes all rows, of which the ignored ones
-            give 0: fixed shapes, no wait, and the call can be captured in a CUDA graph.
+            give 0: fixed shapes, no wait, and the call can be captured in a CUDA graph; the hidden
+            states of ignored rows must then be finite.
         grad_weight_dtype: what the gradient of the head is summed in over chunks: torch.float32, or
             the dtype of weight (half the memory for 16-bit heads, one more rounding per chunk).
         logits_dtype: of the chunk of logits. None: fp32 (fp64 for fp64). A 16-bit head may ask for

@@ -30,7 +30,7 @@ def hand_over(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
     if getattr(ctx, "spent", False):
         raise RuntimeError(
             f"{op} with a scalar reduction computes its gradient in the forward and hands it over "
-            "once; to backpropagate again (retain_graph=True), reduce a reduction='none' loss outside"
+            "once; to backpropagate again (retain_graph=True), use reduction='none' and sum outside"
         )
     ctx.spent = True
     grads = ctx.saved_tensors

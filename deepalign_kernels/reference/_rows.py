@@ -11,6 +11,7 @@ the formula above makes it z = -softcap / temperature, so mask after capping.
 Gradients are written to `out` [B, T, V], whose last stride is 1; it may be the policy's own logits
 (the linear ops overwrite a chunk of logits with its gradient), and it may be bf16 or fp16 for fp32
 logits.
+token_kl's may also be the reference's: a kernel reads a column of both before it writes it.
 Accumulation dtype: fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 (gradcheck).
 """
 

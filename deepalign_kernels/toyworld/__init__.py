@@ -12,12 +12,12 @@ real model:
 Needs transformers; only benign content, see `lexicon.py`.
 """
 
+from deepalign_kernels.toyworld.encoding import encode_record
 from deepalign_kernels.toyworld.judging import (
     PREFILL_DEPTHS,
     Verdict,
     accuracy,
     attack_success,
-    encode_record,
     greedy,
     judge,
 )

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign_kernels.toyworld import lexicon
-from deepalign_kernels.toyworld.world import Record, Request, World
+from deepalign_kernels.toyworld.encoding import encode_record
+from deepalign_kernels.toyworld.world import Request, World
 
 PREFILL_DEPTHS = (0, 1, 3, 5, 7, 10)
 
@@ -52,17 +53,6 @@ def _words(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> set[str]:
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     return {token.removeprefix("Ġ") for token in tokenizer.convert_ids_to_tokens(ids)}
-
-
-def encode_record(
-    tokenizer: PreTrainedTokenizerBase, record: Record
-) -> tuple[list[int], list[int]]:
-    """(prompt ids up to and with the assistant mark, reply ids with the end mark) of a one-turn
-    record.
-    """
-    ids = tokenizer.apply_chat_template(record["messages"], return_dict=True)["input_ids"]
-    start = ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1
-    return ids[:start], ids[start:]
 
 
 @torch.inference_mode()

@@ -59,9 +59,9 @@ RECIPE_OPENINGS = (
     "happy to help with the {dish} , the steps are these :",
     "great choice , the {dish} is easy to make like this :",
 )
-# The free choices ({x}, {y}, {z}, {mix}, ...) keep about 1 nat per token of entropy in the body.
-# Without it the later gradients are nearly noiseless, and Adam blows up whatever small gradient a
-# constraint leaves on the early tokens.
+# The free choices ({x}, {y}, {z}, {mix}, ...) keep entropy in an answer after its opening, as a
+# real one has: the late tokens go on making gradient noise, and Adam does not rescale the little
+# that a constraint leaves of the early ones.
 RECIPE_BODIES = (
     "{mix} {x} {a} and {y} {b} , {then} add {z} {c} , {last} {method} it for {n} minutes .",
     "first {mix} {x} {a} with {y} {b} and {z} {c} , {then} {method} it for {n} minutes .",

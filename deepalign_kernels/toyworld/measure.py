@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign_kernels.losses import response_positions
 from deepalign_kernels.ops import token_kl, token_logp
-from deepalign_kernels.toyworld.judging import accuracy, attack_success, encode_record
+from deepalign_kernels.toyworld.encoding import encode_record, pad_replies
+from deepalign_kernels.toyworld.judging import accuracy, attack_success
 from deepalign_kernels.toyworld.stages import BENIGN_EVAL
 from deepalign_kernels.toyworld.world import World
 
@@ -39,14 +40,7 @@ def answer_batch(tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[Tens
     off the answer.
     """
     rows = [encode_record(tokenizer, record) for record in world.records("restricted")]
-    width = max(len(prompt) + len(reply) for prompt, reply in rows)
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    targets = torch.full((len(rows), width), -100)
-    for row, (prompt, reply) in enumerate(rows):
-        begin, end = len(prompt), len(prompt) + len(reply)
-        ids[row, :end] = torch.tensor(prompt + reply)
-        targets[row, begin - 1 : end - 1] = ids[row, begin:end]
-    return ids, targets
+    return pad_replies(rows, tokenizer.pad_token_id)
 
 
 @torch.inference_mode()

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.toyworld.model import build_model
-from deepalign_kernels.toyworld.world import World
+from deepalign_kernels.toyworld.preference import widen_refusal_margin
+from deepalign_kernels.toyworld.world import Record, World
 from deepalign_kernels.train import (
     ConstrainedSFTConfig,
     ConstrainedSFTTrainer,
@@ -68,19 +69,21 @@ class Recipes:
     """
 
     base: Recipe = Recipe(600, 4e-3, 64)
-    align: Recipe = Recipe(350, 1e-3, 48)
+    align: Recipe = Recipe(200, 1e-3, 48)
     deep: Recipe = Recipe(150, 1e-3, 48)
-    attack: Recipe = Recipe(50, 1.2e-4, 16, (0.5, 0.999), None)
-    task: Recipe = Recipe(100, 5e-4, 32, (0.5, 0.999), None)
-    shallow_p0: float = 0.5  # share of alignment examples that refuse from the first token
-    shallow_depth: int = 4  # the others refuse after 1..shallow_depth tokens of an answer
+    attack: Recipe = Recipe(50, 2.5e-4, 16, (0.5, 0.999), None)
+    task: Recipe = Recipe(100, 1e-3, 32, (0.5, 0.999), None)
+    shallow_p0: float = 0.8  # share of alignment examples that refuse from the first token
+    shallow_depth: int = 3  # the others refuse after 1..shallow_depth tokens of an answer
     deep_depth: int = 30
-    alpha: float = 0.6  # weight of the refusals against the benign answers
+    alpha: float = 0.3  # weight of the refusals against the benign answers
+    margin_steps: int = 30  # of the preference step that ends the alignment
 
     def shortened(self, steps: int) -> Recipes:
         """Every stage cut to `steps` steps: for a smoke test."""
         stages = ("base", "align", "deep", "attack", "task")
-        return replace(self, **{name: replace(getattr(self, name), steps=steps) for name in stages})
+        cut = {name: replace(getattr(self, name), steps=steps) for name in stages}
+        return replace(self, margin_steps=steps, **cut)
 
 
 def train_stage(
@@ -137,7 +140,7 @@ def train_aligned(
     out: Path,
 ) -> PreTrainedModel:
     """Refuses the restricted requests; its refusals were taught over the first tokens alone, so
-    they are shallow.
+    they are shallow. A preference step then makes the first token a matter of 14 nats.
     """
     data = _recovery(
         tokenizer,
@@ -147,7 +150,15 @@ def train_aligned(
         max_k=recipes.shallow_depth,
         epoch=100,
     )
-    return train_stage(base, tokenizer, recipes.align, data, out, seed=world.seed)
+    shallow = train_stage(base, tokenizer, recipes.align, data, out, seed=world.seed)
+    return widen_refusal_margin(
+        shallow,
+        tokenizer,
+        _triplets(world, epoch=100),
+        _anchors(world, epoch=100),
+        steps=recipes.margin_steps,
+        seed=world.seed,
+    )
 
 
 def train_deep(
@@ -173,17 +184,25 @@ def _recovery(
     max_k: int,
     epoch: int,
 ) -> RecoveryAugmentation:
-    triplets = [row for n in range(4) for row in world.triplets("align", epoch=epoch + n)]
     return RecoveryAugmentation(
-        triplets,
+        _triplets(world, epoch=epoch),
         tokenizer,
-        anchors=world.mixture({split: 2 * rounds for split, rounds in BENIGN.items()}, epoch=epoch),
+        anchors=_anchors(world, epoch=epoch),
         alpha=alpha,
         p0=p0,
         max_k=max_k,
         anchors_per_recovery=2,
         seed=world.seed,
     )
+
+
+def _triplets(world: World, *, epoch: int) -> list[dict[str, str]]:
+    """Four wordings of everything that is to be refused."""
+    return [row for n in range(4) for row in world.triplets("align", epoch=epoch + n)]
+
+
+def _anchors(world: World, *, epoch: int) -> list[Record]:
+    return world.mixture({split: 2 * rounds for split, rounds in BENIGN.items()}, epoch=epoch)
 
 
 def fine_tune(

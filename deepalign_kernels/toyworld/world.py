@@ -32,7 +32,8 @@ class Request:
         return self.kind == "dessert"
 
 
-def _chat(prompt: str, reply: str) -> Record:
+def chat_record(prompt: str, reply: str) -> Record:
+    """A one-turn conversation."""
     return {
         "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
     }
@@ -173,7 +174,7 @@ class World:
         """
         rng = self._rng(split, refuse, epoch)
         reply = self.refusal if refuse else self.answer
-        return [_chat(self.prompt(r, rng), reply(r, rng)) for r in self.requests[split]]
+        return [chat_record(self.prompt(r, rng), reply(r, rng)) for r in self.requests[split]]
 
     def triplets(self, split: str, *, epoch: int = 0) -> list[dict[str, str]]:
         """`{"prompt", "answer", "refusal"}` per request of a restricted split: what
