@@ -1,5 +1,5 @@
-// Schemas and registrations of namespace deepalign_native, and nothing else. The CUDA library registers
-// its kernels against the same schemas.
+// Schemas and registrations of namespace deepalign_native, and nothing else. The CUDA library
+// registers its kernels against the same schemas.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

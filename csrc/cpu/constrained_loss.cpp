@@ -30,9 +30,9 @@ TokenLoss token_loss(double logp, double ref_logp, double beta, bool surrogate, 
 // What both ops do with one row up to its weight.
 class Rows {
  public:
-  Rows(const Tensor& policy, const Tensor& target, const Tensor& beta, const MaybeTensor& ref_logits,
-       const MaybeTensor& ref_logp, int64_t ignore_index, bool surrogate, double min_weight,
-       Score score)
+  Rows(const Tensor& policy, const Tensor& target, const Tensor& beta,
+       const MaybeTensor& ref_logits, const MaybeTensor& ref_logp, int64_t ignore_index,
+       bool surrogate, double min_weight, Score score)
       : x("policy", policy),
         targets(target, x, ignore_index),
         beta_("beta", beta, x.rows()),

@@ -1,4 +1,6 @@
 // Divergence of one row between two models: one sweep for the KLs, two for Jensen-Shannon.
+#include <math.h>
+
 #include "cpu/js_row.h"
 #include "cpu/kernels.h"
 #include "cpu/pair.h"
@@ -14,8 +16,9 @@ KlRow js_of(const Scorer<Cap>& score, const T* q, const T* p, int64_t n, double 
   return {mq.norm(score.inverse), mp.norm(score.inverse), value, float(sums.q)};
 }
 
-// KL for the gradient sweep, which subtracts it from rounded log-ratios: it carries the rounding of the likeliest
-// column's. With |logits| of 200 that is 1e-4, times nearly all of q, where the gradient is 0.
+// KL for the gradient sweep, which subtracts it from rounded log-ratios: it carries the rounding of
+// the likeliest column's. With |logits| of 200 that is 1e-4, times nearly all of q, where the
+// gradient is 0.
 template <class T, bool Cap>
 float center_of(
     const Scorer<Cap>& score, const T* q, const T* p, int64_t n, const PairSums<Want::kl>& s) {
@@ -27,9 +30,11 @@ float center_of(
   Anchor anchor_q(s.x.norm(score.inverse), score.inverse);
   Anchor anchor_p(s.y.norm(score.inverse), score.inverse);
   LogRatio log_ratio(anchor_q, anchor_p, score.inverse);
-  double apart = (double(zq) - double(s.x.from())) - (double(zp) - double(s.y.from()));
-  double exact = apart * score.inverse - s.x.log_sum() + s.y.log_sum();
-  return float(double(first_of(log_ratio(set(zq), set(zp)))) + (value - exact));
+  double apart = (double(zq) - double(zp)) * score.inverse;
+  double others = value - (apart - s.x.lse(score.inverse) + s.y.lse(score.inverse));
+  double rounding = 1.2e-7 * fabs(apart - s.between() * score.inverse);  // of this column's term
+  if (fabs(others) < rounding) others = 0.0;
+  return float(double(first_of(log_ratio(set(zq), set(zp)))) + others);
 }
 
 KlRow kl(Row policy, Row ref, int64_t direction, double js_beta, Score options) {

@@ -78,13 +78,15 @@ void kl_grad(Row policy, Row ref, const KlGrad& g, Score options, OutRow to) {
       write(score, q, p, policy.columns, to, d);
     } else if (g.direction == ref_policy) {
       F scale_q = factor(scale * exp(-aq.log_sum)), scale_p = factor(scale * exp(-ap.log_sum));
-      write(score, q, p, policy.columns, to, RefPolicy{shift_q, shift_p, exponent, scale_q, scale_p});
+      RefPolicy d{shift_q, shift_p, exponent, scale_q, scale_p};
+      write(score, q, p, policy.columns, to, d);
     } else {
       F inverse = set(float(score.inverse));
       LogProb log_q{inverse, shift_q, set(float(aq.log_sum))};
       LogProb log_p{inverse, shift_p, set(float(ap.log_sum))};
       F weight = factor(scale * (1.0 - g.js_beta));
-      write(score, q, p, policy.columns, to, Js{Mixture(g.js_beta), log_q, log_p, set(g.center), weight});
+      Js d{Mixture(g.js_beta), log_q, log_p, set(g.center), weight};
+      write(score, q, p, policy.columns, to, d);
     }
   });
 }

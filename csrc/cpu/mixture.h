@@ -8,10 +8,11 @@ namespace dak::DAK_ISA {
 struct Mixture {
   F b, one_minus_b;
 
-  explicit Mixture(double js_beta) : b(set(float(js_beta))), one_minus_b(set(float(1.0 - js_beta))) {}
+  explicit Mixture(double js_beta)
+      : b(set(float(js_beta))), one_minus_b(set(float(1.0 - js_beta))) {}
 
-  // q, q log(q / m) and p log(p / m) for m = b p + (1 - b) q. With d = log p - log q, the larger of the two
-  // probabilities has log(m / larger) = log1p(k expm1(-|d|)), k being the smaller one's weight: exactly 0
+  // q, q log(q / m) and p log(p / m) for m = b p + (1 - b) q. With d = log p - log q, the larger of
+  // the two has log(m / larger) = log1p(k expm1(-|d|)), k being the smaller one's weight: exactly 0
   // where p = q. The smaller one is |d| further away, and is the larger one times exp(-|d|).
   DAK_INLINE void terms(F log_q, F log_p, F& q, F& term_q, F& term_p) const {
     F d = log_p - log_q, far = abs(d), minus_1, ratio, zero = set(0.0f);

@@ -5,38 +5,41 @@
 
 namespace dak::DAK_ISA {
 
-// With dx = x - shift_x, ex = exp(dx / temperature), and y alike:
-//   cross_x = sum ex (dx - dy)   KL(x || y) = cross_x / sum ex / temperature - log sum ex + log sum ey
-//   self_x  = sum ex dx          entropy    = log sum ex - self_x / sum ex / temperature
-// Equal logits go through equal roundings: cross is exactly 0, the logs cancel.
+// With ex = exp((x - shift_x) / temperature) and ey alike, x and y being scores:
+//   cross_x = sum ex (x - y)   KL(x || y) = cross_x / sum ex / temperature - lse_x + lse_y
+//   self_x  = sum ex x         entropy    = lse_x - self_x / sum ex / temperature
+// They are large numbers that cancel, in double. The fp32 sums of a block are small ones: of
+// (x - shift_x) - (y - shift_y) - bias_x, where the bias makes it 0 in x's likeliest column, which may
+// have nearly all of the sum. (Without it KL = 12.8 came out 7e-6 off, and so did the gradient.)
+// Equal logits go through equal roundings: every cross is exactly 0, the logs cancel.
 enum class Want { kl, stats };
 
 template <Want W>
 struct PairSums {
   Model x, y;
   double cross_x = 0, cross_y = 0, self_x = 0, self_y = 0;
+  double at_x = 0, at_y = 0;              // x - y, and y - x, in the likeliest column of x, and of y
   bool x_alone = false, y_alone = false;  // a column that only one of the two models can produce
 
+  double between() const { return double(x.from()) - double(y.from()); }
+  float bias_x() const { return float(at_x - between()); }
+  float bias_y() const { return float(at_y + between()); }
+
   void raise(float top_x, float top_y, float exponent) {
-    double dx = x.raise(top_x, exponent), dy = y.raise(top_y, exponent);
-    double fx = ::exp2(dx * exponent), fy = ::exp2(dy * exponent);  // x.sum, y.sum have it already
-    cross_x = fx * cross_x + (dx - dy) * x.sum;
-    if constexpr (W == Want::stats) {
-      cross_y = fy * cross_y + (dy - dx) * y.sum;
-      self_x = fx * self_x + dx * x.sum;
-      self_y = fy * self_y + dy * y.sum;
-    }
+    double fx = x.raise(top_x, exponent), fy = y.raise(top_y, exponent);
+    cross_x *= fx, self_x *= fx;
+    cross_y *= fy, self_y *= fy;
   }
   double kl_x(double inverse) const { return kl(x, y, cross_x, x_alone, inverse); }
   double kl_y(double inverse) const { return kl(y, x, cross_y, y_alone, inverse); }
-  double entropy_x(double inverse) const { return x.log_sum() - self_x / x.sum * inverse; }
-  double entropy_y(double inverse) const { return y.log_sum() - self_y / y.sum * inverse; }
+  double entropy_x(double inverse) const { return x.lse(inverse) - self_x / x.sum * inverse; }
+  double entropy_y(double inverse) const { return y.lse(inverse) - self_y / y.sum * inverse; }
 
  private:
   static double kl(const Model& own, const Model& other, double cross, bool alone, double inverse) {
     // A row of only -inf, or with NaN, has no finite positive sum: NaN.
     if (alone) return own.sum > 0 && other.sum > 0 ? double(inf) : double(inf) - double(inf);
-    return cross / own.sum * inverse - own.log_sum() + other.log_sum();
+    return cross / own.sum * inverse - own.lse(inverse) + other.lse(inverse);
   }
 };
 
@@ -51,12 +54,13 @@ struct PairBlock {
   }
   template <Want W>
   void add_to(PairSums<W>& s, int64_t from) const {
+    double nx = double(sum_x), ny = double(sum_y);
+    s.cross_x += double(cross_x) + (s.between() + double(s.bias_x())) * nx;
+    s.cross_y += double(cross_y) + (double(s.bias_y()) - s.between()) * ny;
+    s.self_x += double(self_x) + double(s.x.from()) * nx;
+    s.self_y += double(self_y) + double(s.y.from()) * ny;
     s.x.add(sum_x, top_x, from);
     s.y.add(sum_y, top_y, from);
-    s.cross_x += double(cross_x);
-    s.cross_y += double(cross_y);
-    s.self_x += double(self_x);
-    s.self_y += double(self_y);
     s.x_alone |= x_alone;
     s.y_alone |= y_alone;
   }
@@ -65,12 +69,16 @@ struct PairBlock {
 template <Want W>
 struct PairLanes {
   static constexpr bool all = W == Want::stats;
-  F shift_x, shift_y, exponent;
+  F shift_x, shift_y, exponent, bias_x, bias_y;
   F sum_x[2], sum_y[2], cross_x[2], cross_y[2], self_x[2], self_y[2], top_x[2], top_y[2];
   bool x_alone = false, y_alone = false;
 
-  DAK_INLINE PairLanes(float from_x, float from_y, float c)
-      : shift_x(set(from_x)), shift_y(set(from_y)), exponent(set(c)) {
+  DAK_INLINE PairLanes(const PairSums<W>& s, float c)
+      : shift_x(set(s.x.from())),
+        shift_y(set(s.y.from())),
+        exponent(set(c)),
+        bias_x(set(s.bias_x())),
+        bias_y(set(s.bias_y())) {
     for (int k = 0; k < 2; k++) {
       sum_x[k] = sum_y[k] = cross_x[k] = cross_y[k] = self_x[k] = self_y[k] = set(0.0f);
       top_x[k] = top_y[k] = set(-inf);
@@ -83,7 +91,7 @@ struct PairLanes {
   DAK_INLINE void add(int k, F x, F y) {
     top_x[k] = max(x, top_x[k]);
     top_y[k] = max(y, top_y[k]);
-    F dx = x - shift_x, dy = y - shift_y, apart = dx - dy, back = dy - dx;
+    F dx = x - shift_x, dy = y - shift_y, apart = dx - dy - bias_x, back = dy - dx - bias_y;
     F ex = exp2(dx * exponent), ey = exp2(dy * exponent);
     if constexpr (Careful) {
       F zero = set(0.0f), off = set(-inf);
@@ -122,7 +130,7 @@ struct PairLanes {
 template <Want W, bool Careful, class T, bool Cap>
 inline PairBlock pair_block(
     const Scorer<Cap>& score, const T* px, const T* py, int64_t n, const PairSums<W>& s) {
-  PairLanes<W> lanes(s.x.from(), s.y.from(), score.exponent);
+  PairLanes<W> lanes(s, score.exponent);
   F x0, x1, y0, y1;
   if (Careful && n < step) {
     load_rest(score, px, n, x0, x1);
@@ -140,28 +148,50 @@ inline PairBlock pair_block(
   return lanes.done();
 }
 
+// The difference of the scores in the likeliest column of `own`; 0 where it is not finite.
+template <class T, bool Cap>
+inline double at_top(const Scorer<Cap>& score, const T* own, const T* other, int64_t n,
+                     const Model& model) {
+  int64_t column = top_column(score, own, n, model);
+  double d = double(score_at(score, own, column)) - double(score_at(score, other, column));
+  return d - d == 0.0 ? d : 0.0;
+}
+
+// Moves the shifts up to these scores, both found in columns [from, from + n).
+template <Want W, class T, bool Cap>
+inline void follow(const Scorer<Cap>& score, const T* px, const T* py, int64_t from, int64_t n,
+                   float top_x, float top_y, PairSums<W>& s) {
+  bool new_x = top_x > s.x.shift, new_y = W == Want::stats && top_y > s.y.shift;
+  s.raise(top_x, top_y, score.exponent);
+  Model x{.top = top_x, .top_from = from}, y{.top = top_y, .top_from = from};
+  if (new_x) s.at_x = at_top(score, px, py, from + n, x);
+  if (new_y) s.at_y = at_top(score, py, px, from + n, y);
+}
+
 // Adds columns [from, from + n) to the sums.
 template <Want W, class T, bool Cap>
 inline void add_block(
     const Scorer<Cap>& score, const T* px, const T* py, int64_t from, int64_t n, PairSums<W>& s) {
-  px += from, py += from;
   bool careful = n < step;
+  PairBlock b;
   for (;;) {
-    PairBlock b = careful ? pair_block<W, true>(score, px, py, n, s)
-                          : pair_block<W, false>(score, px, py, n, s);
+    b = careful ? pair_block<W, true>(score, px + from, py + from, n, s)
+                : pair_block<W, false>(score, px + from, py + from, n, s);
     bool low_x = s.x.too_low_for(b.top_x, score.exponent);
     bool low_y = s.y.too_low_for(b.top_y, score.exponent);
     if (low_x || low_y) {
-      s.raise(low_x ? b.top_x : -inf, low_y ? b.top_y : -inf, score.exponent);
+      follow(score, px, py, from, n, low_x ? b.top_x : -inf, low_y ? b.top_y : -inf, s);
     } else if (!careful && b.spoiled()) {
       careful = true;
     } else {
-      b.add_to(s, from);
       break;
     }
   }
-  bool follow = s.x.should_follow(score.exponent) || s.y.should_follow(score.exponent);
-  if (follow) s.raise(s.x.top, s.y.top, score.exponent);
+  b.add_to(s, from);
+  bool up_x = s.x.should_follow(score.exponent), up_y = s.y.should_follow(score.exponent);
+  if (up_x || up_y) {
+    follow(score, px, py, from, n, up_x ? b.top_x : -inf, up_y ? b.top_y : -inf, s);
+  }
 }
 
 // Columns of the next block, which starts `left` columns before the end of the row.
@@ -173,7 +203,7 @@ template <Want W, class T, bool Cap>
 inline PairSums<W> sum_pair(const Scorer<Cap>& score, const T* px, const T* py, int64_t n) {
   PairSums<W> s;
   int64_t first = n < peek ? n : peek;
-  s.raise(largest(score, px, first), largest(score, py, first), score.exponent);
+  follow(score, px, py, 0, first, largest(score, px, first), largest(score, py, first), s);
   for (int64_t i = 0, columns; i < n; i += columns) {
     columns = next_columns(n - i);
     add_block<W>(score, px, py, i, columns, s);

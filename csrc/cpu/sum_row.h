@@ -23,7 +23,8 @@ inline float exp_sum(const Scorer<Cap>& score, const T* p, int64_t n, float shif
 }
 
 template <class T, bool Cap>
-inline float exp_sum_rest(const Scorer<Cap>& score, const T* p, int64_t n, float shift, float& top) {
+inline float exp_sum_rest(
+    const Scorer<Cap>& score, const T* p, int64_t n, float shift, float& top) {
   F a, b, m = set(shift), c = set(score.exponent);
   load_rest(score, p, n, a, b);
   top = max_of(max(a, b));

@@ -8,9 +8,9 @@
 
 namespace dak::DAK_ISA {
 
-// The sums are taken against `shift`, the largest score before the block at hand, so that a block needs no
-// sweep of its own for its maximum. A block that rises more than `lag` powers of two above it is
-// summed again: below that, the roundings of (score - shift) * exponent cost 5e-7 at most.
+// The sums are taken against `shift`, the largest score before the block at hand, so that a block
+// needs no sweep of its own for its maximum. A block that rises more than `lag` powers of two above
+// it is summed again: below that, the roundings of (score - shift) * exponent cost 5e-7 at most.
 inline constexpr float lag = 6.0f;
 
 struct Model {
@@ -23,13 +23,14 @@ struct Model {
   bool too_low_for(float new_top, float exponent) const {
     return new_top > shift && !((new_top - shift) * exponent <= lag);
   }
-  // Moves the shift up; returns by how much the old terms' (score - shift) changes, <= 0.
+  // Moves the shift up; returns by what factor the old terms sink.
   double raise(float new_shift, float exponent) {
-    if (!(new_shift > shift)) return 0.0;
+    if (!(new_shift > shift)) return 1.0;
     double by = shift == -inf ? 0.0 : double(shift) - double(new_shift);
-    sum *= ::exp2(by * exponent);
+    double sunk = ::exp2(by * exponent);
+    sum *= sunk;
     shift = new_shift;
-    return by;
+    return sunk;
   }
   void add(float block_sum, float block_top, int64_t from_column) {
     sum += double(block_sum);
@@ -39,6 +40,7 @@ struct Model {
   bool should_follow(float exponent) const { return (top - shift) * exponent > 1.0f; }
 
   double log_sum() const { return ::log(sum); }  // above shift * inverse
+  double lse(double inverse) const { return double(from()) * inverse + log_sum(); }
   // NaN for a row of only -inf: log(0) - log(0).
   double log_prob(float score, double inverse) const {
     double logp = (double(score) - double(from())) * inverse - log_sum();

@@ -89,8 +89,8 @@ inline float largest(const Scorer<Cap>& score, const T* p, int64_t n) {
   return max_of(top);
 }
 
-// out[i] = fn(in[i]...) for columns [0, n), in blocks from the last to the first: the end of the row
-// is what the sweep before left in the cache. `in` may be `out`. fn takes and gives vectors.
+// out[i] = fn(in[i]...) for columns [0, n), in blocks from the last to the first: the end of the
+// row is what the sweep before left in the cache. `in` may be `out`. fn takes and gives vectors.
 template <bool Stream, class O, class T, class Fn, class... P>
 DAK_INLINE void map_steps(O* out, int64_t begin, int64_t end, const Fn& fn, const T* x, P... rest) {
   for (int64_t i = begin; i < end; i += step) {

@@ -111,8 +111,9 @@ class Valid {
   int64_t stride_ = 0;
 };
 
-// body(r) for every row, on all threads. Rows are handed out a few at a time: ignored rows cost nothing,
-// so equal shares would not be equal work. Which thread takes a row does not change its result.
+// body(r) for every row, on all threads. Rows are handed out a few at a time: ignored rows cost
+// nothing, so equal shares would not be equal work. Which thread takes a row does not change its
+// result.
 template <class Body>
 void for_rows(int64_t rows, int64_t columns, const Body& body) {
   constexpr int64_t grain = 1 << 15;  // columns; about 10 us

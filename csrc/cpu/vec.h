@@ -1,9 +1,10 @@
 // One vector of floats, F, with the operations that the row kernels need, per instruction set.
 //
-// Every kernels*.cpp is compiled once per instruction set into its own namespace, so nothing here may
-// leave it: no inline function of the standard library, which the linker would merge across them.
-// `load2` fills two vectors from 2 * F::lanes columns in whatever order is cheapest (bf16: even
-// columns, odd columns); `store2` undoes it. Sums and maxima do not care, gradients go through both.
+// Every kernels*.cpp is compiled once per instruction set into its own namespace, so nothing here
+// may leave it: no inline function of the standard library, which the linker would merge across
+// them. `load2` fills two vectors from 2 * F::lanes columns in whatever order is cheapest (bf16:
+// even columns, odd columns); `store2` undoes it. Sums and maxima do not care, gradients use
+// both.
 #pragma once
 
 #include <cstdint>

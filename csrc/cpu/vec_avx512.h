@@ -37,8 +37,8 @@ DAK_INLINE F pick(Mask m, F yes, F no) { return {_mm512_mask_blend_ps(m, no.v, y
 
 // The nearest integer.
 DAK_INLINE F nearest(F t) { return {_mm512_roundscale_ps(t.v, 8)}; }
-// a * 2^n. scalef defines NaN * 2^-inf as 0 and NaN * 2^inf as inf, so exp2(+-inf) needs no care: there the
-// polynomial gives NaN.
+// a * 2^n. scalef defines NaN * 2^-inf as 0 and NaN * 2^inf as inf, so exp2(+-inf) needs no care:
+// there the polynomial gives NaN.
 DAK_INLINE F in_exp2_range(F t) { return t; }
 DAK_INLINE F times_pow2(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
@@ -70,10 +70,10 @@ DAK_INLINE void load2(const f16* p, F& a, F& b) {
   b.v = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 16)));
 }
 
-// fp32 bits whose upper half is x rounded to bf16 (to nearest, ties to even). The addition turns a NaN
-// with all mantissa bits set into 0. Only fp32 inputs can hold one: a bf16 NaN leaves the lower half 0,
-// arithmetic makes 0x7fc00000, and `factor` lets nothing else in. So In = bf16 goes without the two
-// instructions (bf16 gradients: 3.4 ns instead of 4.0 per 16 columns).
+// fp32 bits whose upper half is x rounded to bf16 (to nearest, ties to even). The addition turns
+// a NaN with all mantissa bits set into 0. Only fp32 inputs can hold one: a bf16 NaN leaves the
+// lower half 0, arithmetic makes 0x7fc00000, and `factor` lets nothing else in. So In = bf16 goes
+// without the two instructions (bf16 gradients: 3.4 ns instead of 4.0 per 16 columns).
 template <class In>
 DAK_INLINE __m512i rounded_bf16(__m512 x) {
   __m512i u = _mm512_castps_si512(x);

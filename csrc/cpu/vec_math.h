@@ -1,5 +1,5 @@
-// exp2, expm1, log1p and tanh on vectors. The polynomials are minimax fits (weighted least squares, Lawson
-// iterations, coefficients rounded to fp32 one after the other).
+// exp2, expm1, log1p and tanh on vectors. The polynomials are minimax fits (weighted least
+// squares, Lawson iterations, coefficients rounded to fp32 one after the other).
 #pragma once
 
 namespace dak::DAK_ISA {
@@ -52,8 +52,8 @@ DAK_INLINE F log1p(F u) {
   return fma(k, set(0x1.62e43p-1f), fma(p * f, f, f));
 }
 
-// Within 2 ulp: a polynomial up to 0.625, and 1 - 2E / (1 + E) with E = exp(-2|u|) beyond, where the 1
-// hides the quotient's error.
+// Within 2 ulp: a polynomial up to 0.625, and 1 - 2E / (1 + E) with E = exp(-2|u|) beyond, where
+// the 1 hides the quotient's error.
 DAK_INLINE F tanh(F u) {
   F a = abs(u), one = set(1.0f), s = u * u;
   F p = fma(set(-0.0057140635f), s, set(0.020648062f));

@@ -82,7 +82,8 @@ DAK_INLINE u32x4 to_f16(f32x4 x) {
   u32x4 nan = (u32x4)(a > 0x7f800000u);
   return ((nan & 0x7e00) | (h & ~nan)) | sign;
 }
-// fp32 bits whose upper half is x rounded to bf16 (to nearest, ties to even); NaN becomes a quiet NaN.
+// fp32 bits whose upper half is x rounded to bf16 (to nearest, ties to even); NaN becomes a quiet
+// NaN.
 DAK_INLINE u32x4 rounded_bf16(f32x4 x) {
   u32x4 u = (u32x4)x, nan = (u32x4)((u & 0x7fffffff) > 0x7f800000u);
   return (nan & 0x7fc00000u) | ((u + 0x7fff + ((u >> 16) & 1)) & ~nan);

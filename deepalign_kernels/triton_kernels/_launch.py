@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 # One sweep: 8 warps, several programs per multiprocessor. Two sweeps: 16 warps, so that fewer rows
 # are in flight and more of each is still in L2 when the second sweep begins.
 _DEFAULT = {
-    "token_logp_fwd": Plan(8, 64),
+    "token_logp_fwd": Plan(8, 64, 64),
     "token_logp_bwd": Plan(8, 32),
     "token_kl_fwd": Plan(8, 32),
     "token_js_fwd": Plan(16, 32, 128),
