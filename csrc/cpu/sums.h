@@ -36,8 +36,8 @@ struct Model {
     sum += double(block_sum);
     if (block_top > top) top = block_top, top_from = from_column;
   }
-  // Worth two exp2 in double: more than one power of two.
-  bool should_follow(float exponent) const { return (top - shift) * exponent > 1.0f; }
+  // More than two powers of two are worth what it takes to follow.
+  bool should_follow(float exponent) const { return (top - shift) * exponent > 2.0f; }
 
   double log_sum() const { return ::log(sum); }  // above shift * inverse
   double lse(double inverse) const { return double(from()) * inverse + log_sum(); }

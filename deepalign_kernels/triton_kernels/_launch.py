@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 # One sweep: 8 warps, several programs per multiprocessor. Two sweeps: 16 warps, so that fewer rows
 # are in flight and more of each is still in L2 when the second sweep begins.
 _DEFAULT = {
-    "token_logp_fwd": Plan(8, 64, 64),
+    "token_logp_fwd": Plan(8, 64, 128),
     "token_logp_bwd": Plan(8, 32),
     "token_kl_fwd": Plan(8, 32),
     "token_js_fwd": Plan(16, 32, 128),
@@ -60,9 +60,11 @@ _DEFAULT = {
 TABLE: dict[str, dict[str, Plan]] = {
     "sm_80": _DEFAULT,
     "sm_90": _DEFAULT,
-    "sm_100": _DEFAULT | {"token_stats": Plan(8, 32, 168)},
-    # 64 threads per wavefront: half the warps make the same tile.
-    "gfx942": {name: Plan(p.warps // 2, p.size) for name, p in _DEFAULT.items()},
+    "sm_100": _DEFAULT | {"token_js_fwd": Plan(8, 32, 168), "token_stats": Plan(8, 32, 168)},
+    # 64 threads per wavefront: half the warps make the same tile. The narrower ones keep the masks of
+    # a tile in scalar registers when a softcap's constants need some too.
+    "gfx942": {name: Plan(p.warps // 2, p.size) for name, p in _DEFAULT.items()}
+    | {"constrained_loss": Plan(8, 16), "token_stats": Plan(4, 16)},
     # One warp: tiles of 512 (fp32) and 1024 columns, so that small tests cross tile borders.
     "interpreter": dict.fromkeys(_DEFAULT, Plan(1, 64)),
 }
