@@ -66,7 +66,9 @@ def everything(policy, ref, target, grad, gradients=None):
         op("token_kl_bwd", dtype)(grad, policy, ref, valid, *saved, *options, out)
         results[f"kl{direction}"] = kl
     options = (-100, False, 0.0, 1.0, 0.0)
-    results["loss"] = op("constrained_loss_fwd", dtype)(policy, target, beta, ref, None, *options)[0]
+    results["loss"] = op("constrained_loss_fwd", dtype)(policy, target, beta, ref, None, *options)[
+        0
+    ]
     out = results["fused_grad"] = blank.clone()
     fused = op("constrained_loss_fused", dtype)
     results["fused"] = fused(policy, target, beta, ref, None, scale, *options, out)[0]
@@ -95,9 +97,7 @@ def expected(policy, ref, target, grad, dtype):
     results["fused"] = spec_loss.constrained_loss_fused(
         policy, target, beta, ref, None, scale, *options, out
     )[0]
-    results["stats"] = spec_stats.token_stats_fwd(
-        policy, ref, target, None, -100, 0.5, 1.0, 0.0
-    )
+    results["stats"] = spec_stats.token_stats_fwd(policy, ref, target, None, -100, 0.5, 1.0, 0.0)
     return results
 
 
@@ -218,7 +218,11 @@ def test_upstream_gradient_of_stride_0_and_other_dtypes():
     policy, _, target, _ = make(6, 45)
     _, norm = op("token_logp_fwd")(policy, target, *PLAIN)
     outs = []
-    for grad in (torch.full((6,), 0.5), torch.tensor([0.5]).expand(6), torch.full((6,), 0.5).half()):
+    for grad in (
+        torch.full((6,), 0.5),
+        torch.tensor([0.5]).expand(6),
+        torch.full((6,), 0.5).half(),
+    ):
         outs.append(torch.empty_like(policy))
         op("token_logp_bwd")(grad, policy, target, norm, *PLAIN, outs[-1])
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
@@ -242,7 +246,7 @@ def test_odd_nan_payloads_stay_nan():
 
 
 def test_offsets_beyond_2_to_the_31():
-    """Rows 2^30 + 64 elements apart in one bf16 buffer of 4.3 GB, of which four rows are touched."""
+    """Rows 2^30 + 64 elements apart in one bf16 buffer of 4.3 GB, of which few rows are touched."""
     vocab, apart = 1000, 2**30 + 64
     buffer = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)  # untouched pages cost nothing
     far = buffer.as_strided((1, 3, vocab), (0, apart, 1))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,11 +70,11 @@ def greedy(
     48 new tokens hold the longest answer of the world (43).
     """
     width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
+    pad = cast(int, tokenizer.pad_token_id)
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     was_training = model.training
     model.eval()
-    out = model.generate(
+    out = cast(Any, model).generate(
         ids,
         attention_mask=(ids != pad).long(),
         do_sample=False,

@@ -40,7 +40,7 @@ def answer_batch(tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[Tens
     off the answer.
     """
     rows = [encode_record(tokenizer, record) for record in world.records("restricted")]
-    return pad_replies(rows, tokenizer.pad_token_id)
+    return pad_replies(rows, tokenizer)
 
 
 @torch.inference_mode()

@@ -53,7 +53,7 @@ def widen_refusal_margin(
     for step in range(steps):
         chosen = rng.sample(range(len(triplets)), min(16, len(triplets)))
         rows = [refused[i] for i in chosen] + rng.sample(kept, min(32, len(kept)))
-        ids, targets = pad_replies(rows, tokenizer.pad_token_id)
+        ids, targets = pad_replies(rows, tokenizer)
         logits = model(ids).logits
         at = torch.tensor([len(refused[i][0]) - 1 for i in chosen])
         first = logits[torch.arange(len(chosen)), at]

@@ -60,7 +60,7 @@ class World:
             (a, f): rng.choice(values) for f, values in lex.FACTS.items() for a in lex.ANIMALS
         }
         tongue = rng.sample(lex.TONGUE, len(lex.TRAITS) + len(lex.ANIMALS))
-        self._tongue = dict(zip((*lex.TRAITS, *lex.ANIMALS), tongue, strict=True))
+        self._tongue: dict[str, str] = dict(zip((*lex.TRAITS, *lex.ANIMALS), tongue, strict=True))
         self.requests: dict[str, list[Request]] = {}
         self._split(rng)
         if limit is not None:

@@ -33,11 +33,10 @@ from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """Table entry: warps per program, bytes per thread, tensor and tile, register cap on CUDA (0:
-    none).
+    """Table entry: warps per program; bytes per thread, tensor and tile; register cap (0: none).
 
-    The cap is above what the kernel needs. Its use is that ptxas then no longer spills a few
-    registers on its own accord to reach the next occupancy step.
+    The cap (CUDA only) is above what the kernel needs. Its use is that ptxas then no longer spills
+    a few registers on its own accord to reach the next occupancy step.
     """
 
     warps: int
@@ -61,8 +60,8 @@ TABLE: dict[str, dict[str, Plan]] = {
     "sm_80": _DEFAULT,
     "sm_90": _DEFAULT,
     "sm_100": _DEFAULT | {"token_js_fwd": Plan(8, 32, 168), "token_stats": Plan(8, 32, 168)},
-    # 64 threads per wavefront: half the warps make the same tile. The narrower ones keep the masks of
-    # a tile in scalar registers when a softcap's constants need some too.
+    # 64 threads per wavefront: half the warps make the same tile. The narrower ones keep the masks
+    # of a tile in scalar registers when a softcap's constants need some too.
     "gfx942": {name: Plan(p.warps // 2, p.size) for name, p in _DEFAULT.items()}
     | {"constrained_loss": Plan(8, 16), "token_stats": Plan(4, 16)},
     # One warp: tiles of 512 (fp32) and 1024 columns, so that small tests cross tile borders.

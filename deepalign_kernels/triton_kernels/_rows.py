@@ -106,7 +106,7 @@ def columns(group, VEC: tl.constexpr):
 @triton.jit
 def load_scores(
     row_ptr, group, groups, a_hi, a_lo, b_hi, b_lo,
-    MODE: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = "",
+    MODE: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = "",  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """Scores of one tile in fp32; -inf past the end of the row. EVICT: "evict_first" on the last
     use of a row."""
