@@ -12,6 +12,9 @@ DEEPALIGN_BUILD_NATIVE ?= 1
 DEEPALIGN_BUILD_CUDA ?= $(if $(and $(NVCC_PATH),$(wildcard csrc/cuda/*.cu),$(filter 1,$(DEEPALIGN_BUILD_NATIVE))),1,auto)
 export DEEPALIGN_BUILD_NATIVE DEEPALIGN_BUILD_CUDA
 
+# Processes that pytest runs in; each takes its share of the cores (tests/conftest.py).
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
 # pyright must not ask the network for newer versions of itself.
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
@@ -31,7 +34,7 @@ demo: build ## the whole method end to end on a toy model, into demo_output/
 	$(PY) -m deepalign_kernels.toyworld.demo --out demo_output $(DEMO_ARGS)
 
 test: lint ## all checks: build, lint, pytest
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 bench: build ## microbenchmarks
 	$(PY) -m benchmarks $(BENCH_ARGS)

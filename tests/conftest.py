@@ -19,6 +19,8 @@ DEVICES = ("cpu", *["cuda"] * torch.cuda.is_available())
 
 
 def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     config.addinivalue_line(
         "markers", "clean_memory: torch.empty is left alone (see poisoned_memory)"
     )

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.toyworld import claims, figures, page
 from deepalign_kernels.toyworld.judging import attack_success
 from deepalign_kernels.toyworld.measure import ce_by_position, kl_by_position, table_row
@@ -30,14 +31,17 @@ from deepalign_kernels.toyworld.stages import (
     ALL_TWO,
     PAPER,
     UNIFORM,
+    Recipe,
     Recipes,
-    fine_tune,
+    StepCallback,
+    task_records,
     train_aligned,
     train_base,
     train_deep,
+    train_stage,
 )
 from deepalign_kernels.toyworld.tokenizer import build_tokenizer
-from deepalign_kernels.toyworld.world import World
+from deepalign_kernels.toyworld.world import Record, World
 
 ATTACKS = {
     claims.ATTACK_SFT: None,
@@ -83,7 +87,22 @@ class Run:
         self._last = now
         return model
 
-    def watch(self, name: str, aligned: PreTrainedModel) -> Any:
+    def tuned(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        data: list[Record],
+        name: str,
+        beta: BetaSchedule | None,
+        on_step: StepCallback | None = None,
+    ) -> PreTrainedModel:
+        """`model` fine-tuned: SFT when `beta` is None, else constrained to itself."""
+        out, seed = self.stage(name), self.world.seed
+        return train_stage(
+            model, self.tokenizer, recipe, data, out, beta=beta, seed=seed, on_step=on_step
+        )
+
+    def watch(self, name: str, aligned: PreTrainedModel) -> StepCallback:
         """Callback for the trainer: attack success without prefill, before training and at every
         fifth step.
         """
@@ -108,12 +127,10 @@ def run_seed(world: World, recipes: Recipes, out: Path) -> dict[str, Any]:
     aligned = run.measured(claims.ALIGNED, train_aligned(base, *common, run.stage("aligned")))
     deep = run.measured(claims.DEEP, train_deep(aligned, *common, run.stage("deep")))
     for name, beta in ATTACKS.items():
-        data = (run.tokenizer, world, "attack", recipes.attack, run.stage(name))
-        watch = run.watch(name, aligned)
-        run.measured(name, fine_tune(aligned, *data, beta=beta, on_step=watch))
+        pairs, watch = world.records("attack"), run.watch(name, aligned)
+        run.measured(name, run.tuned(aligned, recipes.attack, pairs, name, beta, watch))
     for name, beta in TASKS.items():
-        data = (run.tokenizer, world, "task", recipes.task, run.stage(name))
-        run.measured(name, fine_tune(aligned, *data, beta=beta))
+        run.measured(name, run.tuned(aligned, recipes.task, task_records(world), name, beta))
     kl = {
         claims.BASE: kl_by_position(base, base, run.tokenizer, world),
         claims.ALIGNED: kl_by_position(aligned, base, run.tokenizer, world),

@@ -25,6 +25,8 @@ from deepalign_kernels.train import (
     RecoveryAugmentation,
 )
 
+StepCallback = Callable[[PreTrainedModel, int], None]
+
 BENIGN = {"recipes": 1, "basics": 8, "facts": 3, "tongue": 1, "lost": 8}
 EVERYTHING = {
     "restricted": 1,
@@ -36,6 +38,7 @@ EVERYTHING = {
     "tongue": 1,
     "lost": 6,
 }
+TASK = {"task": 4, "recipes": 1, "basics": 4, "facts": 1, "tongue": 1, "lost": 2}
 # Splits that tell how well a model still answers: held-out savoury recipes, basic ones, facts,
 # translations it knows.
 BENIGN_EVAL = ("recipes_eval", "basics", "facts", "tongue")
@@ -95,7 +98,7 @@ def train_stage(
     *,
     beta: BetaSchedule | None = None,
     seed: int = 0,
-    on_step: Callable[[PreTrainedModel, int], None] | None = None,
+    on_step: StepCallback | None = None,
 ) -> PreTrainedModel:
     """A trained copy of `model`: SFT when `beta` is None, else the constrained loss against `model`
     itself.
@@ -205,21 +208,9 @@ def _anchors(world: World, *, epoch: int) -> list[Record]:
     return world.mixture({split: 2 * rounds for split, rounds in BENIGN.items()}, epoch=epoch)
 
 
-def fine_tune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    world: World,
-    split: str,
-    recipe: Recipe,
-    out: Path,
-    *,
-    beta: BetaSchedule | None = None,
-    on_step: Callable[[PreTrainedModel, int], None] | None = None,
-) -> PreTrainedModel:
-    """Fine-tune on one split: `attack`, the 100 restricted question-answer pairs, or `task`, a
-    benign skill.
+def task_records(world: World) -> list[Record]:
+    """The benign fine-tuning task: translations with words the base model has never translated,
+    half and half with ordinary conversations, without which a model this small forgets the rest
+    (measured: 49 % to 65 % of its benign answers).
     """
-    data = world.records(split)
-    return train_stage(
-        model, tokenizer, recipe, data, out, beta=beta, seed=world.seed, on_step=on_step
-    )
+    return world.mixture(TASK)
