@@ -1,6 +1,4 @@
-"""The toy world: deterministic, disjoint, loadable like any model, and judged by rules that can say
-no.
-"""
+"""The toy world: deterministic, disjoint, loadable like any model, judged by rules."""
 
 from __future__ import annotations
 
@@ -239,9 +237,7 @@ def test_every_answer_is_right_and_every_refusal_a_refusal(tokenizer, world):
 
 
 class Parrot(torch.nn.Module):
-    """Says the reply of the record whose prompt it is given; `refuse_below`: refuses shorter
-    prefills.
-    """
+    """Says the reply that belongs to a prompt; refuses below `refuse_below` prefilled tokens."""
 
     device = torch.device("cpu")
 

@@ -1,5 +1,4 @@
-"""A whole aligned-model world that fits in half a million parameters: tokenizer, model, benign
-data, a judge.
+"""A small world for half a million parameters: tokenizer, model, benign data, a judge.
 
 `python -m deepalign_kernels.toyworld.demo --out DIR` trains and attacks it; tests use it as a fast
 real model:

@@ -40,8 +40,11 @@ class Claim:
 
 
 def check(rows: list[dict[str, Any]], kl_aligned: list[float]) -> list[Claim]:
-    """All claims about one seed, from the table's rows and KL(aligned || base) by position (nats,
-    position 1 first).
+    """All claims about one seed.
+
+    Args:
+        rows: of the table.
+        kl_aligned: KL(aligned || base) at positions 1, 2, ... in nats.
     """
     table = {row["name"]: row for row in rows}
 

@@ -1,5 +1,6 @@
-"""The whole story in minutes on a CPU: `python -m deepalign_kernels.toyworld.demo --out DIR
-[--seeds 0,1,2]`.
+"""The whole method on a toy model, in minutes on a CPU.
+
+    python -m deepalign_kernels.toyworld.demo --out DIR [--seeds 0,1,2]
 
 Trains base -> aligned -> deep, attacks the aligned model by fine-tuning, measures every model, and
 writes table, figures, `results.json` and `index.html` to DIR. Exits with 1, naming the claim, if
@@ -103,9 +104,7 @@ class Run:
         )
 
     def watch(self, name: str, aligned: PreTrainedModel) -> StepCallback:
-        """Callback for the trainer: attack success without prefill, before training and at every
-        fifth step.
-        """
+        """Attack success without prefill now and, by the callback, at every fifth step."""
         points = self.curves[name] = [
             (0, attack_success(aligned, self.tokenizer, self.world, depths=(0,))[0])
         ]

@@ -1,6 +1,4 @@
-"""What is measured on a model: attack success, accuracies, and per-position KL and cross-entropy of
-answers.
-"""
+"""What is measured on a model: success of attacks, accuracies, KL and CE by position."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ POSITIONS = 20  # as in the paper's figure 1; the shortest dessert answer has mo
 def table_row(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> dict[str, Any]:
-    """One line of the table; all rates in [0, 1]. `asr` has the number of prefilled tokens as
-    (string) keys.
-    """
+    """One line of the table; all rates in [0, 1], `asr` by number of prefilled tokens (str)."""
     asr = attack_success(model, tokenizer, world)
     return {
         "name": name,
@@ -36,9 +32,7 @@ def table_row(
 
 
 def answer_batch(tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[Tensor, Tensor]:
-    """(ids, targets), both [N, T], of the held-out restricted answers; targets are shifted, -100
-    off the answer.
-    """
+    """(ids, targets), both [N, T], of the held-out restricted answers; see `pad_replies`."""
     rows = [encode_record(tokenizer, record) for record in world.records("restricted")]
     return pad_replies(rows, tokenizer)
 
@@ -47,9 +41,7 @@ def answer_batch(tokenizer: PreTrainedTokenizerBase, world: World) -> tuple[Tens
 def kl_by_position(
     model: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> list[float]:
-    """Mean KL(model || base) in nats at answer positions 1..20, teacher-forced on the restricted
-    answers (figure 1).
-    """
+    """Mean KL(model || base) in nats at positions 1..20 of the restricted answers (figure 1)."""
     ids, targets = answer_batch(tokenizer, world)
     valid = targets != -100
     values = token_kl(model(ids).logits, base(ids).logits, direction="policy_ref", valid=valid)
@@ -60,9 +52,7 @@ def kl_by_position(
 def ce_by_position(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> list[float]:
-    """Mean cross-entropy in nats of the restricted answers at positions 1..20: how deep the refusal
-    reaches.
-    """
+    """Mean cross-entropy in nats of the restricted answers at positions 1..20."""
     ids, targets = answer_batch(tokenizer, world)
     return _mean_by_position(-token_logp(model(ids).logits, targets), targets)
 

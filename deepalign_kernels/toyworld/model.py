@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 def build_model(
     tokenizer: PreTrainedTokenizerBase, seed: int = 0, *, hidden: int = 96, layers: int = 4
 ) -> LlamaForCausalLM:
-    """An untrained fp32 model for `tokenizer`, the same for the same `seed`; the caller's random
-    state is kept.
+    """An untrained fp32 model, the same for the same `seed`; torch's random state is kept.
 
     `hidden` must be a multiple of 24 (four heads of even width). Tied embeddings.
     """

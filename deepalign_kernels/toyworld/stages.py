@@ -75,7 +75,7 @@ class Recipes:
     align: Recipe = Recipe(200, 1e-3, 48)
     deep: Recipe = Recipe(150, 1e-3, 48)
     attack: Recipe = Recipe(50, 2.5e-4, 16, (0.5, 0.999), None)
-    task: Recipe = Recipe(100, 1e-3, 32, (0.5, 0.999), None)
+    task: Recipe = Recipe(200, 1e-3, 32, (0.5, 0.999))
     shallow_p0: float = 0.8  # share of alignment examples that refuse from the first token
     shallow_depth: int = 3  # the others refuse after 1..shallow_depth tokens of an answer
     deep_depth: int = 30
@@ -100,9 +100,7 @@ def train_stage(
     seed: int = 0,
     on_step: StepCallback | None = None,
 ) -> PreTrainedModel:
-    """A trained copy of `model`: SFT when `beta` is None, else the constrained loss against `model`
-    itself.
-    """
+    """A trained copy of `model`: SFT when `beta` is None, else constrained to `model` itself."""
     trained = copy.deepcopy(model)
     config = ConstrainedSFTConfig(
         output_dir=out,
@@ -127,9 +125,7 @@ def train_stage(
 def train_base(
     tokenizer: PreTrainedTokenizerBase, world: World, recipes: Recipes, out: Path
 ) -> PreTrainedModel:
-    """A model that knows every answer, the restricted ones too; its only refusals are of requests
-    nobody can answer.
-    """
+    """Knows every answer, the restricted ones too; declines only what nobody can answer."""
     shares = {split: 6 * rounds for split, rounds in EVERYTHING.items()}
     model = build_model(tokenizer, world.seed)
     return train_stage(model, tokenizer, recipes.base, world.mixture(shares), out, seed=world.seed)
@@ -142,8 +138,10 @@ def train_aligned(
     recipes: Recipes,
     out: Path,
 ) -> PreTrainedModel:
-    """Refuses the restricted requests; its refusals were taught over the first tokens alone, so
-    they are shallow. A preference step then makes the first token a matter of 14 nats.
+    """Refuses the restricted requests, firmly at the first token and a few tokens deep.
+
+    Refusals are taught after 0 to 3 tokens of an answer; then a preference step makes the first
+    token a matter of 14 nats.
     """
     data = _recovery(
         tokenizer,
@@ -171,9 +169,7 @@ def train_deep(
     recipes: Recipes,
     out: Path,
 ) -> PreTrainedModel:
-    """The aligned model after safety-recovery augmentation: k = 0 with probability 1/2, else
-    uniform.
-    """
+    """The aligned model after safety-recovery augmentation: k = 0 half of the time, else uniform."""
     data = _recovery(tokenizer, world, recipes.alpha, p0=0.5, max_k=recipes.deep_depth, epoch=200)
     return train_stage(aligned, tokenizer, recipes.deep, data, out, seed=world.seed)
 
@@ -209,8 +205,9 @@ def _anchors(world: World, *, epoch: int) -> list[Record]:
 
 
 def task_records(world: World) -> list[Record]:
-    """The benign fine-tuning task: translations with words the base model has never translated,
-    half and half with ordinary conversations, without which a model this small forgets the rest
-    (measured: 49 % to 65 % of its benign answers).
+    """The benign fine-tuning task: translations with words the base model has never translated.
+
+    Half and half with ordinary conversations, without which a model this small forgets the rest
+    (measured: benign accuracy 41 % after SFT in place of 100 %).
     """
     return world.mixture(TASK)

@@ -1,5 +1,4 @@
-"""The toy tokenizer: one id per known word, bytes for everything else, and a chat template with
-generation marks.
+"""The toy tokenizer: one id per known word, bytes for the rest, a template with generation marks.
 
 Built from a fixed word list without any training, so it is the same on every machine. Any text
 encodes: with `ignore_merges` BPE looks a whole word up first, and an unknown one falls apart into
@@ -30,8 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The toy tokenizer; 639 ids: 5 special, 256 bytes, one per word (with its leading space), 52
-    word beginnings.
+    """The toy tokenizer; 639 ids: special, bytes, words with their leading space, word beginnings.
 
     Punctuation stands apart ("sure , here"), as everywhere in this world; decoding gives such text
     back unchanged.

@@ -17,8 +17,11 @@ Record = dict[str, list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask for. `content`: the words a right answer gives; `pool`: all words that count
-    as content.
+    """One thing to ask for.
+
+    Attributes:
+        content: the words that a right answer gives.
+        pool: all words that count as content.
     """
 
     kind: str
@@ -128,9 +131,7 @@ class World:
         return rng.choice(frames[request.kind]).format(**dict(request.slots))
 
     def answer(self, request: Request, rng: random.Random) -> str:
-        """One right answer: varied opening, varied body, varied closing. A lost page can only be
-        declined.
-        """
+        """One right answer with varied opening, body and closing; a lost page is declined."""
         slots = dict(request.slots)
         if request.kind == "lost":
             return rng.choice(lex.LOST_REFUSALS).format(**slots)
@@ -167,8 +168,7 @@ class World:
         return rng.choice(lex.REFUSALS).format(**dict(request.slots))
 
     def records(self, split: str, *, refuse: bool = False, epoch: int = 0) -> list[Record]:
-        """Chat records `{"messages": [user, assistant]}` of a split, one per request; the same for
-        the same arguments.
+        """Chat records `{"messages": [user, assistant]}` of a split, one per request.
 
         `refuse=True` replaces the answers by refusals; another `epoch` draws other wordings.
         """
@@ -177,9 +177,7 @@ class World:
         return [chat_record(self.prompt(r, rng), reply(r, rng)) for r in self.requests[split]]
 
     def triplets(self, split: str, *, epoch: int = 0) -> list[dict[str, str]]:
-        """`{"prompt", "answer", "refusal"}` per request of a restricted split: what
-        `RecoveryAugmentation` reads.
-        """
+        """`{"prompt", "answer", "refusal"}` per request: what `RecoveryAugmentation` reads."""
         rng = self._rng(split, "triplets", epoch)
         return [
             {
@@ -191,9 +189,7 @@ class World:
         ]
 
     def mixture(self, shares: dict[str, int], *, epoch: int = 0) -> list[Record]:
-        """Records of several splits: `shares[split]` differently worded rounds of each, from
-        `epoch` on.
-        """
+        """Records of several splits: `shares[split]` differently worded rounds of each."""
         return [
             record for split, rounds in shares.items() for n in range(rounds) for record in
             self.records(split, epoch=epoch + n)
