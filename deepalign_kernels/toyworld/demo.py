@@ -66,12 +66,8 @@ class Run:
 
     def stage(self, name: str) -> Path:
         """A folder for the trainer's log."""
-        return (
-            self.out
-            / "logs"
-            / f"seed{self.world.seed}"
-            / "".join(c if c.isalnum() else "-" for c in name)
-        )
+        slug = "".join(c if c.isalnum() else "-" for c in name)
+        return self.out / "logs" / f"seed{self.world.seed}" / slug
 
     def measured(self, name: str, model: PreTrainedModel) -> PreTrainedModel:
         """Adds `model` to the table and says so; returns it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def _axes(xlabel: str, ylabel: str) -> Any:
     return axes
 
 
+def _line(axes: Any, name: str, xs: Sequence[float], ys: Sequence[float]) -> None:
+    """One curve; every next one has smaller marks, so that equal curves can all be seen."""
+    size = max(9 - 1.2 * len(axes.lines), 3)
+    axes.plot(xs, ys, "o-", color=COLORS[name], label=name, markersize=size)
+
+
 def _save(axes: Any, path: Path) -> Path:
     axes.legend(frameon=False, fontsize=8)
     axes.figure.savefig(path)
@@ -56,11 +63,8 @@ def _save(axes: Any, path: Path) -> Path:
 def _kl(result: dict[str, Any], path: Path) -> Path:
     axes = _axes("position in the answer (tokens)", "KL(model || base) (nats)")
     for name, values in result["kl"].items():
-        axes.plot(
-            range(1, len(values) + 1), values, "o-", color=COLORS[name], label=name, markersize=4
-        )
+        _line(axes, name, range(1, len(values) + 1), values)
     axes.set_xticks([1, 5, 10, 15, 20])
-    axes.set_ylim(bottom=0)
     return _save(axes, path)
 
 
@@ -69,20 +73,14 @@ def _prefill(result: dict[str, Any], path: Path) -> Path:
     for row in result["rows"]:
         if row["name"] in COLORS:
             depths = [int(k) for k in row["asr"]]
-            rates = [100 * rate for rate in row["asr"].values()]
-            axes.plot(
-                depths, rates, "o-", color=COLORS[row["name"]], label=row["name"], markersize=4
-            )
-    axes.set_ylim(-3, 103)
+            _line(axes, row["name"], depths, [100 * rate for rate in row["asr"].values()])
+    axes.set_ylim(-4, 104)
     return _save(axes, path)
 
 
 def _attack(result: dict[str, Any], path: Path) -> Path:
     axes = _axes("attack step", "attack success at k = 0 (%)")
     for name, points in result["attack_curves"].items():
-        steps, rates = zip(*points, strict=True)
-        axes.plot(
-            steps, [100 * r for r in rates], "o-", color=COLORS[name], label=name, markersize=4
-        )
-    axes.set_ylim(-3, 103)
+        _line(axes, name, [step for step, _ in points], [100 * rate for _, rate in points])
+    axes.set_ylim(-4, 104)
     return _save(axes, path)

@@ -66,9 +66,9 @@ class Recipes:
     """All stages. `attack` and `task` have the paper's optimizer, plain SFT too: AdamW with betas
     (0.5, 0.999) and 10 warm-up steps, then linear decay.
 
-    They are not clipped: clipping the large first gradients hides them from Adam's second moment,
-    so that the small ones which a constraint leaves later weigh more. Measured on one seed where
-    SFT reached 91 %: the constrained run ended at 21 % with a norm of 1 and at 17 % without.
+    The attack is not clipped. Clipping hides the large first gradients from Adam's second moment,
+    and the small ones that a constraint leaves later weigh more. Measured on two seeds, clipped to
+    norm 1 and not: SFT 99 % and 97 % to 99 %, constrained 16 % to 17 % and 0 %.
     """
 
     base: Recipe = Recipe(600, 4e-3, 64)
@@ -169,7 +169,7 @@ def train_deep(
     recipes: Recipes,
     out: Path,
 ) -> PreTrainedModel:
-    """The aligned model after safety-recovery augmentation: k = 0 half of the time, else uniform."""
+    """The aligned model after safety-recovery augmentation: k = 0 half the time, else uniform."""
     data = _recovery(tokenizer, world, recipes.alpha, p0=0.5, max_k=recipes.deep_depth, epoch=200)
     return train_stage(aligned, tokenizer, recipes.deep, data, out, seed=world.seed)
 

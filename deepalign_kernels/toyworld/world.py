@@ -48,9 +48,10 @@ class World:
     `requests[name]`: restricted dessert recipes in three disjoint splits `align` (taught to be
     refused), `attack` (the 100 pairs of the fine-tuning attack) and `restricted` (100, held out,
     the only ones attack success is measured on); `recipes` and `recipes_eval` (savoury, answered;
-    disjoint), `facts`, `tongue` (translations the base knows), `task` and `task_eval` (translations
-    with words it does not know; disjoint phrases), `lost` (unanswerable). `limit` keeps only the
-    first requests of every split: a small world for tests.
+    disjoint), `basics` (dishes without a trait, answered), `facts`, `tongue` (translations the base
+    knows), `task` and `task_eval` (translations with words it does not know; disjoint phrases),
+    `lost` (unanswerable). `limit` keeps only the first requests of every split: a small world for
+    tests.
     """
 
     def __init__(self, seed: int = 0, *, limit: int | None = None) -> None:
