@@ -42,14 +42,17 @@ class Runner:
     turn: int = 0
 
     def run(self, device: str, n: int) -> None:
-        """Time n calls."""
+        """Time n calls in a row, after one that does not count: it finds caches, clocks and free
+        memory as the provider before left them. (A virtual machine that reports free pages to its
+        host lost 250 ms on a gradient of 262 MB after two seconds of somebody else's work.)
+        """
         with self.scope():
             if self.prepare is None:
-                self.laps += laps_of(self._next, device, n)
+                self.laps += laps_of(self._next, device, n + 1)[1:]
                 return
-            for _ in range(n):  # one by one: the copy must be ready, and not be timed
+            for k in range(n + 1):  # one by one: the copy must be ready, and not be timed
                 self.prepare(self.turn)
-                self.laps += laps_of(self._next, device, 1)
+                self.laps += laps_of(self._next, device, 1)[k == 0 :]
 
     def _next(self) -> object:
         self.turn += 1
@@ -86,15 +89,10 @@ def interleave(
     """Take turns until every runner was asked `rounds` times and `seconds` per runner are spent.
 
     A runner that is fast against the others runs several times per turn, at most 10 times and for
-    about as long as a twentieth of `seconds`. A runner whose first lap took more than a third of
-    `seconds` keeps it as a sample (its warm-up is noise by then); all others start from a second
-    one.
+    about as long as a twentieth of `seconds`.
     """
     for runner in runners:
         runner.run(device, 1)
-        if runner.laps[-1] < seconds / 3:
-            runner.laps.clear()
-            runner.run(device, 1)
     share = {id(r): max(1, min(10, int(seconds / 20 / max(r.laps[-1], 1e-9)))) for r in runners}
     stop = time.perf_counter() + seconds * len(runners)
     done = 1

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import subprocess
+import time
 
 import pytest
 import torch
@@ -410,8 +411,16 @@ def test_providers_take_turns_and_inputs_rotate():
         measure.Runner(lambda k, n=name: order.append((n, k)), torch.no_grad) for name in "ab"
     ]
     measure.interleave(runners, "cpu", seconds=0, rounds=4)
-    assert [n for n, _ in order][-4:] == list("abab")
-    assert [k for n, k in order if n == "a"] == list(range(len(order) // 2))
+    assert [n for n, _ in order] == list("aabb" * 4)
+    assert [k for n, k in order if n == "a"] == list(range(8))
+    assert [len(r.laps) for r in runners] == [4, 4]
+
+
+def test_the_first_call_of_a_turn_does_not_count():
+    runner = measure.Runner(lambda k: time.sleep(0.02 * (k % 2 == 0)), torch.no_grad)
+    for _ in range(3):
+        runner.run("cpu", 1)
+    assert len(runner.laps) == 3 and max(runner.laps) < 0.01
 
 
 def test_input_sets_together_leave_the_cache():

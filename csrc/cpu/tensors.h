@@ -33,6 +33,9 @@ class Logits {
     return data_ + (r / tokens_ * batch_stride_ + r % tokens_ * token_stride_) * bytes_of(type_);
   }
   Row row(int64_t r) const { return {at(r), columns_, type_}; }
+  bool dense() const {  // one piece of memory, rows one after the other
+    return token_stride_ == columns_ && (batch_ == 1 || batch_stride_ == tokens_ * columns_);
+  }
   void must_match(const char* name, const Logits& other, bool dtype = true) const;
 
  private:

@@ -13,7 +13,8 @@ inline constexpr float log2e = 1.44269504f;
 // rounded once, 0 at -inf, NaN at NaN.
 DAK_INLINE F exp2(F t) {
   t = in_exp2_range(t);
-  F n = nearest(t), r = t - n;
+  // r = t - n as an fma: on Zen 4 the adder is the busier pipe (KL: 2.36 ns per 16 columns, not 2.55).
+  F n = nearest(t), r = fma(n, set(-1.0f), t);
   F p = fma(set(0x1.5bda58p-10f), r, set(0x1.3ce8aep-7f));
   p = fma(p, r, set(0x1.c6b6d8p-5f));
   p = fma(p, r, set(0x1.ebf9c2p-3f));
