@@ -275,6 +275,13 @@ def rotated(inputs: Inputs, by: int) -> Inputs:
     }
 
 
+def first_rows(inputs: Inputs, n: int) -> Inputs:
+    """The first n tokens of the inputs of a logits case."""
+    tokens = inputs["target"].shape[0]
+    cut = {k: v.detach()[:n] if v.shape[:1] == (tokens,) else v for k, v in inputs.items()}
+    return {k: v.requires_grad_(inputs[k].requires_grad) for k, v in cut.items()}
+
+
 def work_of(case: Case, shape: Shape, itemsize: int, phase: str, trained: float = 1.0) -> Work:
     """Ideal work of a case; rows that are left out are neither read nor multiplied, their gradient
     is written.

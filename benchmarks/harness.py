@@ -30,7 +30,8 @@ class Row:
     """One line of the results. Times in ms, bytes in bytes; None where there is no number.
 
     extra_bytes: peak beyond the inputs; gradient_bytes of it are the gradients that were asked for.
-    error: largest relative error against fp64. failed: why there is no number.
+    error: largest relative error against fp64. failed: why there is no number. cached_rate: bytes
+    per second of the same call on so few rows that they stay in the cache: what arithmetic allows.
     """
 
     op: str
@@ -54,6 +55,7 @@ class Row:
     failed: str | None = None
     first_call_s: float | None = None
     note: str = ""
+    cached_rate: float | None = None
 
     @property
     def shape(self) -> Shape:
@@ -170,7 +172,21 @@ def _cell(
             )
     if runners:
         _timed(rows, runners, plan)
+        if plan.device == "cpu" and phase == "fwd" and not case.linear:
+            for row, provider in zip(rows, found, strict=True):
+                if row.group == "ours" and row.ms:
+                    row.cached_rate = _cached_rate(case, provider, row, mine[0])
     yield from rows
+
+
+def _cached_rate(case: Case, provider: Provider, row: Row, x: Inputs) -> float:
+    cache = machine.last_level_cache("cpu")
+    per_token = max(1, row.ideal_bytes // row.T)
+    few = max(1, min(row.T, cache // 4 // per_token))
+    caller = Caller(provider, case, "fwd", [cases.first_rows(x, few)])
+    runner = measure.Runner(caller.call, provider.scope)
+    runner.run("cpu", 20 if row.ms and row.ms < 1e3 else 1)
+    return few * per_token / runner.summary().median
 
 
 def _timed(rows: list[Row], runners: dict[int, measure.Runner], plan: Plan) -> None:

@@ -75,8 +75,8 @@ def _number(x: float | None, digits: int = 3) -> str:
     return f"{x:.{digits}g}" if x < 1000 else f"{x:.0f}"
 
 
-HEADER = ("op", "phase", "provider", "ms", "p10-p90", "GB/s", "of", "x eager", "extra MiB",
-          "beyond grad", "error")  # fmt: skip
+HEADER = ("op", "phase", "provider", "ms", "p10-p90", "GB/s", "in cache", "of", "x eager",
+          "extra MiB", "beyond grad", "error")  # fmt: skip
 
 
 def line(row: Row, cell: dict[str, Row], ceilings: Ceilings) -> list[str]:
@@ -92,6 +92,7 @@ def line(row: Row, cell: dict[str, Row], ceilings: Ceilings) -> list[str]:
         _number(row.ms, 4),
         f"{_number(row.p10_ms)}-{_number(row.p90_ms)}",
         f"{_number(tflops)} TF" if tflops else _number(gbs),
+        _number(row.cached_rate / 1e9) if row.cached_rate else "-",
         f"{100 * part[1]:.0f}% {part[0]}" if part else "-",
         _number(ratio(cell.get("eager"), row)),
         mib(row.extra_bytes),
@@ -159,7 +160,17 @@ def best_of_ours(cell: dict[str, Row]) -> Row | None:
 def readme(path: str) -> str:
     """Markdown tables for the README out of a result file."""
     where, ceilings, rows, data = load(path)
-    header = ["op", "backend", "ms", "GB/s", "of ceiling", "vs eager", "vs compile", "extra memory"]
+    header = [
+        "op",
+        "backend",
+        "ms",
+        "GB/s",
+        "in cache",
+        "of ceiling",
+        "vs eager",
+        "vs compile",
+        "extra memory",
+    ]
     blocks: dict[str, list[list[str]]] = {}
     for cell in cells(rows).values():
         row = best_of_ours(cell)
@@ -169,11 +180,14 @@ def readme(path: str) -> str:
         shown = [f"{_number(r)}x" if r else "-" for r in ratios]
         full = line(row, cell, ceilings)
         name = f"`{row.op}` {row.phase.replace('fwd_bwd', 'fwd+bwd')}"
-        cut = [name, row.provider, full[3], *full[5:7], *shown, f"{mib(row.beyond_gradient)} MiB"]
+        cut = [name, row.provider, full[3], *full[5:8], *shown, f"{mib(row.beyond_gradient)} MiB"]
         blocks.setdefault(f"{row.shape} {row.dtype}", []).append(cut)
     ruler = f"read {ceilings.read / 1e9:.1f} GB/s, copy {ceilings.copy / 1e9:.1f} GB/s"
     parts = [f"Measured on {machine_text(where)}. Ceilings of the same run: {ruler}."]
-    parts += ["Extra memory is what a call needs beyond its inputs and the gradient it returns."]
+    parts += [
+        "Extra memory is what a call needs beyond its inputs and the gradient it returns."
+        " 'In cache' is the rate on rows that stay in the cache: what arithmetic allows."
+    ]
     for title, lines in blocks.items():
         parts.append(f"**{title}**\n\n{table(header, lines, markdown=True)}")
     if verdict := data.get("verdict"):
