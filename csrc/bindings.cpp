@@ -33,6 +33,8 @@ STABLE_TORCH_LIBRARY(deepalign_native, m) {
       "token_stats_fwd(Tensor policy, Tensor ref, Tensor? target, Tensor? valid, int ignore_index,"
       " float js_beta, float temperature, float softcap) -> Tensor");
   m.def("scale_grad(Tensor(a!) grad, Tensor factor) -> ()");
+  m.def("has_bf16_gemm() -> bool");
+  m.def("bf16_mm(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) scratch, bool add) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepalign_native, CPU, m) {
@@ -44,4 +46,9 @@ STABLE_TORCH_LIBRARY_IMPL(deepalign_native, CPU, m) {
   m.impl("constrained_loss_fused", TORCH_BOX(&dak::constrained_loss_fused));
   m.impl("token_stats_fwd", TORCH_BOX(&dak::token_stats_fwd));
   m.impl("scale_grad", TORCH_BOX(&dak::scale_grad));
+  m.impl("bf16_mm", TORCH_BOX(&dak::bf16_mm));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deepalign_native, CompositeExplicitAutograd, m) {
+  m.impl("has_bf16_gemm", TORCH_BOX(&dak::has_bf16_gemm));
 }

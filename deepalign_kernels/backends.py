@@ -139,6 +139,15 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[.
     return getattr(module, op)
 
 
+def native_gemm(device: str) -> bool:
+    """Whether the linear ops may take the native library's bf16 GEMM with an fp32 result: on a CPU
+    with AVX512-BF16, unless another backend is forced.
+    """
+    if device != "cpu" or _forced not in ("auto", "native") or native_library("cpu"):
+        return False
+    return torch.ops.deepalign_native.has_bf16_gemm.default()
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend ("native", "triton", "eager"; "auto" undoes it) inside the block.

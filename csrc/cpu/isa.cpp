@@ -60,6 +60,14 @@ Kernels choose() {
 
 }  // namespace
 
+bool runs_avx512() {
+#ifndef DAK_ONLY_PORTABLE
+  return level() == avx512_level;
+#else
+  return false;
+#endif
+}
+
 const Kernels& kernels() {
   static const Kernels table = choose();
   return table;

@@ -72,5 +72,6 @@ struct Kernels {
 
 // The table for this machine, chosen once; DEEPALIGN_CPU_ISA=portable|avx2|avx512 overrides it.
 const Kernels& kernels();
+bool runs_avx512();  // whether that is the AVX-512 one
 
 }  // namespace dak

@@ -5,9 +5,10 @@
     gradient, head   grad_head[V, K]  += dz[c, V].T @ rows[c, K]
 
 Products with 16-bit operands must not round the scores: 8 bits of a bf16 score of 20 are an error
-of 0.06 in a log-probability. A GEMM with an fp32 result does it on CUDA; the CPU has none (torch
-2.13), so there the head is widened tile by tile and multiplied in fp32 (`Route.TILES`): 0.4-0.8 of
-the rate of plain fp32.
+of 0.06 in a log-probability. A GEMM with an fp32 result does it on CUDA. Torch has none for the CPU
+(2.13): there bf16 goes through csrc/cpu/bf16_gemm.cpp where the processor has AVX512-BF16, at the
+rate of a plain bf16 GEMM, and otherwise the head is widened tile by tile and multiplied in fp32
+(`Route.TILES`): 0.4-0.8 of the rate of plain fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from deepalign_kernels import backends
 
 TILE_BYTES = (
     8 << 20
@@ -32,6 +35,7 @@ class Route(enum.IntEnum):
     SAME = 0  # the dtypes are equal
     WIDE_GEMM = 1  # 16-bit operands, fp32 result out of one GEMM
     TILES = 2  # the head is converted tile by tile in scratch memory
+    NATIVE = 3  # the same, out of the native library's GEMM
 
 
 @functools.cache
@@ -72,7 +76,21 @@ def tiled(device_type: str, operand: torch.dtype, result: torch.dtype) -> bool:
 def score_route(device_type: str, operand: torch.dtype, scores: torch.dtype) -> Route:
     if operand == scores:
         return Route.SAME
-    return Route.WIDE_GEMM if has_wide_gemm(device_type, operand) else Route.TILES
+    if has_wide_gemm(device_type, operand):
+        return Route.WIDE_GEMM
+    if (operand, scores) == (torch.bfloat16, torch.float32) and backends.native_gemm(device_type):
+        return Route.NATIVE
+    return Route.TILES
+
+
+def _native_mm(out: Tensor, a: Tensor, b: Tensor, scratch: Scratch, add: bool) -> bool:
+    """out (+)= a @ b by the native GEMM; False where the scratch memory is too small for it (a few
+    rows of a toy)."""
+    memory = max(scratch, key=Tensor.numel)
+    if memory.numel() < 4 * (min(out.shape) + 32) + 64:  # bf16_gemm_least
+        return False
+    torch.ops.deepalign_native.bf16_mm.default(a, b, out, memory, add)
+    return True
 
 
 def gradient_dtype(device_type: str, operand: torch.dtype) -> torch.dtype:
@@ -114,6 +132,8 @@ def scores_into(
             torch.addmm(scores, rows, head.t(), out_dtype=scores.dtype, out=scores)
         else:
             torch.mm(rows, head.t(), out_dtype=scores.dtype, out=scores)
+    elif route == Route.NATIVE and _native_mm(scores, rows, head.t(), scratch, add):
+        pass
     else:
         wide = _carve(scratch.rows, rows.shape, scores.dtype).copy_(rows)
         for a, b in _tiles(scratch, head.shape, scores.dtype.itemsize):
@@ -139,9 +159,9 @@ def head_gradient_add(
 ) -> None:
     """total[V, K] = dz.T @ rows where `first`, else += it.
 
-    Where `total` is fp32 and the products are 16-bit (CPU), every tile of the product is rounded
-    once before it is added: the error of one rounding per chunk, against one per addition in a
-    16-bit total.
+    Where `total` is fp32, the products are 16-bit and no GEMM has an fp32 result, every tile of the
+    product is rounded once before it is added: the error of one rounding per chunk, against one per
+    addition in a 16-bit total.
     """
     if total.dtype == dz.dtype == rows.dtype:
         torch.mm(dz.t(), rows, out=total) if first else torch.addmm(total, dz.t(), rows, out=total)
@@ -154,6 +174,12 @@ def head_gradient_add(
             torch.mm(dz.t(), rows, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, dz.t(), rows, out_dtype=total.dtype, out=total)
+    elif (
+        dz.dtype == rows.dtype
+        and score_route(dz.device.type, dz.dtype, total.dtype) == Route.NATIVE
+        and _native_mm(total, dz.t(), rows, scratch, not first)
+    ):
+        pass
     else:
         if dz.dtype != rows.dtype:
             rows = _carve(scratch.rows, rows.shape, dz.dtype).copy_(rows)
