@@ -66,8 +66,8 @@ class Case:
 
     ops: internal ops per phase, named as in `backends.STEMS`; kernels: the same as keys of
     `traffic.IDEAL`. leaves: inputs that receive a gradient. vectors: bytes per token of everything
-    [T], by phase. row_gradients: gradients of row t depend on row t alone, so a few rows can be
-    checked by themselves.
+    [T], by phase. trained: the fraction of targets that is not ignored. row_gradients: gradients of
+    row t depend on row t alone, so a few rows can be checked by themselves.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Case:
     linear_work: Callable[[Shape, int, str], Work] | None = None
     leaves: tuple[str, ...] = ("policy",)
     reduction: str = "none"
+    trained: float = 1.0
 
     @property
     def linear(self) -> bool:
@@ -251,16 +252,21 @@ def make_inputs(
             x[name] = logits.to(dtype)
     x["ref_logp"] = -normal(T).abs() - 1
     x["upstream"] = normal(T)
-    rows = torch.arange(T, device=device)
+    return masked({**x, "target": target}, trained)
+
+
+def masked(x: Inputs, trained: float) -> Inputs:
+    """With a fraction `trained` of the targets kept and the rest, spread evenly, IGNORE."""
+    target = x["target"]
+    rows = torch.arange(len(target), device=target.device)
     kept = ((rows + 1) * trained).long() > (rows * trained).long()
-    x["target"] = torch.where(kept, target, torch.full_like(target, IGNORE))
-    if trained < 1:
-        x["valid"] = kept
-    return x
+    x = {**x, "target": torch.where(kept, target, torch.full_like(target, IGNORE))}
+    return {**x, "valid": x["target"] != IGNORE} if trained < 1 else x
 
 
 def for_case(case: Case, inputs: Inputs) -> Inputs:
     """The inputs this case uses, with fresh leaves."""
+    inputs = masked(inputs, case.trained) if case.trained < 1 else inputs
     names = {*case.needs, "target", "upstream", "valid"} & inputs.keys()
     return {
         n: inputs[n].detach().requires_grad_() if n in case.leaves else inputs[n] for n in names
@@ -286,6 +292,7 @@ def work_of(case: Case, shape: Shape, itemsize: int, phase: str, trained: float 
     """Ideal work of a case; rows that are left out are neither read nor multiplied, their gradient
     is written.
     """
+    trained *= case.trained
     if case.linear_work:
         full = case.linear_work(shape, itemsize, phase)
     else:

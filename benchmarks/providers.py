@@ -14,11 +14,13 @@ from torch import Tensor
 import deepalign_kernels as dak
 from benchmarks import peers
 from benchmarks.cases import Case, mean
+from benchmarks.linear_cases import products
 from benchmarks.plain import Inputs
 from deepalign_kernels import backends
 
 OURS = {"native": "native", "triton": "triton", "reference": "eager"}  # shown name -> backend
 BASELINES = ("eager", "compile")
+FLOOR = "gemms"  # the matrix products of a linear case: no loss, and no gate
 GROUPS = ("ours", "baselines", "peers")
 
 
@@ -70,12 +72,14 @@ def _ours(case: Case, device: str, dtype: torch.dtype, phase: str) -> list[Provi
     return found
 
 
-def _baselines(case: Case, device: str) -> list[Provider | Absent]:
+def _baselines(case: Case, device: str, phase: str) -> list[Provider | Absent]:
     def plain(x: Inputs) -> Tensor:
         values = case.tokens(x)
         return mean(x, values) if case.reduction == "mean" else values
 
     found: list[Provider | Absent] = [Provider("eager", "baselines", plain, case.reduction)]
+    if case.linear:
+        found.append(Provider(FLOOR, "baselines", products(case, phase), note="products alone"))
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         found.append(Absent("compile", "torch.compile needs a C++ compiler for CPU tensors"))
     else:
@@ -116,17 +120,21 @@ def available(
         wanted: comma-separated names of providers or of GROUPS; None: all.
     """
     names = set(wanted.split(",")) if wanted and wanted != "all" else set(GROUPS)
-    known = {*GROUPS, *OURS, *BASELINES, *(p.name for p in peers.ALL)}
+    known = {*GROUPS, *OURS, *BASELINES, FLOOR, *(p.name for p in peers.ALL)}
     if not names <= known:
         raise ValueError(
             f"providers: expected some of {', '.join(sorted(known))}, got {min(names - known)!r}"
         )
     by_group: dict[str, Callable[[], list[Provider | Absent]]] = {
         "ours": lambda: _ours(case, device, dtype, phase),
-        "baselines": lambda: _baselines(case, device),
+        "baselines": lambda: _baselines(case, device, phase),
         "peers": lambda: _peers(case, device),
     }
-    members = {"ours": {*OURS}, "baselines": {*BASELINES}, "peers": {p.name for p in peers.ALL}}
+    members = {
+        "ours": {*OURS},
+        "baselines": {*BASELINES, FLOOR},
+        "peers": {p.name for p in peers.ALL},
+    }
     found: list[Provider | Absent] = []
     for group, make in by_group.items():
         if group in names or members[group] & names:  # probing peers imports them: only if asked

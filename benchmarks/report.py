@@ -82,7 +82,8 @@ HEADER = ("op", "phase", "provider", "ms", "p10-p90", "GB/s", "in cache", "of", 
 def line(row: Row, cell: dict[str, Row], ceilings: Ceilings) -> list[str]:
     if row.failed:
         return [row.op, row.phase, row.provider, f"no number: {row.failed}"]
-    part = achieved(row, ceilings)
+    part, floor = achieved(row, ceilings), ratio(row, cell.get("gemms"))
+    of = f"{floor:.2f}x gemms" if floor else f"{100 * part[1]:.0f}% {part[0]}" if part else "-"
     gbs = row.ideal_bytes / row.ms / 1e6 if row.ms else None
     tflops = row.ideal_flops / row.ms / 1e9 if row.ms and row.ideal_flops else None
     return [
@@ -93,7 +94,7 @@ def line(row: Row, cell: dict[str, Row], ceilings: Ceilings) -> list[str]:
         f"{_number(row.p10_ms)}-{_number(row.p90_ms)}",
         f"{_number(tflops)} TF" if tflops else _number(gbs),
         _number(row.cached_rate / 1e9) if row.cached_rate else "-",
-        f"{100 * part[1]:.0f}% {part[0]}" if part else "-",
+        of,
         _number(ratio(cell.get("eager"), row)),
         mib(row.extra_bytes),
         mib(row.beyond_gradient),

@@ -90,6 +90,39 @@ def _common(device: str) -> list[Target]:
     ]
 
 
+def _of_products(device: str) -> Callable[[dict[str, Row], Ceilings], float | None]:
+    return lambda cell, _: ratio(_ours(cell, device), cell.get("gemms"))
+
+
+def linear_targets(device: str) -> list[Target]:
+    """CPU: issue 3, section 3."""
+    op, every = "linear_constrained_loss", ("linear_constrained_loss", "linear_token_logp")
+    gemms, speed = _of_products(device), "{:.2f}x"
+    return [
+        Target(
+            f"{op} fwd+bwd <= 1.15x its three GEMMs", (op,), "fwd_bwd", gemms, _at_most(1.15), speed
+        ),
+        Target(
+            f"{op}, 70% masked <= 0.4x the unmasked GEMMs",
+            (f"{op}/70% masked",),
+            "fwd_bwd",
+            gemms,
+            _at_most(0.4),
+            speed,
+        ),
+        *(
+            Target(
+                f"faster than {name}", every, None, _speedup(name, device), _at_least(1.0), speed
+            )
+            for name in ("eager", "compile")
+        ),
+    ]
+
+
+def _at_most(n: float) -> Callable[[float], bool]:
+    return lambda x: x <= n
+
+
 def targets(device: str) -> list[Target]:
     if device == "cpu":
         kl, eager = ("token_kl/policy_ref",), _speedup("eager", "cpu")
@@ -161,19 +194,20 @@ def judge(
     it.
     """
     by_cell = cells(rows)
-    places = list(dict.fromkeys(f"{r.shape} {r.dtype}" for r in rows if not r.H))
+    places = list(dict.fromkeys(f"{r.shape} {r.dtype}" for r in rows))
     lines = []
-    for t in targets(device):
+    for t in (linear_targets if any(r.H for r in rows) else targets)(device):
         found: dict[str, list[float]] = {place: [] for place in places}
         refused = False
-        for (op, phase, T, _, V, dtype), cell in by_cell.items():
+        for (op, phase, *_), cell in by_cell.items():
             mine = op in t.ops or op.partition("/")[0] in t.ops
             if not mine or t.phase not in (None, phase):
                 continue
             refused |= any(r.failed and r.group == "ours" for r in cell.values())
             figure = t.measure(cell, ceilings)
             if figure is not None:
-                found[f"{T}x{V} {dtype}"].append(figure)
+                row = next(iter(cell.values()))
+                found[f"{row.shape} {row.dtype}"].append(figure)
         figures = [figure for place in found.values() for figure in place]
         if not figures:
             state = "not measured"
