@@ -1,7 +1,8 @@
-"""`python -m benchmarks [run|linear|growth|memory|offline|compare|readme]`; `run` is the default.
+"""`python -m benchmarks COMMAND`: run (the default), linear, growth, memory, offline, instructions,
+compare, readme.
 
 Exit status 0, unless one of this library's own kernels was refused by the correctness gate (run,
-linear) or something got worse (compare).
+linear) or something got worse (compare, instructions).
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("offline", help="compile report and predicted times, without a GPU")
     p.add_argument("--measured", metavar="FILE", help="result file of a GPU run, to stand beside")
     p.add_argument("--arch", action="append", default=[], help="sm_90, gfx942, ...; default all")
+    p = commands.add_parser("instructions", help="callgrind counts of the native CPU kernels")
+    p.add_argument("--record", action="store_true", help="keep them as what later ones must be")
     p = commands.add_parser("compare", help="flag regressions from A to B")
     p.add_argument("a", metavar="A.json")
     p.add_argument("b", metavar="B.json")
@@ -157,16 +160,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_offline() -> None:
-    """The short form of `offline`: one architecture, representative variants."""
-    from benchmarks import offline
+    """What needs no clock: the short form of `offline`, and `instructions`."""
+    from benchmarks import instructions, offline
 
     parts = (offline.compile_report("--quick", "--arch", "sm_90"), offline.counted())
     print("\n\n".join([*parts, offline.predictions(None)]), "\n")
+    instructions.main(False, say)
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    commands = ("run", "linear", "growth", "memory", "offline", "compare", "readme")
+    commands = tuple("run linear growth memory offline instructions compare readme".split())
     if not argv or (argv[0] not in commands and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
     args = parser().parse_args(argv)
@@ -193,6 +197,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from benchmarks import capped
 
         return capped.main(args.cap_gib, args.model, args.json, say)
+    if args.command == "instructions":
+        from benchmarks import instructions
+
+        return instructions.main(args.record, say)
     from benchmarks import offline
 
     return offline.main(args.measured, args.arch)
