@@ -69,9 +69,10 @@ class Wide(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == VOCAB:
-                if x.untyped_storage().nbytes() >= x.numel() * x.element_size():
-                    self.shapes.add(tuple(x.shape))
+            if not isinstance(x, torch.Tensor) or x.dim() < 2 or x.shape[-1] != VOCAB:
+                continue
+            if x.untyped_storage().nbytes() >= x.numel() * x.element_size():
+                self.shapes.add(tuple(x.shape))
         return out
 
 

@@ -1,4 +1,4 @@
-"""attach, detach, attached, verify: a model's own forward, with a loss in the place of its output head."""
+"""attach, detach, verify: a model's own forward, with a loss in the place of its output head."""
 
 from __future__ import annotations
 
