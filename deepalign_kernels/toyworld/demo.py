@@ -3,8 +3,9 @@
     python -m deepalign_kernels.toyworld.demo --out DIR [--seeds 0,1,2]
 
 Trains base -> aligned -> deep, attacks the aligned model by fine-tuning, measures every model, and
-writes table, figures, `results.json` and `index.html` to DIR. Exits with 1, naming the claim, if
-one does not hold.
+writes table, figures, `results.json` and `index.html` to DIR. All training goes through `hf.attach`
+but the short preference step; what follows the alignment runs side by side in --workers processes.
+Exits with 1, naming the claim, if one does not hold.
 """
 
 from __future__ import annotations

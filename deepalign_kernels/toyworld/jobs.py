@@ -1,7 +1,6 @@
 """The demo's fine-tunings of one aligned model: independent of each other, so side by side.
 
 A job runs on one thread wherever it runs, so its result does not depend on the number of processes.
-On two cores, models this small lose less by one thread each than by sharing two.
 """
 
 from __future__ import annotations
