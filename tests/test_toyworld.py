@@ -376,25 +376,6 @@ def test_a_flat_kl_profile_fails():
     assert [c.holds for c in claims.check(_rows(), [1.0] * 20)].count(False) == 1
 
 
-@pytest.mark.slow
-def test_worker_processes_change_no_result(tmp_path):
-    from deepalign_kernels.toyworld import demo, stages
-
-    world, recipes = World(5, limit=2), stages.Recipes().shortened(3)
-    one, two = (demo.run_seed(world, recipes, tmp_path / str(n), workers=n) for n in (1, 2))
-    assert one.pop("seconds").keys() == two.pop("seconds").keys()
-    assert one == two
-    assert len(one["attack_curves"]) == 4 and len(one["kl"]) == 3
-    logs = [sorted((tmp_path / n).rglob("train_log.jsonl")) for n in "12"]
-    assert [len(x) for x in logs] == [9, 9]
-    for a, b in zip(*logs, strict=True):  # the losses, too, to the last bit
-        assert [x.get("objective") for x in lines(a)] == [x.get("objective") for x in lines(b)]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_demo_fails_with_its_exit_code_and_writes_everything(tmp_path, monkeypatch, capsys):
     """Two training steps show nothing: the demo has to say so, and still leave its files."""
     pytest.importorskip("matplotlib")
