@@ -387,7 +387,7 @@ def test_demo_fails_with_its_exit_code_and_writes_everything(tmp_path, monkeypat
     monkeypatch.setattr(judging, "greedy", partial(judging.greedy, max_new_tokens=3))
     monkeypatch.setattr(demo, "Recipes", lambda: recipes)
     monkeypatch.setattr(demo, "World", lambda seed: World(seed, limit=2))
-    assert demo.main(["--out", str(tmp_path), "--seeds", "5"]) == 1
+    assert demo.main(["--out", str(tmp_path), "--seeds", "5", "--workers", "1"]) == 1
     captured = capsys.readouterr()
     assert "claim failed, seed 5" in captured.err
     assert claims.ATTACK_PAPER in captured.out

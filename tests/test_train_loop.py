@@ -357,7 +357,7 @@ def test_gradient_checkpointing_and_bf16_change_cost_not_meaning(tmp_path):
 
 
 class Bigram(nn.Module):
-    """The least that the loop asks of a model."""
+    """The least that the loop asks of a model, with head="logits"."""
 
     def __init__(self):
         super().__init__()
@@ -372,8 +372,9 @@ def test_any_module_with_logits_can_be_trained(tmp_path):
     data = [Example([1, 2, 3, n], [-100, 2, 3, n], [0, 1, 2, 3]) for n in range(4, 8)]
     model = Bigram()
     config = ConstrainedSFTConfig(
-        tmp_path, objective="sft", learning_rate=0.5, max_steps=60, batch_size=4, progress=False
-    )
+        tmp_path, objective="sft", learning_rate=0.5, max_steps=60, batch_size=4, progress=False,
+        head="logits",
+    )  # fmt: skip
     result = ConstrainedSFTTrainer(model, None, config, data).train()
     assert result.metrics["nll"] == pytest.approx(math.log(4) / 3, abs=0.02)  # the entropy
 
@@ -390,7 +391,7 @@ def test_rows_are_padded_right_and_masked(tmp_path):
     def run(name, data, accumulate=1):
         config = ConstrainedSFTConfig(
             tmp_path / name, objective="sft", max_steps=1, batch_size=2, progress=False,
-            gradient_accumulation_steps=accumulate,
+            gradient_accumulation_steps=accumulate, head="logits",
         )  # fmt: skip
         ConstrainedSFTTrainer(Spy(), SimpleNamespace(pad_token_id=9), config, data).train()
 
@@ -418,6 +419,7 @@ def test_progress_off_a_terminal_is_a_plain_line(tmp_path, capsys):
     (
         ({"objective": "dpo"}, "objective: expected one of"),
         ({"reference": "online"}, "reference: expected one of"),
+        ({"head": "linear"}, "head: expected one of"),
         ({"beta": -1.0}, "beta: expected a finite number >= 0"),
         ({"learning_rate": 0.0}, "learning_rate: "),
         ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
@@ -444,6 +446,7 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path):
 
     model = build_model()
     refused("ref_model: this is `model` itself", model, model)
+    refused("model: head='fused' .* Bigram does not allow: .* head='logits' trains it", Bigram())
     refused("gradient_checkpointing: Bigram", Bigram(), gradient_checkpointing=True)
     refused("model: fp16 weights", build_model().half())
     refused("model: no parameter requires", build_model().requires_grad_(False))

@@ -10,6 +10,7 @@ from test_train_loop import log_of
 from tiny_chat import RECORDS, build_model, build_tokenizer
 
 from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer, Example
+from deepalign_kernels.train import loop as loop_module
 from deepalign_kernels.train import reference as reference_module
 from deepalign_kernels.train.reference import model_hash
 
@@ -101,6 +102,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, how, log_every):
     (
         {"objective": "sft"},
         {"reference": "frozen"},
+        {"head": "logits"},
         {"lr_schedule": "cosine", "gradient_checkpointing": True},
     ),
     ids=str,
@@ -223,9 +225,9 @@ def test_a_frozen_reference_must_be_the_one_the_run_began_with(tmp_path):
 
 def test_the_reference_is_computed_once_and_kept_small(tmp_path, monkeypatch):
     calls = []
-    real = reference_module.token_logp
+    real = loop_module.reference_logp
     monkeypatch.setattr(
-        reference_module, "token_logp", lambda *a, **k: calls.append(1) or real(*a, **k)
+        loop_module, "reference_logp", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
     data = [Example([1] * 200, [-100] + [1] * 199, [0, *range(1, 200)]) for _ in range(40)]
     options = {"data": data, "max_steps": 2}
@@ -246,6 +248,9 @@ def test_the_reference_is_computed_once_and_kept_small(tmp_path, monkeypatch):
     calls.clear()
     make(tmp_path, data=data[1:], max_steps=2).train()
     assert calls and len(list(tmp_path.glob("reference-*.pt"))) == 3
+    calls.clear()
+    make(tmp_path, head="logits", **options).train()  # it rounds otherwise
+    assert calls and len(list(tmp_path.glob("reference-*.pt"))) == 4
 
 
 def test_the_hash_sees_weights_names_and_the_computation():

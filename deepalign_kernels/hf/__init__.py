@@ -24,7 +24,7 @@ head; where `fullgraph=True` is wanted, compile the decoder layers. Needs transf
 (`pip install "deepalign_kernels[train]"`).
 """
 
-from deepalign_kernels.hf.attach import attach, detach, verify
+from deepalign_kernels.hf.attach import attach, attached, detach, verify
 from deepalign_kernels.hf.head import Head
 from deepalign_kernels.hf.losses import (
     ConstrainedLoss,
@@ -45,6 +45,7 @@ __all__ = [
     "TokenKL",
     "TokenLogp",
     "attach",
+    "attached",
     "detach",
     "hidden_rows",
     "verify",

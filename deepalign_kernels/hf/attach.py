@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: not attached. RuntimeError: `forward` was wrapped again since; undo that first.
     """
-    forward = _attached(model)
+    forward = _forward_of(model)
     inner = forward.model
     if getattr(inner.forward, "__func__", inner.forward) is not forward:
         raise RuntimeError(
@@ -80,6 +81,21 @@ def detach(model: nn.Module) -> nn.Module:
     else:
         inner.__dict__["forward"] = forward.previous
     return model
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module) -> Iterator[nn.Module]:
+    """`attach` for a block, and `detach` after it, also on an exception; yields `model`.
+
+    A model that came attached stays so. Raises what those two raise.
+    """
+    ours = _find(model) is None
+    attach(model)
+    try:
+        yield model
+    finally:
+        if ours:
+            detach(model)
 
 
 @torch.no_grad()
@@ -101,7 +117,7 @@ def verify(
     Raises:
         RuntimeError: a larger one, or NaN. ValueError: not attached.
     """
-    inner = _attached(model).model
+    inner = _forward_of(model).model
     ids = input_ids[:1, :9]
     target = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORE)
     with evaluating(model):
@@ -295,7 +311,7 @@ def _find(model: nn.Module) -> Forward | None:
     return forward
 
 
-def _attached(model: nn.Module) -> Forward:
+def _forward_of(model: nn.Module) -> Forward:
     if (forward := _find(model)) is None:
         raise ValueError(
             f"model: this {type(model).__name__} is not attached; call dak.hf.attach(model)"

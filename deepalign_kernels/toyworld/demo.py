@@ -3,14 +3,17 @@
     python -m deepalign_kernels.toyworld.demo --out DIR [--seeds 0,1,2]
 
 Trains base -> aligned -> deep, attacks the aligned model by fine-tuning, measures every model, and
-writes table, figures, `results.json` and `index.html` to DIR. Exits with 1, naming the claim, if
-one does not hold.
+writes table, figures, `results.json` and `index.html` to DIR. All training goes through `hf.attach`
+but the short preference step; what follows the alignment runs side by side in --workers processes.
+Exits with 1, naming the claim, if one does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -24,33 +27,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deepalign_kernels.losses import BetaSchedule
-from deepalign_kernels.toyworld import claims, figures, page
-from deepalign_kernels.toyworld.judging import attack_success
+from deepalign_kernels.toyworld import claims, figures, jobs, page
 from deepalign_kernels.toyworld.measure import ce_by_position, kl_by_position, table_row
-from deepalign_kernels.toyworld.stages import (
-    ALL_TWO,
-    PAPER,
-    UNIFORM,
-    Recipe,
-    Recipes,
-    StepCallback,
-    task_records,
-    train_aligned,
-    train_base,
-    train_deep,
-    train_stage,
-)
+from deepalign_kernels.toyworld.stages import Recipes, train_aligned, train_base
 from deepalign_kernels.toyworld.tokenizer import build_tokenizer
-from deepalign_kernels.toyworld.world import Record, World
-
-ATTACKS = {
-    claims.ATTACK_SFT: None,
-    claims.ATTACK_PAPER: PAPER,
-    claims.ATTACK_TWO: ALL_TWO,
-    claims.ATTACK_UNIFORM: UNIFORM,
-}
-TASKS = {claims.TASK_SFT: None, claims.TASK_PAPER: PAPER}
+from deepalign_kernels.toyworld.world import World
 
 
 class Run:
@@ -61,7 +42,6 @@ class Run:
         self.tokenizer = build_tokenizer()
         self.rows: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
-        self.curves: dict[str, list[tuple[int, float]]] = {}
         self._begun = self._last = time.perf_counter()
 
     def stage(self, name: str) -> Path:
@@ -70,75 +50,60 @@ class Run:
         return self.out / "logs" / f"seed{self.world.seed}" / slug
 
     def measured(self, name: str, model: PreTrainedModel) -> PreTrainedModel:
-        """Adds `model` to the table and says so; returns it."""
-        trained = time.perf_counter() - self._last
+        """Adds `model`, trained since the last one, to the table; returns it."""
+        trained = time.perf_counter()
         row = table_row(name, model, self.tokenizer, self.world)
         now = time.perf_counter()
-        self.rows.append(row)
-        self.seconds[name] = now - self._last
-        print(
-            f"[{now - self._begun:6.1f} s]  {name}: trained in {trained:.1f} s, measured in"
-            f" {now - self._last - trained:.1f} s, attack success {100 * row['asr']['0']:.0f} %",
-            flush=True,
-        )
+        self.add(row, trained - self._last, now - trained)
         self._last = now
         return model
 
-    def tuned(
-        self,
-        model: PreTrainedModel,
-        recipe: Recipe,
-        data: list[Record],
-        name: str,
-        beta: BetaSchedule | None,
-        on_step: StepCallback | None = None,
-    ) -> PreTrainedModel:
-        """`model` fine-tuned: SFT when `beta` is None, else constrained to itself."""
-        out, seed = self.stage(name), self.world.seed
-        return train_stage(
-            model, self.tokenizer, recipe, data, out, beta=beta, seed=seed, on_step=on_step
+    def add(self, row: dict[str, Any], trained: float, measured: float) -> None:
+        """One more row of the table, and a line that says so; both times in seconds."""
+        self.rows.append(row)
+        self.seconds[row["name"]] = trained + measured
+        print(
+            f"[{time.perf_counter() - self._begun:6.1f} s]  {row['name']}: trained in"
+            f" {trained:.1f} s, measured in {measured:.1f} s, attack success"
+            f" {100 * row['asr']['0']:.0f} %",
+            flush=True,
         )
 
-    def watch(self, name: str, aligned: PreTrainedModel) -> StepCallback:
-        """Attack success without prefill now and, by the callback, at every fifth step."""
-        points = self.curves[name] = [
-            (0, attack_success(aligned, self.tokenizer, self.world, depths=(0,))[0])
+    def jobs(self, base: PreTrainedModel, aligned: PreTrainedModel) -> list[jobs.Job]:
+        """All that follows the alignment."""
+        models = pickle.dumps((base, aligned))
+        return [
+            jobs.Job(name, self.world, self.recipes, models, self.stage(name))
+            for name in jobs.NAMES
         ]
 
-        def on_step(model: PreTrainedModel, step: int) -> None:
-            if step % 5 == 0 or step == self.recipes.attack.steps:
-                points.append(
-                    (step, attack_success(model, self.tokenizer, self.world, depths=(0,))[0])
-                )
 
-        return on_step
-
-
-def run_seed(world: World, recipes: Recipes, out: Path) -> dict[str, Any]:
+def run_seed(world: World, recipes: Recipes, out: Path, workers: int = 1) -> dict[str, Any]:
     """Everything for one seed, as in the JSON; prints one line per stage."""
     run = Run(world, recipes, out)
     common = (run.tokenizer, world, recipes)
     base = run.measured(claims.BASE, train_base(*common, run.stage("base")))
     aligned = run.measured(claims.ALIGNED, train_aligned(base, *common, run.stage("aligned")))
-    deep = run.measured(claims.DEEP, train_deep(aligned, *common, run.stage("deep")))
-    for name, beta in ATTACKS.items():
-        pairs, watch = world.records("attack"), run.watch(name, aligned)
-        run.measured(name, run.tuned(aligned, recipes.attack, pairs, name, beta, watch))
-    for name, beta in TASKS.items():
-        run.measured(name, run.tuned(aligned, recipes.task, task_records(world), name, beta))
     kl = {
         claims.BASE: kl_by_position(base, base, run.tokenizer, world),
         claims.ALIGNED: kl_by_position(aligned, base, run.tokenizer, world),
-        claims.DEEP: kl_by_position(deep, base, run.tokenizer, world),
     }
+    ce = ce_by_position(aligned, run.tokenizer, world)
+    curves = {}
+    for done in jobs.run_jobs(run.jobs(base, aligned), workers):
+        run.add(done.row, done.trained, done.measured)
+        if done.curve:
+            curves[done.name] = done.curve
+        if done.kl:
+            kl[done.name] = done.kl
     run.seconds["total"] = time.perf_counter() - run._begun
     return {
         "seed": world.seed,
         "recipes": asdict(recipes),
         "rows": run.rows,
-        "attack_curves": run.curves,
+        "attack_curves": curves,
         "kl": kl,
-        "ce_aligned": ce_by_position(aligned, run.tokenizer, world),
+        "ce_aligned": ce,
         "seconds": run.seconds,
         "claims": [claim.as_dict() for claim in claims.check(run.rows, kl[claims.ALIGNED])],
     }
@@ -168,6 +133,11 @@ def machine() -> dict[str, str]:
     return facts
 
 
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def report(result: dict[str, Any]) -> list[str]:
     """Print table, depth of the alignment and claims of one seed; the claims that failed."""
     print("\n" + page.text_table(result["rows"]))
@@ -188,7 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, required=True, help="folder for results.json, index.html and figures"
     )
     parser.add_argument("--seeds", default="0", help="comma-separated, default 0")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(len(jobs.NAMES), cores()),
+        help="processes for the fine-tunings, default one per core; changes no result",
+    )
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers: expected at least 1, got {args.workers}")
     seeds = [int(seed) for seed in args.seeds.split(",")]
     args.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -196,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, failed = [], []
     for seed in seeds:
         print(f"seed {seed}: world, base model, alignment, attacks", flush=True)
-        result = run_seed(World(seed), Recipes(), args.out)
+        result = run_seed(World(seed), Recipes(), args.out, args.workers)
         drawn = figures.draw(result, args.out / f"seed{seed}")
         result["figures"] = {caption: str(path) for caption, path in drawn.items()}
         failed += report(result)

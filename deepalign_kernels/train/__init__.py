@@ -5,8 +5,9 @@
     config = ConstrainedSFTConfig(output_dir="out", objective="constrained", epochs=3)
     result = ConstrainedSFTTrainer(model, tokenizer, config, train_data="chat.jsonl").train()
 
-`python -m deepalign_kernels.train --help` does the same from a terminal. transformers is needed to
-tokenise chats and nowhere else.
+`python -m deepalign_kernels.train --help` does the same from a terminal. The loss is computed
+inside the model's own output head (`hf.attach`); head="logits" takes whole logits instead, and then
+transformers is needed only to tokenise chats.
 """
 
 from deepalign_kernels.train.augment import RecoveryAugmentation

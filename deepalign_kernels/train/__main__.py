@@ -26,6 +26,7 @@ BY_HAND = ("output_dir", "beta", "adam_betas")
 ALLOWED = {
     "objective": choices.OBJECTIVES,
     "reference": choices.REFERENCES,
+    "head": choices.HEADS,
     "lr_schedule": choices.SCHEDULES,
     "position_origin": choices.ORIGINS,
     "on_too_long": choices.TOO_LONG,

@@ -103,6 +103,7 @@ class RecoveryAugmentation:
             self._anchors = encode(
                 template, conversations, position_origin=position_origin, part=ANCHOR
             )
+        self._order: tuple[int, list[int]] = (-1, [])  # of the anchors, in the round asked for last
         self._anchors_per_epoch = anchors_per_recovery * len(self._recovery) if self._anchors else 0
         self.part_weights = (
             {ANCHOR: 1 - alpha, RECOVERY: alpha} if self._anchors else {RECOVERY: 1.0}
@@ -132,9 +133,11 @@ class RecoveryAugmentation:
     def _anchor(self, number: int) -> Example:
         """Anchor `number` of the run; every round through all of them has an order of its own."""
         turn, at = divmod(number, len(self._anchors))
-        order = list(range(len(self._anchors)))
-        random.Random(derived_seed(self.seed, "anchors", turn)).shuffle(order)
-        return self._anchors[order[at]]
+        if self._order[0] != turn:
+            order = list(range(len(self._anchors)))
+            random.Random(derived_seed(self.seed, "anchors", turn)).shuffle(order)
+            self._order = turn, order
+        return self._anchors[self._order[1][at]]
 
 
 def _read(data: str | Path | Iterable[Mapping[str, str]]) -> list[tuple[dict[str, str], str]]:

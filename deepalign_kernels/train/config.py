@@ -17,6 +17,7 @@ OBJECTIVES = ("sft", "constrained")
 REFERENCES = ("precomputed", "frozen")
 SCHEDULES = ("linear", "cosine", "constant")
 ORIGINS = ("content", "span")
+HEADS = ("fused", "logits")
 TOO_LONG = ("error", "drop", "truncate")
 # What may differ between a run and its continuation without changing a single weight.
 FREE_TO_CHANGE = ("output_dir", "save_every", "keep_checkpoints", "log_every", "progress")
@@ -37,6 +38,10 @@ class ConstrainedSFTConfig:
         reference: "precomputed": one number per trained token, taken before the first step;
             "frozen": a copy of the model, or `ref_model`, that runs along with every batch. Not
             used by "sft". "precomputed" keeps the data of all epochs if they differ.
+        head: where the losses are computed. "fused": inside the model's own output head
+            (`hf.attach`), so the logits are never whole in memory; a model that `attach` does not
+            take is refused. "logits": from the model's whole logits, for any module that has them.
+            The two differ by rounding, of 16-bit models by that of their logits.
         position_origin: where a response begins to count: at its "content", behind what the chat
             template itself puts there (an empty think block, a channel header), or at the start of
             its "span".
@@ -65,6 +70,7 @@ class ConstrainedSFTConfig:
     objective: str = "constrained"
     beta: BetaSchedule | Schedule | float = field(default_factory=BetaSchedule)
     reference: str = "precomputed"
+    head: str = "fused"
     position_origin: str = "content"
     learning_rate: float = 2e-5
     lr_schedule: str = "linear"
@@ -92,6 +98,7 @@ class ConstrainedSFTConfig:
             ("objective", OBJECTIVES),
             ("reference", REFERENCES),
             ("lr_schedule", SCHEDULES),
+            ("head", HEADS),
             ("position_origin", ORIGINS),
             ("on_too_long", TOO_LONG),
         ):

@@ -7,16 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels.losses import reduce_tokens
-from deepalign_kernels.ops import ConstrainedParts, constrained_loss, token_logp
+from deepalign_kernels.ops import ConstrainedParts
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import ConstrainedSFTConfig
-from deepalign_kernels.train.data import IGNORE
+from deepalign_kernels.train.head import HEADS
 from deepalign_kernels.train.log import Meter, Progress, RunLog
 from deepalign_kernels.train.reference import (
     ReferenceCache,
@@ -47,8 +46,10 @@ class ConstrainedSFTTrainer:
     """Fine-tunes `model` in place with the constrained objective or plain SFT.
 
     Args:
-        model: a causal LM; `model(input_ids=, attention_mask=)` returns an object with `.logits`
-            [B, T, V]. On one device.
+        model: a Hugging Face causal LM, bare or in a wrapper that `hf.attach` knows; attached while
+            training, then as it came. With config.head="logits" any module of which
+            `model(input_ids=, attention_mask=)` returns an object with `.logits` [B, T, V]. On one
+            device.
         tokenizer: a fast tokenizer with a chat template.
         config: see `ConstrainedSFTConfig`.
         train_data: path of a JSONL file, a list of chat records or of `Example`s, or an object with
@@ -81,6 +82,10 @@ class ConstrainedSFTTrainer:
         self.constrained = config.objective == "constrained"
         self._ref_arg = ref_model
         check_models(model, ref_model, config, self.device)
+        self.head = HEADS[config.head](config.autocast_dtype)
+        self._models = [m for m in (model, ref_model) if m is not None]
+        for name, each in zip(("model", "ref_model"), self._models, strict=False):
+            self.head.check(name, each)
 
         self.source = Source(train_data, tokenizer, model, config)
         self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), config.step_size)
@@ -111,7 +116,7 @@ class ConstrainedSFTTrainer:
         """
         begun = time.perf_counter()
         state = self._state_to_resume(resume)
-        with training_session(self.model, self.config, self.device):
+        with training_session(self.model, self.config, self.device), self.head.on(*self._models):
             self._prepare(state)
             log = RunLog(self.folder, None if state is None else self.step)
             progress = Progress(self.total_steps, self.step, self.config.progress)
@@ -164,32 +169,18 @@ class ConstrainedSFTTrainer:
 
     def _micro_loss(self, batch: Batch) -> tuple[Tensor, ConstrainedParts]:
         """One micro-batch's share of the objective, and what the log says about its tokens."""
-        logits = self._logits(self.model, batch)
-        mixed = batch.row_scale is not None  # parts with weights, not one mean over all tokens
-        if self.constrained:
-            options: dict[str, Any] = {"reduction": "none"}
-            if not mixed:
-                options = {"normalizer": batch.normalizer}
-            if self.ref_model is None:
-                options["ref_logp"] = batch.ref_logp
-            else:
-                with torch.no_grad():
-                    options["ref_logits"] = self._logits(self.ref_model, batch)
-            beta = self.config.beta_at(batch.positions)
-            result = constrained_loss(
-                logits, batch.targets, beta=beta, return_parts=True, **options
-            )
-            values, parts = cast(tuple[Tensor, ConstrainedParts], result)
+        if not self.constrained:  # cross-entropy is the loss at beta = 0, less a constant, ref_logp
+            beta, ref_logp = 0.0, torch.zeros_like(batch.targets, dtype=torch.float32)
         else:
-            logp, valid = token_logp(logits, batch.targets), batch.targets != IGNORE
-            parts = ConstrainedParts(logp.detach(), torch.zeros_like(logp), valid.to(logp.dtype))
-            values = -logp if mixed else reduce_tokens(-logp, valid, normalizer=batch.normalizer)
-        return (values if batch.row_scale is None else (values * batch.row_scale).sum()), parts
-
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        dtype = self.config.autocast_dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            beta, ref_logp = self.config.beta_at(batch.positions), batch.ref_logp
+            if self.ref_model is not None:
+                ref_logp = self.head.logp(self.ref_model, batch)
+        assert ref_logp is not None
+        if batch.row_scale is None:
+            return self.head.loss(self.model, batch, beta, ref_logp, batch.normalizer)
+        # Parts with weights, not one mean over all tokens.
+        each, parts = self.head.loss(self.model, batch, beta, ref_logp, None)
+        return (each * batch.row_scale).sum(), parts
 
     def _batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step: a function of the step alone, or no run could be resumed."""
@@ -269,10 +260,10 @@ class ConstrainedSFTTrainer:
             if state is not None:
                 key = state["reference"][epoch]
             else:
-                key = cache.key(reference, table, self.config.autocast_dtype)
+                key = cache.key(reference, table, self.config.autocast_dtype, self.config.head)
                 if not cache.path(key).exists():
                     size = self.config.batch_size
-                    logp = reference_logp(reference, table, self._logits, self.device, size)
+                    logp = reference_logp(reference, table, self.head.logp, self.device, size)
                     cache.save(key, table, logp)
             table.ref_logp = cache.load(key, table)
             keys.append(key)

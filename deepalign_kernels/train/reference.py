@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels.ops import token_logp
 from deepalign_kernels.train.data import IGNORE
 from deepalign_kernels.train.table import Batch, TokenTable
 
-Logits = Callable[[nn.Module, Batch], Tensor]
+LogpOf = Callable[[nn.Module, Batch], Tensor]
 
 
 def model_hash(model: nn.Module) -> str:
@@ -63,15 +62,15 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def reference_logp(
-    model: nn.Module, table: TokenTable, logits_of: Logits, device: torch.device, batch_size: int
+    model: nn.Module, table: TokenTable, logp_of: LogpOf, device: torch.device, batch_size: int
 ) -> Tensor:
     """Log-probability of every target under `model`: a fp32 column of the table, else 0."""
     out = torch.zeros(table.targets.shape, dtype=torch.float32)
     with evaluating(model):
         for rows in table.split(range(len(table)), batch_size):
             batch = table.batch(rows, device, table.count(rows))
-            logp = token_logp(logits_of(model, batch), batch.targets)
-            out[table.slots(rows)] = logp.float().cpu()  # padding: every write to its slot is a 0
+            logp = logp_of(model, batch).float().cpu()
+            out[table.slots(rows)] = logp  # padding: every write to its slot is a 0
     return out
 
 

@@ -1,0 +1,138 @@
+"""Where a batch's losses are computed: inside the model's own output head, or from whole logits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deepalign_kernels.ops import ConstrainedParts, constrained_loss, token_logp
+from deepalign_kernels.train.table import Batch
+
+
+class FusedHead:
+    """Through `hf.attach`: of a batch's logits only a chunk exists at a time, and untrained tokens
+    do not reach the head.
+
+    Raises:
+        ImportError: no transformers.
+    """
+
+    def __init__(self, autocast_dtype: torch.dtype | None) -> None:
+        from deepalign_kernels import hf
+
+        self._hf, self._dtype = hf, autocast_dtype
+
+    def check(self, name: str, model: nn.Module) -> None:
+        """Refuse a model that `hf.attach` does; costs a forward of one token.
+
+        Raises:
+            ValueError: saying why and what to do.
+        """
+        try:
+            with self._hf.attached(model):
+                pass
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(
+                f"{name}: head='fused' runs the loss inside the model's own output head, which"
+                f" {type(model).__name__} does not allow: {error}. head='logits' trains it from"
+                " whole logits"
+            ) from error
+
+    @contextlib.contextmanager
+    def on(self, *models: nn.Module) -> Iterator[None]:
+        """In the block the models can be handed to `loss` and `logp`; then they are as before."""
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(self._hf.attached(model))
+            yield
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        beta: float | Tensor,
+        ref_logp: Tensor,
+        normalizer: float | None,
+    ) -> tuple[Tensor, ConstrainedParts]:
+        """Equation 3: (sum over the tokens / normalizer, or each [B, T] where that is None; what
+        the log says about the tokens [B, T])."""
+        out = self._call(
+            model,
+            batch,
+            self._hf.ConstrainedLoss(beta=beta, ref_logp=ref_logp, **_reduced(normalizer)),
+        )
+        return out.loss, ConstrainedParts(out.logp, out.parts["ref_logp"], out.parts["weight"])
+
+    @torch.no_grad()
+    def logp(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-probabilities of the targets [B, T] in nats, 0 where nothing is trained."""
+        return self._call(model, batch, self._hf.TokenLogp()).logp
+
+    def _call(self, model: nn.Module, batch: Batch, loss: Any) -> Any:
+        with _autocast(batch, self._dtype):
+            return model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                shift_labels=batch.targets,
+                dak_loss=loss,
+            )
+
+
+class LogitsHead:
+    """From `model(input_ids=, attention_mask=).logits` [B, T, V], whole in memory: for any module.
+
+    The methods are those of FusedHead.
+    """
+
+    def __init__(self, autocast_dtype: torch.dtype | None) -> None:
+        self._dtype = autocast_dtype
+
+    def check(self, name: str, model: nn.Module) -> None:
+        """Nothing is refused before the first forward."""
+
+    @contextlib.contextmanager
+    def on(self, *models: nn.Module) -> Iterator[None]:
+        """Nothing to prepare."""
+        yield
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        beta: float | Tensor,
+        ref_logp: Tensor,
+        normalizer: float | None,
+    ) -> tuple[Tensor, ConstrainedParts]:
+        options: Any = _reduced(normalizer)
+        result = constrained_loss(
+            self._logits(model, batch),
+            batch.targets,
+            beta=beta,
+            ref_logp=ref_logp,
+            return_parts=True,
+            **options,
+        )
+        return cast(tuple[Tensor, ConstrainedParts], result)
+
+    @torch.no_grad()
+    def logp(self, model: nn.Module, batch: Batch) -> Tensor:
+        return token_logp(self._logits(model, batch), batch.targets)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        with _autocast(batch, self._dtype):
+            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+
+
+HEADS = {"fused": FusedHead, "logits": LogitsHead}
+
+
+def _reduced(normalizer: float | None) -> dict[str, Any]:
+    return {"reduction": "none"} if normalizer is None else {"normalizer": normalizer}
+
+
+def _autocast(batch: Batch, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None)
