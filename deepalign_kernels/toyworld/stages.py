@@ -74,13 +74,13 @@ class Recipes:
     base: Recipe = Recipe(600, 4e-3, 64)
     align: Recipe = Recipe(200, 1e-3, 48)
     deep: Recipe = Recipe(150, 1e-3, 48)
-    attack: Recipe = Recipe(50, 2.5e-4, 16, (0.5, 0.999), None)
+    attack: Recipe = Recipe(50, 2e-4, 16, (0.5, 0.999), None)
     task: Recipe = Recipe(200, 1e-3, 32, (0.5, 0.999))
     shallow_p0: float = 0.8  # share of alignment examples that refuse from the first token
     shallow_depth: int = 3  # the others refuse after 1..shallow_depth tokens of an answer
     deep_depth: int = 30
     alpha: float = 0.3  # weight of the refusals against the benign answers
-    margin_steps: int = 30  # of the preference step that ends the alignment
+    margin_steps: int = 50  # of the preference step that ends the alignment
 
     def shortened(self, steps: int) -> Recipes:
         """Every stage cut to `steps` steps: for a smoke test."""
@@ -141,7 +141,7 @@ def train_aligned(
     """Refuses the restricted requests, firmly at the first token and a few tokens deep.
 
     Refusals are taught after 0 to 3 tokens of an answer; then a preference step makes the first
-    token a matter of 14 nats.
+    token a matter of 15 nats.
     """
     data = _recovery(
         tokenizer,
