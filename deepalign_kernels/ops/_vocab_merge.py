@@ -169,7 +169,7 @@ def agree_of(policy: Whole, ref: Whole, agree: Tensor, starts: Tensor) -> Tensor
     """
 
     def first(row: Whole) -> Tensor:
-        highest = (row.tops == row.tops.amax(0)) & ~row.empty
+        highest = row.tops == row.tops.amax(0)
         return torch.where(highest, starts, torch.inf).amin(0)
 
     shard = first(policy)

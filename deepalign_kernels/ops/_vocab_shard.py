@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
@@ -19,6 +20,9 @@ from deepalign_kernels.ops import _check
 # What a shard calls the targets that have no column in it. A column is 0 or above, so neither can
 # be mistaken for one, whatever `ignore_index` is.
 IGNORED, ELSEWHERE = -1, -2
+
+# The functional collectives are the ones that torch.compile traces. torch 2.13 renamed this one.
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 
 
 class Shard(NamedTuple):
@@ -55,10 +59,9 @@ class Shard(NamedTuple):
 
     def _gather(self, own: Tensor) -> Tensor:
         """[a, ...] -> [ranks * a, ...]"""
-        everyone = own.new_empty((self.ranks * own.shape[0], *own.shape[1:]))
-        if own.numel():
-            dist.all_gather_into_tensor(everyone, own.contiguous(), group=self.group)
-        return everyone
+        if not own.numel():
+            return own.repeat(self.ranks, *[1] * (own.dim() - 1))
+        return funcol.wait_tensor(_all_gather(own.contiguous(), 0, self.group))
 
     def compare(self, name: str, content: Tensor) -> None:
         """Inside `checked()`: `content`, int64 [N], must be the same on all ranks.

@@ -243,7 +243,7 @@ def _sharded(
     min_weight: float,
     *options: float,
 ) -> tuple[Tensor, ...]:
-    """(loss, logp, ref_logp, weight) [N] under the whole vocabulary; the first is differentiable."""
+    """(loss, logp, ref_logp, weight) [N]; the first has a gradient."""
     with torch.no_grad():
         rows = merge.logp_rows(call, policy.detach(), column, *options)
         if ref is not None:
