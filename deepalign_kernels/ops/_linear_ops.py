@@ -26,7 +26,8 @@ from deepalign_kernels.ops.scale_grad import hand_over
 _ARGUMENTS = (
     "str kind, Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b,"
     " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? target, Tensor? valid,"
-    " Tensor? beta, Tensor? ref_logp, Tensor? state, float temperature, float softcap, float lora_scale,"
+    " Tensor? beta, Tensor? ref_logp, Tensor? state, float temperature, float softcap,"
+    " float lora_scale,"
     " float js_beta, float kl_coef, float min_weight, int ignore_index, int direction,"
     " int max_workspace_bytes, bool surrogate, bool compact, ScalarType compute,"
     " ScalarType ref_compute, ScalarType logits, ScalarType accumulate"

@@ -258,7 +258,7 @@ def logp_grad(
     gradient 1 - p is then put right: -p.
     """
     away = column == ELSEWHERE
-    x = logits[..., 0].reshape(-1).to(norm.dtype)  # before `out`, which may be the logits
+    x = logits[..., 0].flatten().to(norm.dtype, copy=True)  # `out` may be the logits
     target = torch.where(away, 0, column)
     call("token_logp_bwd", grad, logits, target, norm, IGNORED, temperature, softcap, out)
     slope: float | Tensor = 1.0 / temperature
