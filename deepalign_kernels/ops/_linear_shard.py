@@ -63,17 +63,19 @@ def _attach(kind: str, x: Inputs, o: Options, shard: Shard, value: Tensor) -> Te
     return attached(kind, x, o, value)
 
 
-def placed(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> tuple[Inputs, Options]:
+def _placed(
+    x: Inputs, o: Options, shard: Shard, shown: Tensor, start: Tensor
+) -> tuple[Inputs, Options]:
     """Targets as columns of the shard; `shown`: the targets as the caller gave them."""
     assert x.target is not None
     shard.compare_targets(x.target, o.ignore_index, shown)
-    column = shard.column(x.target, o.ignore_index)
+    column = shard.column(x.target, o.ignore_index, start)
     return x._replace(target=column), o._replace(ignore_index=IGNORED)
 
 
 def logp(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> Tensor:
     """[N], differentiable."""
-    x, o = placed(x, o, shard, shown)
+    x, o = _placed(x, o, shard, shown, shard.starts_at(x.hidden.device))
     assert x.target is not None
     value, norm = settled(*_exchanged("logp_rows", x, o, shard), x.target, o.logits)
     zeros = norm.new_zeros(len(norm), 3)
@@ -119,7 +121,7 @@ def _js_parts(
 def constrained(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> tuple[Tensor, ...]:
     """(loss, logp, ref_logp, weight, kl) [N]; the first is differentiable, kl is there with
     kl_coef."""
-    x, o = placed(x, o, shard, shown)
+    x, o = _placed(x, o, shard, shown, shard.starts_at(x.hidden.device))
     column, beta, ref_logp = x.target, x.beta, x.ref_logp
     assert column is not None and beta is not None
     keep = column != IGNORED
@@ -146,11 +148,12 @@ def constrained(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> tuple[Ten
 
 def stats(x: Inputs, o: Options, shard: Shard, shown: Tensor | None) -> Tensor:
     """[8, N], the rows of `token_stats_fwd`."""
+    start = shard.starts_at(x.hidden.device)
     if shown is not None:
-        x, o = placed(x, o, shard, shown)
+        x, o = _placed(x, o, shard, shown, start)
     acc, parts = accumulator(o.logits), None
-    start = shard.starts_at(x.hidden.device).to(acc).expand(len(x.hidden))
-    everyone = _exchanged("stats_rows", x, o, shard, start)
+    starts = start.to(acc).expand(len(x.hidden))
+    everyone = _exchanged("stats_rows", x, o, shard, starts)
     if o.js_beta > 0:
         parts = _js_parts(x, o, shard, *merge.models(*everyone[:4]))
     out = merge.stats_of(everyone, parts, o.js_beta, shown is not None)

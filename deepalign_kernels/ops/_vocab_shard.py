@@ -42,9 +42,10 @@ class Shard(NamedTuple):
         width = torch.full((1,), self.columns, dtype=torch.int64, device=device)
         return self._gather(width)[: dist.get_rank(self.group)].sum()
 
-    def column(self, target: Tensor, ignore_index: int) -> Tensor:
-        """Global targets [N] -> column of this shard, IGNORED, or ELSEWHERE."""
-        local = target - self.starts_at(target.device)
+    def column(self, target: Tensor, ignore_index: int, start: Tensor) -> Tensor:
+        """Global targets [N] -> column of this shard, IGNORED, or ELSEWHERE; `start` is that of
+        `starts_at`."""
+        local = target - start
         inside = (local >= 0) & (local < self.columns)
         column = torch.where(inside, local, ELSEWHERE)
         return torch.where(target == ignore_index, IGNORED, column)

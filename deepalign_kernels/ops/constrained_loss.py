@@ -123,7 +123,7 @@ def constrained_loss(
 
     if shard is not None:
         shard.compare_targets(flat, ignore_index, target)
-        column = shard.column(flat, ignore_index)
+        column = shard.column(flat, ignore_index, shard.starts_at(policy.device))
         loss, *rows = _sharded(policy, column, betas, ref, given, shard, *options[1:])
         loss = loss.view(target.shape) if reduction == "none" else loss.sum() * scale
         return _with_parts(loss, rows, target) if return_parts else loss

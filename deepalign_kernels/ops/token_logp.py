@@ -75,7 +75,8 @@ def token_logp(
     options = _check.score_options(temperature, softcap)
     if shard is not None:
         shard.compare_targets(flat, ignore_index, target)
-        return sharded(x, shard.column(flat, ignore_index), shard, *options).view(target.shape)
+        column = shard.column(flat, ignore_index, shard.starts_at(x.device))
+        return sharded(x, column, shard, *options).view(target.shape)
     return _fwd(x, flat, ignore_index, *options)[0].view(target.shape)
 
 

@@ -83,11 +83,11 @@ def token_stats(
         if shard is None:
             out = _fwd(x, y, flat, keep, ignore_index, b, *options)
         else:
-            column = None
+            start, column = shard.starts_at(policy.device), None
             if flat is not None and target is not None:
                 shard.compare_targets(flat, ignore_index, target)
-                column = shard.column(flat, ignore_index)
-            out = _sharded(x, y, column, keep, shard, b, *options)
+                column = shard.column(flat, ignore_index, start)
+            out = _sharded(x, y, column, start, keep, shard, b, *options)
         logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = out.view(
             8, *policy_logits.shape[:-1]
         ).unbind(0)
@@ -122,6 +122,7 @@ def _sharded(
     policy: Tensor,
     ref: Tensor,
     column: Tensor | None,
+    start: Tensor,
     valid: Tensor | None,
     shard: Shard,
     js_beta: float,
@@ -132,8 +133,7 @@ def _sharded(
         trained = column != IGNORED
         valid = trained if valid is None else valid & trained
     rows = merge.stats_rows(call, policy, ref, column, valid, *options)
-    start = shard.starts_at(policy.device).to(rows[0].dtype).expand_as(rows[0])
-    everyone = shard.exchange(*rows, start)
+    everyone = shard.exchange(*rows, start.to(rows[0].dtype).expand_as(rows[0]))
     acc, parts = accumulator(policy.dtype), None
     if js_beta > 0:
         norms = merge.kept(valid, acc, *(m.norm(acc) for m in merge.models(*everyone[:4])))
