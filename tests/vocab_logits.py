@@ -1,29 +1,12 @@
-"""What every rank of a small gloo group does with its shard of the vocabulary: the checks behind
-`test_vocab_parallel.py`, which holds no process of its own.
-
-A check is a function of `World`; it raises on the rank that sees something wrong. Each rank makes
-the same whole rows from one seed, keeps the columns of its shard, and compares with independent
-formulas over the whole vocabulary.
-"""
+"""Checks of the logits-level ops over a process group (see `vocab_world.py`)."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import datetime
 import functools
 import itertools
-import json
-import os
-import re
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import linear_cases
 import torch
-import torch.distributed as dist
 from cases import (
     CASES,
     DTYPES,
@@ -38,73 +21,14 @@ from cases import (
 )
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from vocab_world import BACKENDS, World, check
 
 import deepalign_kernels as dak
 from deepalign_kernels.testing import EPS32, assert_in_budget
 
-# Shares of the columns per world size: uneven, one shard of a single column, first, middle or last.
-CUTS = {2: ((40, 61), (100, 1)), 3: ((1, 60, 40), (33, 67, 1)), 4: ((40, 1, 37, 23), (25,) * 4)}
-BACKENDS = ("eager", "native")
 
-
-@dataclass(frozen=True)
-class World:
-    rank: int
-    size: int
-    wrong: list[str] = field(default_factory=list)  # what the check at hand has seen so far
-    where: list[str] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def noting(self, where: str) -> Iterator[None]:
-        """Note what fails and go on: the other ranks wait for this one's next collective."""
-        self.where.append(where)
-        try:
-            yield
-        except AssertionError as error:
-            self.wrong.append(f"{', '.join(self.where)}: {error}")
-        finally:
-            self.where.pop()
-
-    @property
-    def group(self) -> Any:
-        return dist.group.WORLD
-
-    @contextlib.contextmanager
-    def refused(self, match: str) -> Iterator[None]:
-        """A ValueError with this message, on every rank alike."""
-        with self.noting(match):
-            try:
-                yield
-            except ValueError as error:
-                assert re.search(match, str(error)), error
-            else:
-                raise AssertionError("nothing was refused")
-
-    def alike(self, *mine: Tensor) -> None:
-        """These must be the same bits on all ranks."""
-        for x in mine:
-            x = x.detach().nan_to_num(7.0).contiguous()
-            everyone = [torch.empty_like(x) for _ in range(self.size)]
-            dist.all_gather(everyone, x)
-            assert all(torch.equal(x, y) for y in everyone), "ranks differ"
-
-    def cut(self, V: int, which: int = 0) -> tuple[int, int]:
-        """First column of this rank's shard, and the one after its last."""
-        shares = CUTS[self.size][which]
-        narrow = [s for s in shares if s == 1]
-        wide = V - len(narrow)
-        widths = [s if s == 1 else s * wide // (sum(shares) - len(narrow)) for s in shares]
-        widths[max(range(self.size), key=lambda r: widths[r])] += V - sum(widths)
-        ends = list(itertools.accumulate(widths))
-        return ends[self.rank] - widths[self.rank], ends[self.rank]
-
-
-CHECKS: dict[str, Callable[[World], None]] = {}
-
-
-def check(fn: Callable[[World], None]) -> Callable[[World], None]:
-    CHECKS[fn.__name__] = fn
-    return fn
+def vectors(full: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    return full.target, full.beta, full.grad
 
 
 def shard_of(full: Rows, a: int, b: int) -> Rows:
@@ -129,9 +53,8 @@ def ours(op: str, full: Rows, r: Rows, **o: Any) -> Tensor:
 
 def hold(op: str, full: Rows, a: int, b: int, w: World, scores: dict[str, Any], **o: Any) -> None:
     """Value and gradient of the shard within the budget of the whole rows, alike on all ranks."""
-    value, grad = values_and_grad(
-        functools.partial(ours, op, full), shard_of(full, a, b), process_group=w.group, **scores, **o
-    )  # fmt: skip
+    fn = functools.partial(ours, op, full)
+    value, grad = values_and_grad(fn, shard_of(full, a, b), process_group=w.group, **scores, **o)
     gold = values_and_grad(CASES[op].plain, full.to("cpu", torch.float64), **scores)
     base = values_and_grad(CASES[op].plain, full.to("cpu", torch.float32), **scores)
     whole = gold[1].to(grad.dtype)
@@ -146,7 +69,7 @@ def hold(op: str, full: Rows, a: int, b: int, w: World, scores: dict[str, Any], 
         w.alike(value)
 
 
-@check
+@check()
 def every_op_backend_dtype_and_cut(w: World) -> None:
     for op, backend, dtype, which in itertools.product(CASES, BACKENDS, DTYPES, (0, 1)):
         with dak.use_backend(backend), w.noting(f"{backend} {dtype} {which}"):
@@ -155,7 +78,7 @@ def every_op_backend_dtype_and_cut(w: World) -> None:
             hold(op, full, *w.cut(101, which), w, {"temperature": 0.7, "softcap": 5.0})
 
 
-@check
+@check(2)
 def hard_rows(w: World) -> None:
     """Confident, offset and masked rows; wide enough that the vector loops of the kernels run."""
     for op, backend, kind in itertools.product(CASES, BACKENDS, KINDS):
@@ -164,7 +87,7 @@ def hard_rows(w: World) -> None:
                 hold(op, make(6, 5003, kind).to("cpu", dtype), *w.cut(5003), w, {})
 
 
-@check
+@check()
 def fp64_is_exact(w: World) -> None:
     for op in CASES:
         full = make(9, 101).to("cpu", torch.float64)
@@ -176,7 +99,7 @@ def fp64_is_exact(w: World) -> None:
             torch.testing.assert_close(got, (gold[0], gold[1][:, a:b]), rtol=0, atol=1e-12)
 
 
-@check
+@check()
 def models_that_agree(w: World) -> None:
     """A divergence of exactly 0 and a gradient of exactly 0."""
     a, b = w.cut(5003)
@@ -189,7 +112,7 @@ def models_that_agree(w: World) -> None:
                 assert not value.any() and not grad.any()
 
 
-@check
+@check()
 def targets_outside_of_every_shard(w: World) -> None:
     a, b = w.cut(101)
     full = make(9, 101)
@@ -215,7 +138,7 @@ def targets_outside_of_every_shard(w: World) -> None:
             torch.testing.assert_close(logp.double(), gold, rtol=0, atol=1e-5)
 
 
-@check
+@check()
 def ignored_rows_are_never_used(w: World) -> None:
     full = make(9, 101)
     a, b = w.cut(101)
@@ -233,11 +156,11 @@ def ignored_rows_are_never_used(w: World) -> None:
             assert not dirty[0][out].any() and not dirty[1][out].any()
 
 
-@check
+@check()
 def masked_shards(w: World) -> None:
     """Whole shards of -inf, in one model or both, and whole rows: as the plain op on whole rows."""
-    full, size = make(9, 101), w.size
-    cuts = [World(r, size).cut(101) for r in range(size)]
+    full = make(9, 101)
+    cuts = [w.cut(101, rank=r) for r in range(w.size)]
     (a, b), (c, d) = cuts[0], cuts[-1]
     full.policy[0, a:b] = full.ref[0, a:b] = -torch.inf  # no mass here for either
     full.policy[1, c:d] = full.ref[1, c:d] = -torch.inf
@@ -262,11 +185,11 @@ def masked_shards(w: World) -> None:
             )
 
 
-@check
+@check()
 def shards_in_another_order(w: World) -> None:
     """vocab_start: the last columns on rank 0. Shards that overlap or leave a gap are seen."""
     full = make(9, 101)
-    widths = [World(r, w.size).cut(101) for r in range(w.size)]
+    widths = [w.cut(101, rank=r) for r in range(w.size)]
     a, b = widths[w.size - 1 - w.rank]
     for op in ("token_logp", "constrained_loss/ref_logits"):
         hold(op, full, a, b, w, {}, vocab_start=a)
@@ -284,7 +207,7 @@ def shards_in_another_order(w: World) -> None:
         assert logp[full.target != IGNORE].isnan().all()
 
 
-@check
+@check()
 def stats(w: World) -> None:
     a, b = w.cut(5003)
     for backend, kind in itertools.product(BACKENDS, ("noise", "confident_20", "nearly_equal")):
@@ -316,7 +239,7 @@ def stats(w: World) -> None:
             assert bare.logp is None and bare.js is None and (bare.entropy != 0).all()
 
 
-@check
+@check()
 def reductions(w: World) -> None:
     full = make(9, 101)
     a, b = w.cut(101)
@@ -350,7 +273,7 @@ def reductions(w: World) -> None:
             torch.testing.assert_close(parts.logp.double(), gold, rtol=0, atol=1e-5)
 
 
-@check
+@check()
 def collectives(w: World) -> None:
     """One all-gather where the start is given, one more for the start, one for js; no backward."""
     full = make(9, 101)
@@ -373,26 +296,11 @@ def collectives(w: World) -> None:
         dak.token_stats(full.policy[:, a:b], full.ref[:, a:b], full.target, process_group=w.group)
     with w.noting("token_stats"):
         assert mode.get_total_counts() <= 3, mode.get_comm_counts()
-    p = local(linear_cases.make(), *w.cut(67))
-    for name, case in linear_cases.CASES.items():
-        if name.endswith("ref_logp"):
-            continue
-        if name.endswith("ref_logp"):
-            continue  # the formula in its case wants the whole vocabulary
-        q = p.leaves()
-        with CommDebugMode() as forward:
-            value = case.ours(q, process_group=w.group)
-        with CommDebugMode() as backward:
-            value.sum().backward()
-        with w.noting(name):
-            assert 1 <= forward.get_total_counts() <= 3, forward.get_comm_counts()
-            assert backward.get_total_counts() == 2  # of hidden and of lora_a
 
 
-@check
+@check()
 def a_group_of_one(w: World) -> None:
-    groups = [dist.new_group([r]) for r in range(w.size)]
-    alone = groups[w.rank]
+    alone = w.alone[w.rank]
     full = make(9, 101)
     for op in (op for op in CASES if not op.endswith("ref_logp")):
         got = values_and_grad(CASES[op].ours, full, process_group=alone)
@@ -403,12 +311,12 @@ def a_group_of_one(w: World) -> None:
         logp = dak.token_logp(full.policy, full.target + 7, ignore_index=IGNORE + 7,
             process_group=alone, vocab_start=7)  # fmt: skip
         torch.testing.assert_close(logp, dak.token_logp(full.policy, full.target))
-    for other in groups[: w.rank] + groups[w.rank + 1 :]:
+    for other in w.alone[: w.rank] + w.alone[w.rank + 1 :]:
         with w.refused("process_group: this rank is not in"):
             dak.token_kl(full.policy, full.ref, process_group=other)
 
 
-@check
+@check()
 def bad_input(w: World) -> None:
     full = make(9, 101)
     a, b = w.cut(101)
@@ -431,10 +339,10 @@ def bad_input(w: World) -> None:
             dak.token_logp(x, wrong, process_group=w.group)
         dak.token_kl(x, x, process_group=w.group)
         dak.token_logp(x, t, process_group=w.group)
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh = init_device_mesh("cpu", (w.size,))
+    mesh = DeviceMesh.from_group(w.group, "cpu")
     sharded = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False)
     with w.refused("logits: is a DTensor"):
         dak.token_logp(sharded, t, process_group=w.group)
@@ -444,109 +352,13 @@ def bad_input(w: World) -> None:
         dak.linear_token_logp(hidden, head, t, process_group=w.group)
 
 
-def vectors(full: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    return full.target, full.beta, full.grad
-
-
-# Linear ops
-
-SHARDED = ("weight", "bias", "lora_b", "ref_weight", "ref_bias")
-
-
-def local(p: linear_cases.Problem, a: int, b: int) -> linear_cases.Problem:
-    cut = {k: x[a:b] for k in SHARDED if (x := getattr(p, k)) is not None}
-    return dataclasses.replace(p, **cut)
-
-
-def hold_linear(name: str, p: linear_cases.Problem, w: World, reduction: str, **kw: Any) -> None:
-    a, b = w.cut(len(p.weight))
-    mine = local(p, a, b).leaves()
-    if name.endswith("ref_logp"):  # its formula takes it from the whole vocabulary
-        wide = torch.float64 if p.hidden.dtype == torch.float64 else torch.float32
-        gold = linear_cases.plain_logits(p.leaves(torch.float64, ()))[1]
-        ref_logp = plain_logp(gold, p.target, **linear_cases._scores(p)).to(wide)
-        value = dak.linear_constrained_loss(
-            mine.hidden, mine.weight, mine.target, beta=mine.beta, ref_logp=ref_logp,
-            reduction=reduction, process_group=w.group, **linear_cases._head(mine), **kw,
-        )  # fmt: skip
-        got = linear_cases._results(mine, value, reduction)
-    else:
-        got = linear_cases.run_ours(name, mine, reduction, process_group=w.group, **kw)
-    base = linear_cases.run_plain(name, p.leaves(), reduction)
-    gold = linear_cases.run_plain(name, p.leaves(torch.float64), reduction)
-    with w.noting(f"{name} {reduction} {kw}"):
-        w.alike(got["value"], got["hidden"], *([got["lora_a"]] if "lora_a" in got else []))
-        for key, x in got.items():
-            whole = x
-            if key in SHARDED:
-                whole = gold[key].to(x.dtype)
-                whole[a:b] = x
-            if key == "value" and reduction != "none":
-                tokens = (
-                    linear_cases.CASES[name].plain(p.leaves(d, ())).double()
-                    for d in (None, torch.float64)
-                )
-                lost = torch.sub(*tokens).abs().sum()
-                lost = lost / (p.target != IGNORE).sum() if reduction == "mean" else lost
-                base["value"] = gold["value"] + lost
-            assert_in_budget(key, whole, base[key], gold[key])
-
-
-@check
-def linear_ops(w: World) -> None:
-    for name, backend in itertools.product(linear_cases.CASES, BACKENDS):
-        for dtype, full in itertools.product(DTYPES, (True, False)):
-            with dak.use_backend(backend), w.noting(f"{backend} {dtype} {full}"):
-                p = linear_cases.make(dtype=dtype, full=full)
-                hold_linear(name, p, w, "none")
-        with dak.use_backend(backend), w.noting(backend):
-            p = linear_cases.make()
-            for reduction in linear_cases.reductions(name)[1:]:
-                hold_linear(name, p, w, reduction)
-            hold_linear(name, p, w, "none", compact=False)
-            # Chunks as small as can be: shards of different widths make different numbers of them.
-            hold_linear(name, p, w, "none", max_workspace_bytes=24_000)
-
-
-@check
-def linear_stats(w: World) -> None:
-    p = linear_cases.make()
-    q = local(p, *w.cut(67))
-    for backend in BACKENDS:
-        with dak.use_backend(backend), w.noting(backend):
-            results = []
-            for x, o in ((q, {"process_group": w.group}), (p, {})):
-                results.append(
-                    dak.linear_token_stats(
-                        x.hidden, x.weight, x.ref_hidden, x.ref_weight, x.target,
-                        ref_bias=x.ref_bias, **linear_cases._head(x), **o,
-                    )
-                )  # fmt: skip
-            for name, x, y in zip(results[0]._fields, *results, strict=True):
-                torch.testing.assert_close(x, y, rtol=2e-6, atol=5e-6, msg=lambda m, n=name: n + m)
-
-
-@check
-def frozen_head_and_no_grad(w: World) -> None:
-    p = linear_cases.make()
-    q = local(p, *w.cut(67))
-    with w.noting("frozen"):
-        mine, whole = q.leaves(None, ("hidden",)), p.leaves(None, ("hidden",))
-        got = linear_cases.run_ours("linear_token_logp", mine, "none", process_group=w.group)
-        gold = linear_cases.run_plain("linear_token_logp", whole, "none")
-        torch.testing.assert_close(got, gold, rtol=1e-4, atol=1e-5)
-    with torch.no_grad(), w.noting("no_grad"):
-        loss = linear_cases.CASES["linear_constrained_loss/kl"].ours(q, process_group=w.group)
-        assert not loss.requires_grad
-
-
-@check
+@check(2)
 def compiled(w: World) -> None:
     """One graph, collectives included, for every length."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     a, b = w.cut(65)
-    for op in ("token_logp", "token_kl/policy_ref", "token_kl/js", "constrained_loss/ref_logits"):
+    for op in ("token_kl/js", "constrained_loss/ref_logits"):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
 
@@ -568,28 +380,3 @@ def compiled(w: World) -> None:
                 torch.testing.assert_close(*grads)
         with w.noting(op):
             assert counter.frame_count == frames
-
-
-def run(rank: int, size: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    world = World(rank, size)
-    for name, fn in CHECKS.items():
-        said = ""
-        try:
-            world.wrong.clear()
-            fn(world)
-            said = "\n".join(world.wrong)
-        except Exception:
-            said = traceback.format_exc(limit=-4)
-        with open(f"{folder}/rank{rank}.jsonl", "a") as file:
-            file.write(json.dumps([name, said]) + "\n")
-        dist.barrier()
-    dist.destroy_process_group()
