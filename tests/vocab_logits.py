@@ -317,6 +317,25 @@ def a_group_of_one(w: World) -> None:
 
 
 @check()
+def no_rows(w: World) -> None:
+    full = make(9, 101)
+    a, b = w.cut(101)
+    for op in (op for op in CASES if not op.endswith("ref_logp")):
+        r = shard_of(Rows(full.policy[:0], full.ref[:0], *(x[:0] for x in vectors(full))), a, b)
+        value, grad = values_and_grad(CASES[op].ours, r, process_group=w.group)
+        with w.noting(op):
+            assert value.shape == (0,) and grad.shape == (0, b - a)
+    nothing = torch.full_like(full.target, IGNORE)
+    leaf = full.policy[:, a:b].clone().requires_grad_()
+    loss = dak.constrained_loss(
+        leaf, nothing, beta=1.0, ref_logits=full.ref[:, a:b], process_group=w.group
+    )
+    loss.backward()
+    with w.noting("all ignored"):
+        assert loss == 0 and leaf.grad is not None and not leaf.grad.any()
+
+
+@check()
 def bad_input(w: World) -> None:
     full = make(9, 101)
     a, b = w.cut(101)

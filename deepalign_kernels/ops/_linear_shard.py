@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from deepalign_kernels.ops import _vocab_merge as merge
 from deepalign_kernels.ops._linear import KINDS, Inputs, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import attached, local_values
 from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops._vocab_shard import IGNORED, Shard
+from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, all_reduce
 from deepalign_kernels.ops.token_logp import settled
 
 
@@ -34,8 +33,7 @@ class _Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        summed = funcol.all_reduce(grad.contiguous(), "sum", ctx.group)
-        return funcol.wait_tensor(summed), None
+        return all_reduce(grad, ctx.group), None
 
 
 def _exchanged(kind: str, x: Inputs, o: Options, shard: Shard, *more: Tensor) -> Sequence[Tensor]:
@@ -77,7 +75,7 @@ def logp(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> Tensor:
     """[N], differentiable."""
     x, o = _placed(x, o, shard, shown, shard.starts_at(x.hidden.device))
     assert x.target is not None
-    value, norm = settled(*_exchanged("logp_rows", x, o, shard), x.target, o.logits)
+    value, norm = settled(_exchanged("logp_rows", x, o, shard), x.target, o.logits)
     zeros = norm.new_zeros(len(norm), 3)
     x = x._replace(state=_state(norm.dtype, norm, zeros, torch.ones_like(value)))
     return _attach("logp_shard", x, o, shard, value)
@@ -100,8 +98,7 @@ def _divergence(
     q, p = merge.models(*norms)
     acc = accumulator(o.logits)
     if o.direction == merge.JS:
-        center, ref_part = _js_parts(x, o, shard, q, p)
-        value, center = merge.js_of(q, p, center, ref_part, o.js_beta)
+        value, center = merge.js_of(q, p, _js_parts(x, o, shard, q, p), o.js_beta)
     else:
         own, other = (q, p) if o.direction == merge.POLICY_REF else (p, q)
         value = center = merge.kl_of(own, other, within)
@@ -127,9 +124,9 @@ def constrained(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> tuple[Ten
     keep = column != IGNORED
     kind = "logp_rows" if ref_logp is not None else "pair_kl_rows" if o.kl_coef else "pair_rows"
     everyone = _exchanged(kind, x, o, shard)
-    value, norm = settled(*everyone[:3], column, o.logits)
+    value, norm = settled(everyone[:3], column, o.logits)
     if ref_logp is None:
-        ref_logp, _ = settled(*everyone[3:6], column, o.logits)
+        ref_logp, _ = settled(everyone[3:6], column, o.logits)
     loss, weight = merge.constrained(value, ref_logp, beta, o.surrogate, o.min_weight)
     loss, ref_logp, weight = merge.kept(keep, value.dtype, loss, ref_logp, weight)
     if not o.kl_coef:

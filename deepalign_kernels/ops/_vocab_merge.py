@@ -155,9 +155,10 @@ def entropy_of(row: Whole, within: Tensor) -> Tensor:
 
 
 def js_of(
-    policy: Whole, ref: Whole, policy_part: Tensor, ref_part: Tensor, js_beta: float
+    policy: Whole, ref: Whole, parts: Sequence[Tensor], js_beta: float
 ) -> tuple[Tensor, Tensor]:
-    """(divergence, its center) from the shards' parts of KL(policy || m) and KL(ref || m)."""
+    """(divergence, its center) from the `token_js_parts` of all ranks."""
+    policy_part, ref_part = parts
     center = _poisoned(policy_part.sum(0), policy, ref)
     return js_beta * ref_part.sum(0) + (1.0 - js_beta) * center, center
 
@@ -190,7 +191,7 @@ def stats_of(
         logp_of(p, ref_logp) if has_target else zero,
         kl_of(q, p, kl),
         kl_of(p, q, kl_rev),
-        zero if parts is None else js_of(q, p, parts[0], parts[1], js_beta)[0],
+        zero if parts is None else js_of(q, p, parts, js_beta)[0],
         entropy_of(q, entropy),
         entropy_of(p, ref_entropy),
         agree_of(q, p, agree, starts),

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
@@ -21,8 +20,22 @@ from deepalign_kernels.ops import _check
 # be mistaken for one, whatever `ignore_index` is.
 IGNORED, ELSEWHERE = -1, -2
 
-# The functional collectives are the ones that torch.compile traces. torch 2.13 renamed this one.
-_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+if dist.is_available():
+    # The functional collectives are the ones that torch.compile traces.
+    import torch.distributed._functional_collectives as funcol
+
+    # torch 2.13 renamed it
+    _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+
+
+def all_gather(x: Tensor, group: Any) -> Tensor:
+    """[a, ...] of every rank as [ranks * a, ...]"""
+    return funcol.wait_tensor(_all_gather(x.contiguous(), 0, group))
+
+
+def all_reduce(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks."""
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
 
 
 class Shard(NamedTuple):
@@ -62,7 +75,7 @@ class Shard(NamedTuple):
         """[a, ...] -> [ranks * a, ...]"""
         if not own.numel():
             return own.repeat(self.ranks, *[1] * (own.dim() - 1))
-        return funcol.wait_tensor(_all_gather(own.contiguous(), 0, self.group))
+        return all_gather(own, self.group)
 
     def compare(self, name: str, content: Tensor) -> None:
         """Inside `checked()`: `content`, int64 [N], must be the same on all ranks.

@@ -249,9 +249,9 @@ def _sharded(
         if ref is not None:
             rows += merge.logp_rows(call, ref.detach(), column, *options)
         everyone = shard.exchange(*rows)
-        logp, norm = settled(*everyone[:3], column, policy.dtype)
+        logp, norm = settled(everyone[:3], column, policy.dtype)
         if ref is not None:
-            ref_logp, _ = settled(*everyone[3:], column, policy.dtype)
+            ref_logp, _ = settled(everyone[3:], column, policy.dtype)
         assert ref_logp is not None
         loss, weight = merge.constrained(logp, ref_logp, beta, surrogate, min_weight)
         keep = column != IGNORED

@@ -164,7 +164,7 @@ def _sharded(
         if direction == merge.JS:
             norms = merge.kept(valid, acc, q.norm(acc), p.norm(acc))
             parts = _js_parts(x, y, valid, *norms, js_beta, *options)
-            value, center = merge.js_of(q, p, *shard.exchange(*parts), js_beta)
+            value, center = merge.js_of(q, p, shard.exchange(*parts), js_beta)
         else:
             own, other = (q, p) if direction == merge.POLICY_REF else (p, q)
             value = center = merge.kl_of(own, other, within)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,14 +125,13 @@ def sharded(logits: Tensor, column: Tensor, shard: Shard, *options: float) -> Te
     """[N] log-probabilities under the whole vocabulary; `column` as `Shard.column` gives it."""
     with torch.no_grad():
         rows = merge.logp_rows(call, logits.detach(), column, *options)
-        logp, norm = settled(*shard.exchange(*rows), column, logits.dtype)
+        logp, norm = settled(shard.exchange(*rows), column, logits.dtype)
     return attached(logits, column, logp, torch.ones_like(logp), norm, *options)
 
 
-def settled(
-    m: Tensor, s: Tensor, picked: Tensor, column: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(logp [N], normaliser [N, 2]) from what all ranks said about their shards."""
+def settled(rows: Sequence[Tensor], column: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(logp [N], normaliser [N, 2]) from the `merge.logp_rows` of all ranks."""
+    m, s, picked = rows
     row = merge.whole(m, s)
     logp, acc = merge.logp_of(row, picked), accumulator(dtype)
     # A target in no shard: the kernel of the gradient learns it from the normaliser.
@@ -147,13 +147,18 @@ def _attached_body(
 
 
 def _sharded_bwd_body(
-    grad: Tensor, logits: Tensor, column: Tensor, norm: Tensor, *options: float
+    grad: Tensor,
+    logits: Tensor,
+    column: Tensor,
+    norm: Tensor,
+    temperature: float,
+    softcap: float,
 ) -> Tensor:
     def run(op: str, *inputs: Any) -> Any:
         return backends.choose(op, logits.device.type, logits.dtype)(*inputs)
 
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    merge.logp_grad(run, grad, logits, column, norm, *options, out)
+    merge.logp_grad(run, grad, logits, column, norm, temperature, softcap, out)
     return out
 
 
