@@ -60,13 +60,13 @@ def hold(op: str, full: Rows, a: int, b: int, w: World, scores: dict[str, Any], 
     whole = gold[1].to(grad.dtype)
     whole[..., a:b] = grad
     with w.noting(f"{op} {scores}"):
+        w.alike(value)  # first: where an assertion fails, the rest of the block is left out
         assert_in_budget("value", value, base[0], gold[0])
         # One rounding more than plain torch: each shard's divergence is an fp32 number by the time
         # the ranks meet, and the gradient of policy_ref subtracts it.
         rounding = 2 * EPS32 * full.grad.abs().max() * gold[0].max()
         known = rounding if op == "token_kl/policy_ref" else 0.0
         assert_in_budget("gradient", whole, base[1] + known / 2, gold[1])
-        w.alike(value)
 
 
 @check()
@@ -228,11 +228,12 @@ def stats(w: World) -> None:
             got = dak.token_stats(
                 full.policy[:, a:b], full.ref[:, a:b], full.target, process_group=w.group
             )
+            w.alike(torch.stack(got[:7]))
             for name, o, g, x in zip(got._fields[:7], got[:7], *results, strict=True):
                 assert_in_budget(name, o, x, g)
             same = full.policy.argmax(-1) == full.ref.argmax(-1)
             assert torch.equal(got.top1_agree, same & (full.target != IGNORE))
-            w.alike(torch.stack(got[:7]))
+        with dak.use_backend(backend), w.noting(f"{backend} {kind} bare"):
             bare = dak.token_stats(
                 full.policy[:, a:b], full.ref[:, a:b], js_beta=None, process_group=w.group
             )
