@@ -174,15 +174,12 @@ def masked_shards(w: World) -> None:
         if op.endswith("ref_logp"):
             continue
         with dak.use_backend(backend), w.noting(f"{op} {backend}"):
-            got = values_and_grad(
-                CASES[op].ours, shard_of(full, *w.cut(101)), process_group=w.group
-            )
+            first, end = w.cut(101)
+            r = shard_of(full, first, end)
+            got = values_and_grad(CASES[op].ours, r, process_group=w.group)
             gold = values_and_grad(CASES[op].ours, full)
-            own = slice(*w.cut(101))
-            torch.testing.assert_close(got[0], gold[0], rtol=1e-5, atol=1e-5, equal_nan=True)
-            torch.testing.assert_close(
-                got[1], gold[1][:, own], rtol=1e-5, atol=1e-5, equal_nan=True
-            )
+            gold = gold[0], gold[1][:, first:end]
+            torch.testing.assert_close(got, gold, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @check()
@@ -218,9 +215,8 @@ def stats(w: World) -> None:
         for dtype in (torch.float64, torch.float32):
             f = full.to("cpu", dtype)
             q, p = f.policy.log_softmax(-1), f.ref.log_softmax(-1)
-            kl = [
-                plain_kl(f.policy, f.ref, f.target, d) for d in ("policy_ref", "ref_policy", "js")
-            ]
+            directions = "policy_ref", "ref_policy", "js"
+            kl = [plain_kl(f.policy, f.ref, f.target, d) for d in directions]
             entropies = [torch.where(f.target == IGNORE, 0, -(x.exp() * x).sum(-1)) for x in (q, p)]
             logps = [plain_logp(x, f.target) for x in (f.policy, f.ref)]
             results.append([*logps, *kl, *entropies])
