@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(deepalign_native, m) {
       " Tensor norm_ref, Tensor center, int direction, float js_beta, float temperature,"
       " float softcap, Tensor(a!) out) -> ()");
   m.def(
+      "token_js_parts(Tensor policy, Tensor ref, Tensor? valid, Tensor norm_policy,"
+      " Tensor norm_ref, float js_beta, float temperature, float softcap)"
+      " -> (Tensor policy_part, Tensor ref_part)");
+  m.def(
       "constrained_loss_fwd(Tensor policy, Tensor target, Tensor beta, Tensor? ref_logits,"
       " Tensor? ref_logp, int ignore_index, bool surrogate, float min_weight, float temperature,"
       " float softcap)"
@@ -42,6 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(deepalign_native, CPU, m) {
   m.impl("token_logp_bwd", TORCH_BOX(&dak::token_logp_bwd));
   m.impl("token_kl_fwd", TORCH_BOX(&dak::token_kl_fwd));
   m.impl("token_kl_bwd", TORCH_BOX(&dak::token_kl_bwd));
+  m.impl("token_js_parts", TORCH_BOX(&dak::token_js_parts));
   m.impl("constrained_loss_fwd", TORCH_BOX(&dak::constrained_loss_fwd));
   m.impl("constrained_loss_fused", TORCH_BOX(&dak::constrained_loss_fused));
   m.impl("token_stats_fwd", TORCH_BOX(&dak::token_stats_fwd));

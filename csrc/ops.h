@@ -25,6 +25,9 @@ void token_kl_bwd(
     Tensor grad, Tensor policy, Tensor ref, MaybeTensor valid, Tensor norm_policy, Tensor norm_ref,
     Tensor center, int64_t direction, double js_beta, double temperature, double softcap,
     Tensor out);
+std::tuple<Tensor, Tensor> token_js_parts(
+    Tensor policy, Tensor ref, MaybeTensor valid, Tensor norm_policy, Tensor norm_ref,
+    double js_beta, double temperature, double softcap);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> constrained_loss_fwd(
     Tensor policy, Tensor target, Tensor beta, MaybeTensor ref_logits, MaybeTensor ref_logp,

@@ -28,6 +28,7 @@ STEMS = {  # internal op -> file name in every room
     "token_logp_bwd": "token_logp",
     "token_kl_fwd": "token_kl",
     "token_kl_bwd": "token_kl",
+    "token_js_parts": "token_kl",
     "constrained_loss_fwd": "constrained_loss",
     "constrained_loss_fused": "constrained_loss",
     "token_stats_fwd": "token_stats",

@@ -165,3 +165,21 @@ def test_shift_invariance(device):
         b = kl_and_grad(policy + 64, ref - 64, direction=direction)
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [(1.0, 0.0), (0.7, 5.0)], ids=str)
+def test_js_parts_add_up_over_shards(options, device):
+    """Under the normalisers of the whole row, the columns' parts sum to what one sweep gives."""
+    r = make(6, 5003).to(device, torch.bfloat16)
+    policy, ref, valid = r.policy[None], r.ref[None], r.target != -100
+    call = torch.ops.deepalign
+    js, norm_q, norm_p, center = call.token_kl_fwd(policy, ref, valid, 2, 0.3, *options)
+    sums = [0.0, 0.0]
+    for a, b in ((0, 1), (1, 2048), (2048, 5003)):
+        parts = call.token_js_parts(
+            policy[..., a:b], ref[..., a:b], valid, norm_q, norm_p, 0.3, *options
+        )
+        assert not any(part[~valid].any() for part in parts)
+        sums = [s + part for s, part in zip(sums, parts, strict=True)]
+    torch.testing.assert_close(sums[0], center, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(0.3 * sums[1] + 0.7 * sums[0], js, rtol=2e-6, atol=2e-6)

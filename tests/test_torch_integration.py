@@ -29,11 +29,16 @@ def op_inputs(device, dtype):
     )
     options = (-100, False, 0.0, 1.0, 0.0)
     detached = policy.detach()
+    column = torch.tensor([-1, -2, 0, 32], device=device)  # ignored, in another shard, two here
     return {
         "token_logp_fwd": (policy, r.target, -100, 0.7, 0.0),
         "token_logp_bwd": (grad, detached, r.target, norm, -100, 0.7, 30.0),
         "token_kl_fwd": (policy, ref, valid, 0, 0.5, 1.0, 0.0),
         "token_kl_bwd": (grad, detached, ref, None, norm, norm, logp, 2, 0.5, 1.0, 0.0),
+        "token_js_parts": (detached, ref, valid, norm, norm, 0.3, 0.7, 30.0),
+        "token_logp_shard": (policy, column, logp, logp, norm, 0.7, 0.0),
+        "token_logp_shard_bwd": (grad, detached, column, norm, 0.7, 30.0),
+        "token_kl_shard": (policy, ref, valid, logp, norm, norm, logp, 2, 0.5, 1.0, 0.0),
         "constrained_loss_fwd": (policy, r.target, beta, ref, None, *options),
         "constrained_loss_fused": (policy, r.target, beta, None, logp, scale, *options),
         "token_stats_fwd": (detached, ref, r.target, valid, -100, 0.5, 1.0, 0.0),

@@ -40,9 +40,8 @@ inline JsSums js_block(const Scorer<Cap>& score, const T* pq, const T* pp, int64
 
 template <class T, bool Cap>
 inline JsSums js_row(const Scorer<Cap>& score, const T* pq, const T* pp, int64_t n, double js_beta,
-                     const Model& q, const Model& p) {
+                     const LogProb& log_q, const LogProb& log_p) {
   Mixture mixture(js_beta);
-  LogProb log_q = log_prob_of(q, score.inverse), log_p = log_prob_of(p, score.inverse);
   int64_t whole = n / step * step;
   JsSums sums;
   auto add = [&](int64_t begin, int64_t end) {

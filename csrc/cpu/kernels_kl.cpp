@@ -9,7 +9,8 @@ namespace {
 template <class T, bool Cap>
 KlRow js_of(const Scorer<Cap>& score, const T* q, const T* p, int64_t n, double js_beta) {
   Model mp = sum_row(score, p, n), mq = sum_row(score, q, n);
-  JsSums sums = js_row(score, q, p, n, js_beta, mq, mp);
+  LogProb log_q = log_prob_of(mq, score.inverse), log_p = log_prob_of(mp, score.inverse);
+  JsSums sums = js_row(score, q, p, n, js_beta, log_q, log_p);
   float value = float(js_beta * sums.p + (1.0 - js_beta) * sums.q);
   return {mq.norm(score.inverse), mp.norm(score.inverse), value, float(sums.q)};
 }
@@ -28,8 +29,25 @@ KlRow kl(Row policy, Row ref, int64_t direction, double js_beta, Score options) 
   });
 }
 
+LogProb log_prob_of(Norm norm, double inverse) {
+  Anchor at(norm, inverse);
+  return {set(float(inverse)), set(at.shift), set(float(at.log_sum))};
+}
+
+JsParts js_parts(Row policy, Row ref, Norm norm_q, Norm norm_p, double js_beta, Score options) {
+  return with_type(policy, options, [&](auto* q, auto score) -> JsParts {
+    auto* p = static_cast<decltype(q)>(ref.data);
+    LogProb log_q = log_prob_of(norm_q, score.inverse), log_p = log_prob_of(norm_p, score.inverse);
+    JsSums sums = js_row(score, q, p, policy.columns, js_beta, log_q, log_p);
+    return {float(sums.q), float(sums.p)};
+  });
+}
+
 }  // namespace
 
-void fill_kl(Kernels& table) { table.kl = kl; }
+void fill_kl(Kernels& table) {
+  table.kl = kl;
+  table.js_parts = js_parts;
+}
 
 }  // namespace dak::DAK_ISA

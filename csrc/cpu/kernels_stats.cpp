@@ -21,7 +21,8 @@ StatsRow stats(Row policy, Row ref, int64_t y, double js_beta, Score options) {
     out.entropy = float(s.entropy_x(score.inverse));
     out.ref_entropy = float(s.entropy_y(score.inverse));
     if (js_beta > 0) {
-      JsSums sums = js_row(score, q, p, n, js_beta, s.x, s.y);
+      LogProb log_q = log_prob_of(s.x, score.inverse), log_p = log_prob_of(s.y, score.inverse);
+      JsSums sums = js_row(score, q, p, n, js_beta, log_q, log_p);
       out.js = float(js_beta * sums.p + (1.0 - js_beta) * sums.q);
     }
     out.top1_agree = top_column(score, q, n, s.x) == top_column(score, p, n, s.y) ? 1.0f : 0.0f;

@@ -45,6 +45,10 @@ struct KlRow {
   float kl, center;
 };
 
+struct JsParts {
+  float policy, ref;  // what a row's columns add to KL(policy || m) and KL(ref || m)
+};
+
 enum Direction : int64_t { policy_ref = 0, ref_policy = 1, js = 2 };
 
 // One row of the gradient of token_kl; `grad` is the upstream gradient.
@@ -65,6 +69,8 @@ struct Kernels {
   LogpRow (*logp)(Row x, int64_t y, Score score);
   void (*logp_grad)(Row x, int64_t y, Score score, Norm norm, double grad, OutRow out);
   KlRow (*kl)(Row policy, Row ref, int64_t direction, double js_beta, Score score);
+  JsParts (*js_parts)(Row policy, Row ref, Norm norm_policy, Norm norm_ref, double js_beta,
+                      Score score);
   void (*kl_grad)(Row policy, Row ref, const KlGrad& g, Score score, OutRow out);
   StatsRow (*stats)(Row policy, Row ref, int64_t y, double js_beta, Score score);
   void (*scale)(Row x, float factor);  // in place

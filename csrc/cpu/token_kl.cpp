@@ -63,4 +63,26 @@ void token_kl_bwd(
   });
 }
 
+std::tuple<Tensor, Tensor> token_js_parts(
+    Tensor policy, Tensor ref, MaybeTensor valid, Tensor norm_policy, Tensor norm_ref,
+    double js_beta, double temperature, double softcap) {
+  Logits q("policy", policy), p("ref", ref);
+  p.must_match("ref", q);
+  check_direction(js, js_beta);
+  int64_t n = q.rows();
+  Valid keep(valid, n);
+  Score score = score_of(temperature, softcap);
+  Norms norm_q("norm_policy", norm_policy, n), norm_p("norm_ref", norm_ref, n);
+  Tensor policy_part = new_f32(policy, {n}), ref_part = new_f32(policy, {n});
+  float *q_to = f32(policy_part), *p_to = f32(ref_part);
+  const Kernels& k = kernels();
+  for_rows(n, q.columns(), [&](int64_t r) {
+    JsParts parts{};
+    if (keep[r]) parts = k.js_parts(q.row(r), p.row(r), norm_q[r], norm_p[r], js_beta, score);
+    q_to[r] = parts.policy;
+    p_to[r] = parts.ref;
+  });
+  return {policy_part, ref_part};
+}
+
 }  // namespace dak

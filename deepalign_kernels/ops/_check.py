@@ -43,6 +43,11 @@ def logits3(name: str, x: Tensor) -> Tensor:
     """Validate logits [..., V]; a view [B, T, V] (above 3 dimensions a copy, if need be)."""
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise ValueError(f"{name}: expected a tensor [..., V], got {describe(x)}")
+    if hasattr(x, "full_tensor"):
+        raise ValueError(
+            f"{name}: is a DTensor. Sharded over the vocabulary: pass .to_local() and "
+            "process_group=mesh.get_group(); else .full_tensor()"
+        )
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64 logits, got {x.dtype}")
     if x.device.type not in ("cpu", "cuda", "meta"):
@@ -94,8 +99,13 @@ def must_be_frozen(name: str, x: Tensor) -> None:
         )
 
 
-def targets(name: str, target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """Validate integer targets [...] against logits [..., V]; contiguous int64 [N]."""
+def targets(
+    name: str, target: Tensor, logits: Tensor, ignore_index: int, *, shard: bool = False
+) -> Tensor:
+    """Validate integer targets [...] against logits [..., V]; contiguous int64 [N].
+
+    `shard`: the logits are a shard, so V says nothing about the targets.
+    """
     lead = logits.shape[:-1]
     if not isinstance(target, Tensor) or target.shape != lead:
         raise ValueError(
@@ -106,15 +116,15 @@ def targets(name: str, target: Tensor, logits: Tensor, ignore_index: int) -> Ten
         raise ValueError(f"{name}: expected int32 or int64, got {target.dtype}")
     same_device(name, target, "the logits", logits)
     flat = target.reshape(-1).contiguous().to(torch.int64)
-    if checking():
-        vocab = logits.shape[-1]
-        _first(
-            name,
-            (flat != ignore_index) & ((flat < 0) | (flat >= vocab)),
-            target,
-            f"0..{vocab - 1} or ignore_index {ignore_index}",
-        )
+    if checking() and not shard:
+        in_vocabulary(name, flat, logits.shape[-1], ignore_index, target)
     return flat
+
+
+def in_vocabulary(name: str, flat: Tensor, vocab: int, ignore_index: int, shown: Tensor) -> None:
+    """Values of `flat` [N]; positions are those of `shown`, the same as the caller gave it."""
+    bad = (flat != ignore_index) & ((flat < 0) | (flat >= vocab))
+    _first(name, bad, shown, f"0..{vocab - 1} or ignore_index {ignore_index}")
 
 
 def mask(name: str, valid: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     valid: Tensor | None  # [N] bool; None: all
     beta: Tensor | None  # [N]
     ref_logp: Tensor | None  # [N]
+    state: Tensor | None = None  # [N, 6], what a process group knows: `_linear_shard.py`
 
 
 class Options(NamedTuple):
@@ -69,6 +70,7 @@ class Rows(NamedTuple):
     ref_logp: Tensor | None
     upstream: Tensor | None  # [n] or 0-d; None: values only
     out: Tensor | None  # where the gradient goes; may be `policy` itself
+    state: Tensor | None = None  # [n, 6]
 
     def call(self, op: str, *args: Any) -> Any:
         """Run a row op of the logits level on the backend chosen for it."""
@@ -285,6 +287,7 @@ class Engine:
             pick(x.ref_logp),
             pick(self.upstream),
             None if self.upstream is None else dz[None],
+            pick(x.state),
         )
         values = self._row_function(whole, n)
         if self.upstream is not None:

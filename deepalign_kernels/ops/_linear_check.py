@@ -23,7 +23,8 @@ def whole(name: str, x: Any) -> Tensor:
         raise ValueError(
             f"{name}: is a DTensor, a shard of the whole. Call the op inside the head's own "
             "forward, where FSDP2 "
-            "has gathered it (deepalign_kernels.hf.attach does), or pass .full_tensor()"
+            "has gathered it (deepalign_kernels.hf.attach does), or pass .full_tensor(); of a head "
+            "sharded over the vocabulary .to_local() and process_group=mesh.get_group()"
         )
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")

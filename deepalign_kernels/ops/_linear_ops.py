@@ -5,6 +5,7 @@ linear_fwd     values [K, N]; its backward is linear_bwd, which makes the scores
 linear_bwd     the gradients of sum(upstream * values[0])
 linear_unit    values, and d values[0] / d hidden by row: with a frozen head the backward is then a
                product of [N] with [N, H], no GEMM: linear_row_scale
+linear_shard   values that other ranks had a part in; its backward is linear_bwd of this rank's part
 linear_fused   scale * sum(values[0]), values, and the gradients of the former, made in the forward
 """
 
@@ -25,7 +26,8 @@ from deepalign_kernels.ops.scale_grad import hand_over
 _ARGUMENTS = (
     "str kind, Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b,"
     " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? target, Tensor? valid,"
-    " Tensor? beta, Tensor? ref_logp, float temperature, float softcap, float lora_scale,"
+    " Tensor? beta, Tensor? ref_logp, Tensor? state, float temperature, float softcap,"
+    " float lora_scale,"
     " float js_beta, float kl_coef, float min_weight, int ignore_index, int direction,"
     " int max_workspace_bytes, bool surrogate, bool compact, ScalarType compute,"
     " ScalarType ref_compute, ScalarType logits, ScalarType accumulate"
@@ -258,3 +260,44 @@ def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Ten
         return total, values
     values = _fwd(kind, *x, *o)
     return values[0].sum() * scale, values
+
+
+# Over a process group (`_linear_shard.py`)
+
+
+def _shard_body(*arguments: Any) -> Tensor:
+    return arguments[_N].clone()
+
+
+_shard = _define(f"linear_shard({_ARGUMENTS}, Tensor value) -> Tensor", _shard_body)
+
+
+@torch.library.register_fake("deepalign::linear_shard")
+def _(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[_N])
+
+
+def _backward_shard(ctx: Any, grad: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * (_N + 1)
+    return (*_backward_fwd(ctx, grad[None]), None)
+
+
+def _setup_shard(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _setup_fwd(ctx, inputs[:_N], output)
+
+
+torch.library.register_autograd(
+    "deepalign::linear_shard", _backward_shard, setup_context=_setup_shard
+)
+
+
+def local_values(kind: str, x: Inputs, o: Options) -> Tensor:
+    """Values [K, N] of this rank's shard, without gradients."""
+    detached = (None if t is None else t.detach() for t in x)
+    return _fwd(kind, *detached, *o)
+
+
+def attached(kind: str, x: Inputs, o: Options, value: Tensor) -> Tensor:
+    """`value` [N], whose gradients are those that the row function `kind` writes."""
+    return _shard(kind, *x, *o, value)

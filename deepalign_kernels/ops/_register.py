@@ -32,6 +32,20 @@ def define(schema: str, body: Callable[..., Any] | None = None) -> Any:
     return getattr(torch.ops.deepalign, name).default
 
 
+def define_plain(schema: str, body: Callable[..., Any]) -> Any:
+    """Define `deepalign::<schema>` with `body` as the whole of it, on every backend."""
+    name = schema.partition("(")[0]
+    _LIB.define(schema)
+    for key in ("CPU", "CUDA"):
+        _LIB.impl(name, body, key)
+    return getattr(torch.ops.deepalign, name).default
+
+
+def call(op: str, *inputs: Any) -> Any:
+    """Run the registered op `deepalign::<op>`."""
+    return getattr(torch.ops.deepalign, op).default(*inputs)
+
+
 def _run(name: str, body: Callable[..., Any] | None, *inputs: Any) -> Any:
     logits = next((x for x in inputs if isinstance(x, Tensor) and x.dim() == 3), inputs[0])
     implementation = backends.choose(name, logits.device.type, logits.dtype)

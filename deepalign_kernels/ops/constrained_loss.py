@@ -1,15 +1,22 @@
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
+from deepalign_kernels.ops import _vocab_merge as merge
 from deepalign_kernels.ops._reduce import scale_of_sum
-from deepalign_kernels.ops._register import accumulator, define, fake_grad, fake_rows
+from deepalign_kernels.ops._register import accumulator, call, define, fake_grad, fake_rows
+from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, shard_of
 from deepalign_kernels.ops.scale_grad import hand_over
 from deepalign_kernels.ops.token_logp import _bwd as _logp_bwd
+from deepalign_kernels.ops.token_logp import attached, settled
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OBJECTIVES = ("exact", "surrogate")
 
@@ -37,6 +44,8 @@ def constrained_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_parts: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> Tensor | tuple[Tensor, ConstrainedParts]:
     """Token-wise constrained fine-tuning loss (arXiv 2406.05946, equation 3), in one launch.
 
@@ -70,6 +79,8 @@ def constrained_loss(
         temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
             None.
         return_parts: also return logp, ref_logp and weight of every token.
+        process_group, vocab_start: [..., V_r] shards of both models' logits, as in `token_logp`;
+            everything but the logits is alike on all ranks, ref_logp too.
 
     Returns:
         0-d for "mean" and "sum", else [...]; fp32 (fp64 for fp64 logits), in nats. With
@@ -80,14 +91,18 @@ def constrained_loss(
             requires grad, a negative beta; the message names the argument. RuntimeError: a scalar
             reduction backpropagated twice.
 
+    Communication (`process_group`): one all-gather, 24 bytes per row from every other rank (12 with
+        ref_logp; double for fp64), and none in backward.
     Memory: a scalar reduction of bf16 and fp32 logits writes the gradient in the forward launch and
         keeps nothing else, neither policy nor reference logits; so it can be backpropagated once.
         fp16 logits (whose gradient must be scaled before it is rounded) and reduction="none" keep
-        the policy logits and two fp32 numbers per row and compute the gradient in backward.
+        the policy logits and two fp32 numbers per row and compute the gradient in backward; so does
+        a process group, where nobody knows the normaliser during the launch.
         Formulas and edge cases: `reference/constrained_loss.py`.
     """
     policy = _check.logits3("policy_logits", policy_logits)
-    flat = _check.targets("target", target, policy_logits, ignore_index)
+    shard = shard_of(process_group, vocab_start, policy.shape[-1])
+    flat = _check.targets("target", target, policy_logits, ignore_index, shard=shard is not None)
     acc = accumulator(policy.dtype)
     betas = _check.vector("beta", beta, policy_logits, acc, low=0.0)
     ref, given = _reference(policy_logits, ref_logits, ref_logp, acc)
@@ -106,6 +121,12 @@ def constrained_loss(
     )
     scale = scale_of_sum(flat != ignore_index, reduction, normalizer, acc)
 
+    if shard is not None:
+        shard.compare_targets(flat, ignore_index, target)
+        column = shard.column(flat, ignore_index, shard.starts_at(policy.device))
+        loss, *rows = _sharded(policy, column, betas, ref, given, shard, *options[1:])
+        loss = loss.view(target.shape) if reduction == "none" else loss.sum() * scale
+        return _with_parts(loss, rows, target) if return_parts else loss
     wants_grad = torch.is_grad_enabled() and policy.requires_grad
     if reduction != "none" and wants_grad and policy.dtype != torch.float16:
         loss, *rows = _fused(policy, flat, betas, ref, given, scale, *options)[:4]
@@ -114,6 +135,12 @@ def constrained_loss(
         loss = loss.view(target.shape) if reduction == "none" else loss.sum() * scale
     if not return_parts:
         return loss
+    return _with_parts(loss, rows, target)
+
+
+def _with_parts(
+    loss: Tensor, rows: Sequence[Tensor], target: Tensor
+) -> tuple[Tensor, ConstrainedParts]:
     return loss, ConstrainedParts(*(x.detach().view(target.shape) for x in rows))
 
 
@@ -203,3 +230,30 @@ def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
 torch.library.register_autograd(
     "deepalign::constrained_loss_fused", _backward_fused, setup_context=_setup_fused
 )
+
+
+def _sharded(
+    policy: Tensor,
+    column: Tensor,
+    beta: Tensor,
+    ref: Tensor | None,
+    ref_logp: Tensor | None,
+    shard: Shard,
+    surrogate: bool,
+    min_weight: float,
+    *options: float,
+) -> tuple[Tensor, ...]:
+    """(loss, logp, ref_logp, weight) [N]; the first has a gradient."""
+    with torch.no_grad():
+        rows = merge.logp_rows(call, policy.detach(), column, *options)
+        if ref is not None:
+            rows += merge.logp_rows(call, ref.detach(), column, *options)
+        everyone = shard.exchange(*rows)
+        logp, norm = settled(everyone[:3], column, policy.dtype)
+        if ref is not None:
+            ref_logp, _ = settled(everyone[3:], column, policy.dtype)
+        assert ref_logp is not None
+        loss, weight = merge.constrained(logp, ref_logp, beta, surrogate, min_weight)
+        keep = column != IGNORED
+        loss, ref_logp, weight = merge.kept(keep, logp.dtype, loss, ref_logp, weight)
+    return attached(policy, column, loss, -weight, norm, *options), logp, ref_logp, weight

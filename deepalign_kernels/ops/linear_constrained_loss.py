@@ -1,17 +1,21 @@
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check
+from deepalign_kernels.ops import _check, _linear_check, _linear_shard
 from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token, summed
 from deepalign_kernels.ops._reduce import scale_of_sum
 from deepalign_kernels.ops._register import accumulator
+from deepalign_kernels.ops._vocab_shard import shard_of
 from deepalign_kernels.ops.constrained_loss import OBJECTIVES
 from deepalign_kernels.ops.token_kl import DIRECTIONS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LinearConstrainedParts(NamedTuple):
@@ -54,6 +58,8 @@ def linear_constrained_loss(
     compact: bool = True,
     grad_weight_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> Tensor | tuple[Tensor, LinearConstrainedParts]:
     """`constrained_loss` (arXiv 2406.05946, equation 3) from hidden states, plus a KL if wanted.
 
@@ -73,6 +79,8 @@ def linear_constrained_loss(
             its scores from the same chunk of logits. kl_direction, js_beta: as `direction`,
             `js_beta` of `token_kl`.
         return_parts: also return logp, ref_logp, weight and kl of every token.
+        process_group, vocab_start: as in `linear_token_logp`; ref_weight and ref_bias are shards
+            too.
 
     Returns:
         0-d for "mean" and "sum", else [...]; fp32 (fp64 for fp64), in nats. With return_parts:
@@ -106,7 +114,8 @@ def linear_constrained_loss(
     inputs, options, like = _linear_check.call(hidden, weight, head)
     acc = accumulator(options.logits)
     _one_reference(ref_logp, ref_hidden, kl_coef)
-    flat = _check.targets("target", target, like, ignore_index)
+    shard = shard_of(process_group, vocab_start, len(inputs.weight))
+    flat = _check.targets("target", target, like, ignore_index, shard=shard is not None)
     inputs = inputs._replace(
         target=flat,
         valid=flat != ignore_index,
@@ -132,7 +141,11 @@ def linear_constrained_loss(
     kind = "constrained"
     if kl_coef > 0:
         kind = "constrained_js" if kl_direction == "js" else "constrained_kl"
-    if reduction == "none":
+    if shard is not None:
+        token_loss, *rest = _linear_shard.constrained(inputs, options, shard, target)
+        values = torch.stack([token_loss, *rest])
+        loss = token_loss.view(target.shape) if reduction == "none" else token_loss.sum() * scale
+    elif reduction == "none":
         values = per_token(kind, inputs, options)
         loss = values[0].view(target.shape)
     else:

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check
+from deepalign_kernels.ops import _check, _linear_check, _linear_shard
 from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token, summed
 from deepalign_kernels.ops._reduce import scale_of_sum
 from deepalign_kernels.ops._register import accumulator
+from deepalign_kernels.ops._vocab_shard import shard_of
 from deepalign_kernels.ops.token_kl import DIRECTIONS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_token_kl(
@@ -34,6 +40,7 @@ def linear_token_kl(
     compact: bool = True,
     grad_weight_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """`token_kl` from the hidden states of both models, whose logits are never whole in memory.
 
@@ -49,6 +56,7 @@ def linear_token_kl(
         valid: [...] bool, or None for all. False rows give 0 and gradient 0.
         reduction: "none", "sum" or "mean": over the number of valid rows, or `normalizer` (a number
             > 0 or a 0-d tensor).
+        process_group: as in `linear_token_logp`; ref_weight and ref_bias are shards too.
 
     Returns:
         [...], or 0-d for "sum" and "mean"; fp32 (fp64 for fp64), in nats.
@@ -93,6 +101,10 @@ def linear_token_kl(
         else inputs.valid
     )
     scale = scale_of_sum(counted, reduction, normalizer, accumulator(options.logits))
+    shard = shard_of(process_group, None, len(inputs.weight))
+    if shard is not None:
+        kl = _linear_shard.kl(inputs, options, shard)
+        return kl.view(hidden.shape[:-1]) if reduction == "none" else kl.sum() * scale
     kind = "js" if direction == "js" else "kl"
     if reduction == "none":
         return per_token(kind, inputs, options)[0].view(hidden.shape[:-1])

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check
+from deepalign_kernels.ops import _check, _linear_check, _linear_shard
 from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token
+from deepalign_kernels.ops._vocab_shard import shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_token_logp(
@@ -25,6 +31,8 @@ def linear_token_logp(
     compact: bool = True,
     grad_weight_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> Tensor:
     """Log-probability of each target from hidden states; the logits are never whole in memory.
 
@@ -59,6 +67,13 @@ def linear_token_logp(
         logits_dtype: of the chunk of logits. None: fp32 (fp64 for fp64). A 16-bit head may ask for
             its own dtype, which halves the chunk, and on a CPU makes the forward GEMM 2-3 times
             faster; logits rounded to bf16 cost 4-23 % error in the gradient.
+        process_group: the ranks that hold the head between them: weight, bias and lora_b are
+            shards [V_r, ...], hidden, lora_a and the targets are whole and alike on all ranks.
+            Every rank must make the call, and each of its backward. The gradient of every input
+            is its full one: those of hidden and lora_a are all-reduced in backward, so the caller
+            must not do it again. A trainer that reduce-scatters the gradient of hidden (sequence
+            parallelism) splits it instead.
+        vocab_start: as in `token_logp`.
 
     Returns:
         [...] fp32 (fp64 for fp64), in nats. Unreduced.
@@ -70,7 +85,12 @@ def linear_token_logp(
 
     Memory: per-token results do not know their upstream gradient, so backward makes the logits
         again (4 GEMMs in all). With a frozen head there is no need: the forward keeps the gradient
-        of every row of hidden (2 GEMMs, [N, H]).
+        of every row of hidden (2 GEMMs, [N, H]). Over a process group all linear ops make the
+        logits again in backward, also with a frozen head and for scalar reductions; js makes them
+        a third time.
+
+    Communication (`process_group`): forward as in the op of the logits level, once per call and not
+        per chunk; backward one all-reduce of the gradient of hidden, and one of lora_a's.
     """
     head = _linear_check.Head(
         bias=bias,
@@ -86,11 +106,13 @@ def linear_token_logp(
         logits_dtype=logits_dtype,
     )
     inputs, options, like = _linear_check.call(hidden, weight, head)
-    flat = _check.targets("target", target, like, ignore_index)
+    shard = shard_of(process_group, vocab_start, len(inputs.weight))
+    flat = _check.targets("target", target, like, ignore_index, shard=shard is not None)
     inputs = inputs._replace(target=flat, valid=flat != ignore_index)
-    return per_token("logp", inputs, options._replace(ignore_index=ignore_index))[0].view(
-        target.shape
-    )
+    options = options._replace(ignore_index=ignore_index)
+    if shard is not None:
+        return _linear_shard.logp(inputs, options, shard, target).view(target.shape)
+    return per_token("logp", inputs, options)[0].view(target.shape)
 
 
 def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check
+from deepalign_kernels.ops import _check, _linear_check, _linear_shard
 from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token
+from deepalign_kernels.ops._vocab_shard import shard_of
 from deepalign_kernels.ops.token_stats import TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_token_stats(
@@ -30,12 +36,15 @@ def linear_token_stats(
     max_workspace_bytes: int | None = None,
     compact: bool = True,
     logits_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> TokenStats:
     """`token_stats` from the hidden states of both models, without gradients and without whole
     logits.
 
     The reference as in `linear_token_kl`; target, valid, ignore_index and js_beta as in
-    `token_stats`; the rest as in `linear_token_logp`. Rows that `valid` or `ignore_index` leave out
+    `token_stats`; the rest as in `linear_token_logp` (over a process group ref_weight and ref_bias
+    are shards too). Rows that `valid` or `ignore_index` leave out
     give 0 (False) in every field.
 
     Returns:
@@ -63,14 +72,19 @@ def linear_token_stats(
         inputs, options, like = _linear_check.call(hidden, weight, head)
         if ref_hidden is None:
             raise ValueError("ref_hidden, ref_weight: expected tensors, got None")
+        shard = shard_of(process_group, vocab_start, len(inputs.weight))
         keep = _check.mask("valid", valid, like)
         if target is not None:
-            inputs = inputs._replace(target=_check.targets("target", target, like, ignore_index))
-            trained = inputs.target != ignore_index
+            flat = _check.targets("target", target, like, ignore_index, shard=shard is not None)
+            inputs, trained = inputs._replace(target=flat), flat != ignore_index
             keep = trained if keep is None else keep & trained
         b = 0.0 if js_beta is None else _check.number("js_beta", js_beta, above=0.0, below=1.0)
         options = options._replace(ignore_index=ignore_index, js_beta=b)
-        values = per_token("stats", inputs._replace(valid=keep), options)
+        inputs = inputs._replace(valid=keep)
+        if shard is None:
+            values = per_token("stats", inputs, options)
+        else:
+            values = _linear_shard.stats(inputs, options, shard, target)
     fields = values.view(8, *hidden.shape[:-1]).unbind(0)
     logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = fields
     return TokenStats(

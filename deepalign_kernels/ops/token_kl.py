@@ -1,18 +1,26 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
+from deepalign_kernels.ops import _vocab_merge as merge
 from deepalign_kernels.ops._register import (
+    accumulator,
     backward_body,
+    call,
     define,
+    define_plain,
     fake_grad,
     fake_rows,
     no_double_backward,
 )
+from deepalign_kernels.ops._vocab_shard import Shard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DIRECTIONS = ("policy_ref", "ref_policy", "js")  # their indices are the op's `direction`
 
@@ -26,6 +34,7 @@ def token_kl(
     valid: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Full-vocabulary divergence between two models at each position, without a [..., V] temporary.
 
@@ -48,6 +57,8 @@ def token_kl(
             used, so padding may hold NaN.
         temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
             None.
+        process_group: the ranks that hold the vocabulary between them, as in `token_logp`; both
+            models' shards have the same columns. No start is needed: no column is named.
 
     Returns:
         [...] fp32 (fp64 for fp64 logits), in nats. Unreduced. Exactly 0, with gradient exactly 0,
@@ -56,7 +67,11 @@ def token_kl(
 
     Raises:
         ValueError: a wrong shape, dtype, device or stride, a reference that requires grad, an
-            unknown direction; the message names the argument.
+            unknown direction, a group this rank is not in; the message names the argument.
+
+    Communication (`process_group`): one all-gather, 20 bytes per row from every other rank (40 for
+        fp64), and none in backward. "js" needs both normalisers first: 28 bytes in two all-gathers,
+        and the shards are read once more.
 
     Memory: saves the two inputs and five fp32 numbers per row; the gradient is the only [..., V]
         allocation. Formulas, gradients and edge cases: `reference/token_kl.py`.
@@ -68,6 +83,10 @@ def token_kl(
     b = _check.number("js_beta", js_beta, above=0.0, below=1.0) if direction == "js" else 0.5
     flat = _check.mask("valid", valid, policy_logits)
     options = _check.score_options(temperature, softcap)
+    shard = shard_of(process_group, None, policy.shape[-1])
+    if shard is not None:
+        kl = _sharded(policy, ref, flat, shard, mode, b, *options)
+        return kl.view(policy_logits.shape[:-1])
     return _fwd(policy, ref, flat, mode, b, *options)[0].view(policy_logits.shape[:-1])
 
 
@@ -109,3 +128,81 @@ def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
 
 
 torch.library.register_autograd("deepalign::token_kl_fwd", _backward, setup_context=_setup)
+
+
+# Over a process group
+
+_js_parts = define(
+    "token_js_parts(Tensor policy, Tensor ref, Tensor? valid, Tensor norm_policy, Tensor norm_ref,"
+    " float js_beta, float temperature, float softcap) -> (Tensor policy_part, Tensor ref_part)"
+)
+
+
+@torch.library.register_fake("deepalign::token_js_parts")
+def _(policy: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return fake_rows(policy), fake_rows(policy)
+
+
+def _sharded(
+    policy: Tensor,
+    ref: Tensor,
+    valid: Tensor | None,
+    shard: Shard,
+    direction: int,
+    js_beta: float,
+    *options: float,
+) -> Tensor:
+    rows = policy.shape[0] * policy.shape[1]
+    everywhere = torch.ones((), dtype=torch.bool, device=policy.device).expand(rows)
+    shard.compare("valid", (everywhere if valid is None else valid).long())
+    acc = accumulator(policy.dtype)
+    with torch.no_grad():
+        x, y = policy.detach(), ref.detach()
+        swept = merge.POLICY_REF if direction == merge.JS else direction
+        *norms, within = shard.exchange(*merge.kl_rows(call, x, y, valid, swept, *options))
+        q, p = merge.models(*norms)
+        if direction == merge.JS:
+            norms = merge.kept(valid, acc, q.norm(acc), p.norm(acc))
+            parts = _js_parts(x, y, valid, *norms, js_beta, *options)
+            value, center = merge.js_of(q, p, shard.exchange(*parts), js_beta)
+        else:
+            own, other = (q, p) if direction == merge.POLICY_REF else (p, q)
+            value = center = merge.kl_of(own, other, within)
+        state = merge.kl_state(q, p, value, center, direction, acc)
+        value, *state = merge.kept(valid, acc, value, *state)
+    return _attached(policy, ref, valid, value, *state, direction, js_beta, *options)
+
+
+def _attached_body(
+    policy: Tensor, ref: Tensor, valid: Tensor | None, value: Tensor, *rest: Any
+) -> Tensor:
+    return value.clone()
+
+
+# `value` [N], which the other ranks' shards have a part in, with the gradient of this one
+_attached = define_plain(
+    "token_kl_shard(Tensor policy, Tensor ref, Tensor? valid, Tensor value, Tensor norm_policy,"
+    f" Tensor norm_ref, Tensor center, {_OPTIONS}) -> Tensor",
+    _attached_body,
+)
+
+
+@torch.library.register_fake("deepalign::token_kl_shard")
+def _(policy: Tensor, *rest: Any) -> Tensor:
+    return fake_rows(policy)
+
+
+def _setup_attached(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    policy, ref, valid, _value, norm_policy, norm_ref, center, *ctx.options = inputs
+    ctx.save_for_backward(policy, ref, valid, norm_policy, norm_ref, center)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_attached(ctx: Any, grad: Tensor | None) -> tuple:
+    out = None if grad is None else _bwd(grad, *ctx.saved_tensors, *ctx.options)
+    return out, *(None,) * 10
+
+
+torch.library.register_autograd(
+    "deepalign::token_kl_shard", _backward_attached, setup_context=_setup_attached
+)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
-from deepalign_kernels.ops._register import accumulator, define
+from deepalign_kernels.ops import _vocab_merge as merge
+from deepalign_kernels.ops._register import accumulator, call, define
+from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TokenStats(NamedTuple):
@@ -32,6 +37,8 @@ def token_stats(
     js_beta: float | None = 0.5,
     temperature: float = 1.0,
     softcap: float | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> TokenStats:
     """What two models say about each position: one launch over both logits, no gradients.
 
@@ -46,24 +53,41 @@ def token_stats(
             out of the cache).
         temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
             None.
+        process_group, vocab_start: [..., V_r] shards of both models' logits, as in `token_logp`.
 
     Returns:
         TokenStats; fp32 (fp64 for fp64 logits), top1_agree bool.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or stride; the message names the argument.
+        ValueError: a wrong shape, dtype, device or stride, a group this rank is not in; the message
+            names the argument.
+
+    Communication (`process_group`): one all-gather of 48 bytes per row from every other rank, and
+        one of 8 for js (double for fp64); the shards are read twice, three times for js.
 
     Formulas and edge cases: `reference/token_stats.py`.
     """
     policy = _check.logits3("policy_logits", policy_logits)
     _check.same_kind("ref_logits", ref_logits, "policy_logits", policy_logits, frozen=False)
     ref = _check.logits3("ref_logits", ref_logits)
-    flat = None if target is None else _check.targets("target", target, policy_logits, ignore_index)
+    shard, flat = shard_of(process_group, vocab_start, policy.shape[-1]), None
+    if target is not None:
+        flat = _check.targets(
+            "target", target, policy_logits, ignore_index, shard=shard is not None
+        )
     keep = _check.mask("valid", valid, policy_logits)
     b = 0.0 if js_beta is None else _check.number("js_beta", js_beta, above=0.0, below=1.0)
     options = _check.score_options(temperature, softcap)
     with torch.no_grad():
-        out = _fwd(policy.detach(), ref.detach(), flat, keep, ignore_index, b, *options)
+        x, y = policy.detach(), ref.detach()
+        if shard is None:
+            out = _fwd(x, y, flat, keep, ignore_index, b, *options)
+        else:
+            start, column = shard.starts_at(policy.device), None
+            if flat is not None and target is not None:
+                shard.compare_targets(flat, ignore_index, target)
+                column = shard.column(flat, ignore_index, start)
+            out = _sharded(x, y, column, start, keep, shard, b, *options)
         logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = out.view(
             8, *policy_logits.shape[:-1]
         ).unbind(0)
@@ -89,3 +113,32 @@ _fwd = define(
 @torch.library.register_fake("deepalign::token_stats_fwd")
 def _(policy: Tensor, *rest: Any) -> Tensor:
     return policy.new_empty((8, policy.shape[0] * policy.shape[1]), dtype=accumulator(policy.dtype))
+
+
+# Over a process group
+
+
+def _sharded(
+    policy: Tensor,
+    ref: Tensor,
+    column: Tensor | None,
+    start: Tensor,
+    valid: Tensor | None,
+    shard: Shard,
+    js_beta: float,
+    *options: float,
+) -> Tensor:
+    """[8, N], the rows of `token_stats_fwd`, under the whole vocabulary."""
+    if column is not None:
+        trained = column != IGNORED
+        valid = trained if valid is None else valid & trained
+    rows = merge.stats_rows(call, policy, ref, column, valid, *options)
+    everyone = shard.exchange(*rows, start.to(rows[0].dtype).expand_as(rows[0]))
+    acc, parts = accumulator(policy.dtype), None
+    if js_beta > 0:
+        norms = merge.kept(valid, acc, *(m.norm(acc) for m in merge.models(*everyone[:4])))
+        parts = shard.exchange(
+            *call("token_js_parts", policy, ref, valid, *norms, js_beta, *options)
+        )
+    out = merge.stats_of(everyone, parts, js_beta, column is not None)
+    return torch.stack(merge.kept(valid, acc, *out))

@@ -49,6 +49,12 @@ def log_mixture_ratios(logq: Tensor, logp: Tensor, b: float) -> tuple[Tensor, Te
     return torch.where(d <= 0, near_q, near_p + d), torch.where(d <= 0, near_q - d, near_p)
 
 
+def mixture_parts(logq: Tensor, logp: Tensor, b: float) -> tuple[Tensor, Tensor]:
+    log_mq, log_mp = log_mixture_ratios(logq, logp, b)
+    q_part = torch.where(logq == -torch.inf, 0.0, -logq.exp() * log_mq).sum(-1)
+    return q_part, torch.where(logp == -torch.inf, 0.0, -logp.exp() * log_mp).sum(-1)
+
+
 def token_kl_fwd(
     policy: Tensor,
     ref: Tensor,
@@ -68,11 +74,26 @@ def token_kl_fwd(
         kl = kl_terms(logp, logq).sum(-1)
         center = torch.zeros_like(kl)
     else:
-        log_mq, log_mp = log_mixture_ratios(logq, logp, js_beta)
-        center = torch.where(logq == -torch.inf, 0.0, -logq.exp() * log_mq).sum(-1)
-        ref_part = torch.where(logp == -torch.inf, 0.0, -logp.exp() * log_mp).sum(-1)
+        center, ref_part = mixture_parts(logq, logp, js_beta)
         kl = js_beta * ref_part + (1 - js_beta) * center
     return masked(valid, kl, norm_q, norm_p, center)  # type: ignore[return-value]
+
+
+def token_js_parts(
+    policy: Tensor,
+    ref: Tensor,
+    valid: Tensor | None,
+    norm_policy: Tensor,
+    norm_ref: Tensor,
+    js_beta: float,
+    temperature: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """What these columns add to KL(q || m) and KL(p || m), [N] each, under normalisers that may be
+    those of a larger vocabulary."""
+    logq = log_probs(scores(policy, temperature, softcap), norm_policy)
+    logp = log_probs(scores(ref, temperature, softcap), norm_ref)
+    return masked(valid, *mixture_parts(logq, logp, js_beta))  # type: ignore[return-value]
 
 
 def token_kl_bwd(

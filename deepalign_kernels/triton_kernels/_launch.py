@@ -51,6 +51,7 @@ _DEFAULT = {
     "token_logp_bwd": Plan(8, 32),
     "token_kl_fwd": Plan(8, 32),
     "token_js_fwd": Plan(16, 32, 128),
+    "token_js_parts": Plan(8, 32, 128),
     "token_kl_bwd": Plan(8, 32),
     "constrained_loss": Plan(16, 64, 128),
     "token_stats": Plan(8, 32, 128),

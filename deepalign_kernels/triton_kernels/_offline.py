@@ -138,6 +138,7 @@ def _launches(
             args = (direction, 0.5, *tail)
             token_kl.token_kl_fwd(x, y, valid, *args)
             token_kl.token_kl_bwd(row, x, y, valid, pair, pair, row, *args, out)
+        token_kl.token_js_parts(x, y, valid, pair, pair, 0.5, *tail)
         for ref, given in ((y, None), (None, row)):
             args = (-100, False, 0.0, *tail)
             constrained_loss.constrained_loss_fwd(x, target, row, ref, given, *args)

@@ -173,6 +173,47 @@ def _token_js_fwd(
 
 
 @kernel
+def _token_js_parts(
+    policy_ptr,  # [B, T, V] bf16/fp16/fp32
+    ref_ptr,  # [B, T, V] same dtype
+    valid_ptr,  # [N] bool or None
+    policy_norm_ptr,  # [N, 2] fp32
+    ref_norm_ptr,  # [N, 2] fp32
+    policy_part_ptr,  # [N] fp32, out: these columns' share of KL(policy || mixture)
+    ref_part_ptr,  # [N] fp32, out: of KL(ref || mixture)
+    T, groups,
+    policy_batch_stride, policy_row_stride, ref_batch_stride, ref_row_stride,
+    js_beta, rest,  # rest = 1 - js_beta
+    a_hi, a_lo, b_hi, b_lo, slope,
+    MODE: tl.constexpr, VEC: tl.constexpr, REPEATS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    # One program per row: the second sweep of `_token_js_fwd`, under normalisers that it is given.
+    # Bytes: reads 2 V * itemsize + 16, writes 8. Deterministic.
+    row = tl.program_id(0).to(tl.int64)
+    keep = True
+    if valid_ptr is not None:
+        keep = tl.load(valid_ptr + row) != 0
+        groups = tl.where(keep, groups, 0)
+    policy_ptr += row_offset(row, T, policy_batch_stride, policy_row_stride, VEC)
+    ref_ptr += row_offset(row, T, ref_batch_stride, ref_row_stride, VEC)
+    cx, sx = tl.load(policy_norm_ptr + 2 * row), tl.load(policy_norm_ptr + 2 * row + 1)
+    cy, sy = tl.load(ref_norm_ptr + 2 * row), tl.load(ref_norm_ptr + 2 * row + 1)
+
+    policy_part = tl.zeros([LANES], tl.float32)
+    ref_part = tl.zeros([LANES], tl.float32)
+    for tile in range(0, tl.cdiv(groups, REPEATS * LANES)):
+        group = tile_groups(tile, REPEATS, LANES)
+        x = load_scores(policy_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
+        y = load_scores(ref_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
+        lq, lp = (x - cx) - sx, (y - cy) - sy
+        q, p, log_mq, log_mp = js_terms(lq, lp, js_beta, rest)
+        policy_part += lane_sum(tl.where(lq == NEG_INF, 0.0, -q * log_mq))
+        ref_part += lane_sum(tl.where(lp == NEG_INF, 0.0, -p * log_mp))
+    tl.store(policy_part_ptr + row, tl.where(keep, tl.sum(policy_part, 0), 0.0))
+    tl.store(ref_part_ptr + row, tl.where(keep, tl.sum(ref_part, 0), 0.0))
+
+
+@kernel
 def _token_kl_bwd(
     policy_ptr,  # [B, T, V] bf16/fp16/fp32
     ref_ptr,  # [B, T, V] same dtype
@@ -255,6 +296,27 @@ def token_kl_fwd(
         *scalars, OWN_IS_REF=direction == REF_POLICY, MODE=mode,
     )  # fmt: skip
     return kl, norm_policy, norm_ref, center
+
+
+def token_js_parts(
+    policy: Tensor,
+    ref: Tensor,
+    valid: Tensor | None,
+    norm_policy: Tensor,
+    norm_ref: Tensor,
+    js_beta: float,
+    temperature: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    policy_part, ref_part = row_outputs(policy, 1, 1)
+    t = tiling("token_js_parts", policy, ref)
+    mode, scalars = score_scalars(temperature, softcap)
+    launch(
+        "token_js_parts", _token_js_parts, t, t.rows,
+        policy, ref, valid, norm_policy, norm_ref, policy_part, ref_part, t.T, t.groups,
+        *t.strides, js_beta, 1.0 - js_beta, *scalars, MODE=mode,
+    )  # fmt: skip
+    return policy_part, ref_part
 
 
 def token_kl_bwd(
