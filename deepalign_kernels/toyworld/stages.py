@@ -75,7 +75,7 @@ class Recipes:
     align: Recipe = Recipe(200, 1e-3, 48)
     deep: Recipe = Recipe(150, 1e-3, 48)
     attack: Recipe = Recipe(50, 2e-4, 16, (0.5, 0.999), None)
-    task: Recipe = Recipe(200, 1e-3, 32, (0.5, 0.999))
+    task: Recipe = Recipe(300, 1e-3, 32, (0.5, 0.999))
     shallow_p0: float = 0.8  # share of alignment examples that refuse from the first token
     shallow_depth: int = 3  # the others refuse after 1..shallow_depth tokens of an answer
     deep_depth: int = 30
