@@ -18,7 +18,8 @@ struct Piece {
   int lead, first, columns;
 
   __device__ Piece(const Rows& r, const Matrix& m) : columns(r.columns) {
-    unsigned backwards = gridDim.x - 1 - blockIdx.x, pieces = unsigned(r.plan.cluster);
+    unsigned pieces = unsigned(r.plan.cluster);
+    unsigned backwards = unsigned(r.rows) * pieces - 1 - blockIdx.x;
     row = backwards / pieces, batch = row / r.tokens, token = row % r.tokens;
     lead = int(reinterpret_cast<uintptr_t>(at(m)) / sizeof(T) % vec<T>);
     first = int(backwards % pieces) * piece + int(threadIdx.x);

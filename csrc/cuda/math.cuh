@@ -113,12 +113,14 @@ struct Norm {
 // Back: the score where z = m, and the log of the sum against it after both are rounded.
 struct Anchor {
   float top, log_sum;
-  __device__ Anchor(const Score& c, const float* norm, int64_t row) {
-    float m = norm[2 * row], low = m * c.temperature_lo;
+  __device__ Anchor(const Score& c, float m, float s) {
+    float low = m * c.temperature_lo;
     top = fmaf(m, c.temperature_hi, low);
     float lost = fmaf(m, c.temperature_hi, -top) + low;  // m * temperature - top
-    log_sum = fmaf(lost, c.inverse_hi, norm[2 * row + 1]);
+    log_sum = fmaf(lost, c.inverse_hi, s);
   }
+  __device__ Anchor(const Score& c, const float* norm, int64_t row)
+      : Anchor(c, norm[2 * row], norm[2 * row + 1]) {}
   __device__ float log_prob(const Score& c, float score) const {
     return fmaf(score - top, c.inverse_hi, -log_sum);
   }

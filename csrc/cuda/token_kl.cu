@@ -74,8 +74,14 @@ struct KlSum {
     raise(c, top, warp_max(y.top), __shfl_sync(all_lanes, anchor, __ffs(int(who)) - 1));
     x.sum = warp_sum(x.sum), y.sum = warp_sum(y.sum), cross = warp_sum(cross);
   }
-  __device__ float kl(const Score& c) const {
+  // A large log-ratio is rounded as token_kl_bwd rounds it, so that the two cancel in the gradient of
+  // the likeliest column; a small one loses less by dividing the sums.
+  __device__ float kl(const Score& c, const Norm& nx, const Norm& ny) const {
     float log_ratio = logf(y.sum / x.sum) - (anchor - shift(y.top)) * c.inverse_hi;
+    if (fabsf(log_ratio) > 0.5f && log_ratio < inf) {
+      Anchor ax(c, nx.m, nx.s), ay(c, ny.m, ny.s);
+      log_ratio = ax.log_prob(c, x.top) - ay.log_prob(c, anchor);
+    }
     return cross / x.sum * c.inverse_hi + log_ratio;
   }
 };
@@ -154,7 +160,7 @@ __global__ void __launch_bounds__(threads, 3) kl_rows(const __grid_constant__ Kl
 
   Results results;
   Norm x(c, s.x.top, s.x.sum), y(c, s.y.top, s.y.sum);
-  results.kl = s.kl(c);
+  results.kl = s.kl(c, x, y);
   results.center = own ? 0.0f : results.kl;
   results.put(own ? y : x, own ? x : y);
   if (part.writes()) results.write(a, part.row);
