@@ -159,9 +159,10 @@ def run(args: argparse.Namespace) -> int:
 
 def print_offline() -> None:
     """The short form of `offline`: one architecture, representative variants."""
-    from benchmarks import offline
+    from benchmarks import cuda_cpp, offline
 
-    parts = (offline.compile_report("--quick", "--arch", "sm_90"), offline.counted())
+    compiled = offline.compile_report("--quick", "--arch", "sm_90")
+    parts = (compiled, cuda_cpp.table(offline.SHAPE.V, ["sm_90"]), offline.counted())
     print("\n\n".join([*parts, offline.predictions(None)]), "\n")
 
 

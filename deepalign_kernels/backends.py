@@ -48,6 +48,8 @@ def native_library(device: str) -> str | None:
         return "torch sees no CUDA device"
     if not path.exists():
         return f"{path.name} {_build_note(device)}"
+    if device == "cuda" and (why := native_library("cpu")):
+        return f"{path.name} needs the schemas of the CPU library: {why}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
