@@ -61,7 +61,7 @@ def test_rows_of_real_vocabularies_stay_on_the_chip():
 @pytest.mark.skipif(
     cuda_on_host.why_not() is not None, reason=f"cuda_on_host: {cuda_on_host.why_not()}"
 )
-@pytest.mark.parametrize("shared,major", [(227 << 10, 9), (163 << 10, 8), (99 << 10, 9)])
+@pytest.mark.parametrize("shared,major", [(227 << 10, 9), (163 << 10, 8), (128 << 10, 9)])
 def test_the_report_plans_as_the_kernels_do(shared, major):
     """benchmarks/cuda_cpp.py repeats make_plan of csrc/cuda/plan.h, but for the block size."""
     gpu = cuda_cpp.Gpu(shared, shared + 1024, major >= 9)

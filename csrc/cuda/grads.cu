@@ -1,5 +1,5 @@
 // Gradients from saved normalisers, and scale_grad: nothing is summed up, every block takes a piece
-// of a row. Pieces run from the end of the tensor backwards: what the forward touched last is in L2.
+// of a row. Pieces run from the end of the tensor backwards: what was touched last is in L2.
 #include "cuda/plan.h"
 #include "cuda/row.cuh"
 
@@ -30,7 +30,7 @@ struct Piece {
   // Column that chunk n of this thread begins with.
   __device__ int column(int n) const { return (first + n * threads) * vec<T> - lead; }
 
-  // All chunks of this thread, so that they are in flight together; 0 in columns that are not there.
+  // All chunks of this thread, so that they are in flight together; 0 where there is no column.
   __device__ void load(const T* row, uint4 (&chunks)[each]) const {
     bool aligned = (reinterpret_cast<uintptr_t>(row) / sizeof(T) - unsigned(lead)) % vec<T> == 0;
 #pragma unroll

@@ -66,8 +66,8 @@ __device__ inline float expm1_neg(float a, float ea) {
   return a < 0.5f ? fmaf(a * a, p, -a) : ea - 1.0f;
 }
 
-// log(1 + y) for y in (-1, 0], relative to 1e-7 also next to 0, where lg2.approx has only an absolute
-// bound; `least` > 0 is a lower bound of 1 + y that the caller knows exactly. As in csrc/cpu.
+// log(1 + y) for y in (-1, 0], relative to 1e-7 also next to 0, where lg2.approx has only an
+// absolute bound; `least` > 0 is a lower bound of 1 + y that the caller knows. As in csrc/cpu.
 __device__ inline float log1p_neg(float y, float least) {
   float w = fmaxf(1.0f + y, least), lost = y - (w - 1.0f);
   int bits = __float_as_int(w), e = (bits - 0x3f3504f3) >> 23;

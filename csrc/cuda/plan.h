@@ -50,8 +50,8 @@ inline size_t shared_bytes(int tile, int matrices, int scratch) {
   return size_t(scratch) + size_t(tile) * size_t(matrices) * chunk_bytes;
 }
 
-// The plan for rows of `chunks` chunks in `matrices` matrices: it depends on no row count, so that a
-// row's result does not depend on its neighbours. fits(plan, bytes) has the last word on a choice.
+// The plan for rows of `chunks` chunks in `matrices` matrices: it depends on no row count, so that
+// a row's result does not depend on its neighbours. fits(plan, bytes) has the last word.
 template <class Fits>
 Plan make_plan(const Limits& limits, int chunks, int matrices, int scratch, const Fits& fits) {
   for (Choice choice : choices) {
@@ -93,8 +93,8 @@ cudaError_t launch_rows(void (*kernel)(Args), Args args, int matrices, int scrat
   auto fits = [&](const Plan& plan, size_t bytes) {
     if (plan.cluster <= 8) return true;
     int found = 0;
-    bool allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-                       cudaSuccess &&
+    auto big = cudaFuncAttributeNonPortableClusterSizeAllowed;
+    bool allowed = cudaFuncSetAttribute(kernel, big, 1) == cudaSuccess &&
                    prepare(plan, bytes) == cudaSuccess &&
                    cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess;
     if (!allowed) (void)cudaGetLastError();  // this GPU has no such clusters; not an error

@@ -2,8 +2,8 @@
 // how blocks put their sums together. Everything is in a fixed order, so results repeat to the bit.
 //
 // A row is cut into chunks of 16 bytes on the boundaries of the policy's memory; the first begins
-// `lead` columns before the row where that one starts in between. Chunk i belongs to the same thread
-// in every sweep, so a sweep needs no barrier before it reads what the one before has loaded.
+// `lead` columns before the row where that one starts in between. A chunk belongs to one thread in
+// every sweep, so a sweep needs no barrier before it reads what the one before has loaded.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -117,9 +117,9 @@ __device__ inline void cluster_wait(const Plan&) {}
 __device__ inline const float* partial_of(int) { return scratch().partial; }
 #endif
 
-// Hands `mine`, the same in every thread of a block, to the whole cluster: lane r of every warp gets
-// that of rank r, a lane beyond the cluster gets `nothing`. Whoever calls this calls `leave_cluster`
-// before it ends, since a block that is gone cannot be read.
+// Hands `mine`, the same in every thread of a block, to the whole cluster: lane r of every warp
+// gets that of rank r, a lane beyond the cluster gets `nothing`. Whoever calls this calls
+// `leave_cluster` before it ends, since a block that is gone cannot be read.
 template <int N>
 __device__ inline void exchange(const Plan& plan, float (&mine)[N], const float (&nothing)[N]) {
   static_assert(N <= 16);
@@ -284,8 +284,8 @@ struct ExpSum {
   }
   // Takes a tile whose largest logit, in the whole block, is `raw_top`.
   template <class T, bool Cap>
-  __device__ void add(const Score& c, const Part<T>& part, const uint4* chunks, int first, int count,
-                      float raw_top) {
+  __device__ void add(const Score& c, const Part<T>& part, const uint4* chunks, int first,
+                      int count, float raw_top) {
     raise(c, fmaxf(top, score_of<Cap>(c, raw_top)));
     float at = shift(top);
 #pragma unroll 2

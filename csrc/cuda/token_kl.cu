@@ -20,10 +20,10 @@ struct Results {
 
 // Sums of KL(x || y), with cx, cy, ct = shift(x.top), shift(y.top), shift(anchor):
 //   x, y  sums of e^(x - cx), e^(y - cy);   cross = sum e^(x - cx) ((x - cx) - (y - ct))
-// The anchor is y where x has its maximum, so that the likeliest column adds 0 to `cross`. In scores;
-// KL = cross / x.sum / temperature + (log(y.sum / x.sum) - (anchor - cy) / temperature). The bracket
-// is the log-ratio of the likeliest column. Equal rows give exactly 0: every term of `cross` is 0,
-// the sums are equal and the anchor is cy.
+// The anchor is y where x has its maximum, so that the likeliest column adds 0 to `cross`. With
+// scores in units of the temperature, KL = cross / x.sum + (log(y.sum / x.sum) - (anchor - cy)).
+// The bracket is the log-ratio of the likeliest column. Equal rows give exactly 0: every term of
+// `cross` is 0, the sums are equal and the anchor is cy.
 struct KlSum {
   ExpSum x, y;
   float anchor = -inf, cross = 0.0f;
@@ -74,8 +74,8 @@ struct KlSum {
     raise(c, top, warp_max(y.top), __shfl_sync(all_lanes, anchor, __ffs(int(who)) - 1));
     x.sum = warp_sum(x.sum), y.sum = warp_sum(y.sum), cross = warp_sum(cross);
   }
-  // A large log-ratio is rounded as token_kl_bwd rounds it, so that the two cancel in the gradient of
-  // the likeliest column; a small one loses less by dividing the sums.
+  // A large log-ratio is rounded as token_kl_bwd rounds it, so that the two cancel in the gradient
+  // of the likeliest column; a small one loses less by dividing the sums.
   __device__ float kl(const Score& c, const Norm& nx, const Norm& ny) const {
     float log_ratio = logf(y.sum / x.sum) - (anchor - shift(y.top)) * c.inverse_hi;
     if (fabsf(log_ratio) > 0.5f && log_ratio < inf) {

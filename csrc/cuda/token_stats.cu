@@ -71,7 +71,8 @@ __device__ inline float js_part(const StatsArgs& a, const Part<T>& part, Tiles<T
                                 const StatSum& s) {
   const Score& c = a.r.score;
   const uint4 *own = buffer(a.r.plan, 0), *other = buffer(a.r.plan, 1);
-  float cx = shift(s.x.top), cy = shift(s.y.top), sx = logf(s.x.sum), sy = logf(s.y.sum), sum = 0.0f;
+  float cx = shift(s.x.top), cy = shift(s.y.top), sum = 0.0f;
+  float sx = logf(s.x.sum), sy = logf(s.y.sum);
   tiles.sweep_back([&](int first, int count) {
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < count; i += threads) {
