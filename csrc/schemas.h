@@ -17,6 +17,9 @@ void define(Library& m) {
       "token_logp_bwd(Tensor grad, Tensor logits, Tensor target, Tensor norm, int ignore_index,"
       " float temperature, float softcap, Tensor(a!) out) -> ()");
   m.def(
+      "token_logp_fused(Tensor grad, Tensor logits, Tensor target, int ignore_index,"
+      " float temperature, float softcap, Tensor(a!) out) -> Tensor");
+  m.def(
       "token_kl_fwd(Tensor policy, Tensor ref, Tensor? valid, int direction, float js_beta,"
       " float temperature, float softcap)"
       " -> (Tensor kl, Tensor norm_policy, Tensor norm_ref, Tensor center)");
@@ -24,6 +27,9 @@ void define(Library& m) {
       "token_kl_bwd(Tensor grad, Tensor policy, Tensor ref, Tensor? valid, Tensor norm_policy,"
       " Tensor norm_ref, Tensor center, int direction, float js_beta, float temperature,"
       " float softcap, Tensor(a!) out) -> ()");
+  m.def(
+      "token_kl_fused(Tensor grad, Tensor policy, Tensor ref, Tensor? valid, int direction,"
+      " float js_beta, float temperature, float softcap, Tensor(a!) out) -> Tensor");
   m.def(
       "constrained_loss_fwd(Tensor policy, Tensor target, Tensor beta, Tensor? ref_logits,"
       " Tensor? ref_logp, int ignore_index, bool surrogate, float min_weight, float temperature,"
@@ -44,8 +50,10 @@ template <class Library>
 void implement(Library& m) {
   m.impl("token_logp_fwd", TORCH_BOX(&token_logp_fwd));
   m.impl("token_logp_bwd", TORCH_BOX(&token_logp_bwd));
+  m.impl("token_logp_fused", TORCH_BOX(&token_logp_fused));
   m.impl("token_kl_fwd", TORCH_BOX(&token_kl_fwd));
   m.impl("token_kl_bwd", TORCH_BOX(&token_kl_bwd));
+  m.impl("token_kl_fused", TORCH_BOX(&token_kl_fused));
   m.impl("constrained_loss_fwd", TORCH_BOX(&constrained_loss_fwd));
   m.impl("constrained_loss_fused", TORCH_BOX(&constrained_loss_fused));
   m.impl("token_stats_fwd", TORCH_BOX(&token_stats_fwd));

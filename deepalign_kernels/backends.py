@@ -26,8 +26,10 @@ CUDA_CPP_VERIFIED: frozenset[str] = frozenset()
 STEMS = {  # internal op -> file name in every room
     "token_logp_fwd": "token_logp",
     "token_logp_bwd": "token_logp",
+    "token_logp_fused": "token_logp",
     "token_kl_fwd": "token_kl",
     "token_kl_bwd": "token_kl",
+    "token_kl_fused": "token_kl",
     "constrained_loss_fwd": "constrained_loss",
     "constrained_loss_fused": "constrained_loss",
     "token_stats_fwd": "token_stats",

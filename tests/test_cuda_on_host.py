@@ -4,7 +4,7 @@ tiles, alignment, barriers. What it cannot show: the GPU's exp2, its memory mode
 import cuda_on_host
 import pytest
 import torch
-from cases import CASES, DTYPES, KINDS, check, make, values_and_grad
+from cases import CASES, DTYPES, FUSED, KINDS, check, fused, make, values_and_grad
 from cuda_on_host import pretend
 
 from deepalign_kernels import backends
@@ -77,6 +77,19 @@ def test_temperature_and_softcap(op, options):
     for dtype in (torch.float32, torch.bfloat16):
         with pretend(shared=4000):
             check(op, make(5, 1031).to("cpu", dtype), **options)
+
+
+@pytest.mark.parametrize("op", FUSED)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_value_and_gradient_in_one_launch(op, gpu):
+    for dtype in DTYPES:
+        with pretend(**GPUS[gpu], order=3) as host:
+            for kind in KINDS:
+                before = host.host_launches()
+                check(op, make(4, 1501, kind).to("cpu", dtype), fused)
+                assert host.host_launches() == before + 1
+            check(op, make(4, 901).to("cpu", dtype), fused, temperature=0.01)
+            check(op, make(4, 901).to("cpu", dtype), fused, temperature=1.7, softcap=30.0)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -154,6 +167,8 @@ def _gradients(policy, ref, valid, r, loss):
             "token_kl_bwd",
             lambda f, x, out, o=o, s=saved: f(r.grad, x, ref, valid, *s, *o, out),
         )
+        yield "token_kl_fused", lambda f, x, out, o=o: f(r.grad, x, ref, valid, *o, out)
+    yield "token_logp_fused", lambda f, x, out: f(r.grad, x, r.target, *PLAIN, out)
     yield "constrained_loss_fused", lambda f, x, out: f(x, *loss, out)
 
 
@@ -208,6 +223,9 @@ def test_equal_logits_give_exactly_nothing():
                     out = torch.empty_like(x)
                     native("token_kl_bwd")(torch.ones(3), x, x.clone(), None, *saved, *o, out)
                     assert not kl.any() and not out.any(), o
+                    out.fill_(torch.nan)
+                    kl = native("token_kl_fused")(torch.ones(3), x, x.clone(), None, *o, out)
+                    assert not kl.any() and not out.any(), o
 
 
 def test_infinities_of_a_masked_column():
@@ -223,6 +241,8 @@ def test_infinities_of_a_masked_column():
                 grad = torch.ones(1)
                 native("token_kl_bwd")(grad, x, masked, None, *saved, 0, 0.5, 1.0, 0.0, out)
                 assert kl.item() == torch.inf and out.isnan().all()
+                native("token_kl_fused")(grad, x, masked, None, 0, 0.5, 1.0, 0.0, out.zero_())
+                assert out.isnan().all()
                 back = native("token_kl_fwd")(x, masked, None, 1, 0.5, 1.0, 0.0)[0]
                 assert torch.isfinite(back).all()
                 peak = x.clone()

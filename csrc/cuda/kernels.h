@@ -55,13 +55,14 @@ struct Rows {
   Plan plan;
 };
 
-// token_logp_fwd, constrained_loss_fwd and constrained_loss_fused. Outputs may be absent.
+// token_logp and constrained_loss, with `out` the gradient too. Outputs may be absent.
 struct LogpArgs {
   Rows r;
-  Matrix policy, ref, out;  // ref or given: a loss; out: the gradient of scale * sum(loss)
+  Matrix policy, ref, out;
   const int64_t* target;
   Vector beta, given;
-  const float* scale;
+  Vector grad;         // of logp; without a loss
+  const float* scale;  // of the sum of losses
   int64_t ignore_index;
   int surrogate;
   float min_weight;
@@ -70,7 +71,7 @@ struct LogpArgs {
 
 enum Direction : int { policy_ref = 0, ref_policy = 1, js = 2 };
 
-// token_kl_fwd, and with `out` the gradient in the same launch.
+// token_kl, with `out` the gradient in the same launch. Of the outputs only kl is always there.
 struct KlArgs {
   Rows r;
   Matrix policy, ref, out;

@@ -72,6 +72,23 @@ void token_logp_bwd(
   call.run(args);
 }
 
+Tensor token_logp_fused(
+    Tensor grad, Tensor logits, Tensor target, int64_t ignore_index, double temperature,
+    double softcap, Tensor out) {
+  Call call("token_logp_fused", "logits", logits, temperature, softcap);
+  Tensor logp = call.new_f32({call.rows().rows});
+  gpu::LogpArgs args{};
+  args.r = call.rows();
+  args.policy = call.logits();
+  args.out = call.gradient(out);
+  args.target = call.targets(target);
+  args.grad = call.vector("grad", grad);
+  args.ignore_index = ignore_index;
+  args.logp = f32(logp);
+  call.run(args);
+  return logp;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_kl_fwd(
     Tensor policy, Tensor ref, MaybeTensor valid, int64_t direction, double js_beta,
     double temperature, double softcap) {
@@ -112,6 +129,26 @@ void token_kl_bwd(
   args.direction = int(direction);
   args.js_beta = float(js_beta), args.rest = float(1.0 - js_beta);
   call.run(args);
+}
+
+Tensor token_kl_fused(
+    Tensor grad, Tensor policy, Tensor ref, MaybeTensor valid, int64_t direction, double js_beta,
+    double temperature, double softcap, Tensor out) {
+  check_direction(direction, js_beta);
+  Call call("token_kl_fused", "policy", policy, temperature, softcap);
+  Tensor kl = call.new_f32({call.rows().rows});
+  gpu::KlArgs args{};
+  args.r = call.rows();
+  args.policy = call.logits();
+  args.ref = call.matrix("ref", ref);
+  args.out = call.gradient(out);
+  args.valid = call.valid(valid);
+  args.grad = call.vector("grad", grad);
+  args.direction = int(direction);
+  args.js_beta = float(js_beta), args.rest = float(1.0 - js_beta);
+  args.kl = f32(kl);
+  call.run(args);
+  return kl;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> constrained_loss_fwd(

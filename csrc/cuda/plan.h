@@ -87,8 +87,12 @@ cudaError_t launch_rows(void (*kernel)(Args), Args args, int matrices, int scrat
     cluster_size.val.clusterDim.x = unsigned(plan.cluster);
     cluster_size.val.clusterDim.y = cluster_size.val.clusterDim.z = 1;
     config.numAttrs = plan.cluster > 1 ? 1 : 0;
-    auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    return cudaFuncSetAttribute(kernel, attribute, int(bytes));
+    auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    cudaError_t error = cudaFuncSetAttribute(kernel, most, int(bytes));
+    if (error != cudaSuccess) return error;
+    // Left alone, the driver may keep only as much of it as one block needs.
+    auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+    return cudaFuncSetAttribute(kernel, carveout, int(cudaSharedmemCarveoutMaxShared));
   };
   auto fits = [&](const Plan& plan, size_t bytes) {
     if (plan.cluster <= 8) return true;

@@ -12,7 +12,9 @@ struct Results {
     policy_m = policy.m, policy_s = policy.s, ref_m = ref.m, ref_s = ref.s;
   }
   __device__ void write(const KlArgs& a, int64_t row) const {
-    a.kl[row] = kl, a.center[row] = center;
+    a.kl[row] = kl;
+    if (!a.center) return;
+    a.center[row] = center;
     a.norm_policy[2 * row] = policy_m, a.norm_policy[2 * row + 1] = policy_s;
     a.norm_ref[2 * row] = ref_m, a.norm_ref[2 * row + 1] = ref_s;
   }

@@ -104,18 +104,17 @@ __global__ void __launch_bounds__(threads, 3) logp_rows(const __grid_constant__ 
   Norm norm(c, x.top, x.sum);
   results.m = norm.m, results.s = norm.s;
   results.logp = inside ? x.log_prob(c, picked) : nan_value;
-  float grad = 1.0f;
   if (a.loss) {
     float ref_logp = two ? r.log_prob(c, ref_picked) : a.given.at(row);
     results.ref_logp = inside || !two ? ref_logp : nan_value;
     float beta = a.beta.at(row);
     TokenLoss token = token_loss(a, results.logp, results.ref_logp, beta);
     results.loss = token.loss, results.weight = token.weight;
-    grad = -token.weight;
   }
   if (part.writes()) results.write(a, row);
   if (a.out.data) {
-    grad = inside ? grad * *a.scale : nan_value;
+    float grad = a.loss ? -results.weight * *a.scale : a.grad.at(row);
+    if (!inside) grad = nan_value;
     write_gradient<T, Cap>(a, part, tiles, x, y, results.logp, grad);
   }
   leave_cluster(a.r.plan);

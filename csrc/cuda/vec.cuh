@@ -62,7 +62,15 @@ __device__ inline void unpack(uint4 chunk, float (&x)[vec<T>]) {
 
 template <class T>
 __device__ inline uint32_t pack2(float low, float high) {
-  return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+  uint32_t word;  // in one conversion
+  if constexpr (same<T, bf16>) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, 4);
+  } else {
+    __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
 }
 
 // The larger halves of two pairs, on 16-bit numbers as they are: half the work of floats.

@@ -103,3 +103,21 @@ def token_kl_bwd(
     d = grad[:, None].to(d.dtype) * d * score_slope(policy, temperature, softcap)
     (d,) = masked(valid, d)
     out.copy_(d.view(out.shape))
+
+
+def token_kl_fused(
+    grad: Tensor,
+    policy: Tensor,
+    ref: Tensor,
+    valid: Tensor | None,
+    direction: int,
+    js_beta: float,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> Tensor:
+    """The divergence [N] where its upstream gradient is known before: both in one call."""
+    tail = (direction, js_beta, temperature, softcap)
+    kl, *norms_and_center = token_kl_fwd(policy, ref, valid, *tail)
+    token_kl_bwd(grad, policy, ref, valid, *norms_and_center, *tail, out)
+    return kl

@@ -16,6 +16,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if (f != f) return {0x7fff};
   return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
 }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}
 inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
   auto larger = [](__nv_bfloat16 p, __nv_bfloat16 q) {
     return __float2bfloat16_rn(fmaxf(__bfloat162float(p), __bfloat162float(q)));

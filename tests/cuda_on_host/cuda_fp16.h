@@ -22,6 +22,9 @@ inline __half __float2half_rn(float f) {
   std::memcpy(&h, &x, 2);
   return h;
 }
+inline __half2 __floats2half2_rn(float a, float b) {
+  return {__float2half_rn(a), __float2half_rn(b)};
+}
 inline __half2 __hmax2(__half2 a, __half2 b) {
   auto larger = [](__half p, __half q) {
     return __float2half_rn(fmaxf(__half2float(p), __half2float(q)));

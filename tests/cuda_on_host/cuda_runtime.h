@@ -1,9 +1,9 @@
 // A host in the place of a GPU: just enough of CUDA to run csrc/cuda on the CPU, for the tests.
 //
-// Every CUDA thread is a fiber; the fibers of one cluster take turns, and a turn ends at a barrier, a
-// shuffle or the end of the kernel. Which fiber is next is a matter of `device().order`, so code
-// that relies on a barrier which is not there gives other results in another order. Shared memory
-// holds NaN at first and asynchronous copies arrive only when they are waited for.
+// Every CUDA thread is a fiber; the fibers of one cluster take turns, and a turn ends at a barrier,
+// at a shuffle or with the kernel. Which fiber is next is a matter of `device().order`, so code that
+// relies on a barrier which is not there gives other results in another order. Shared memory holds
+// NaN at first and asynchronous copies arrive only when they are waited for.
 #pragma once
 
 #include <cmath>
@@ -140,8 +140,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 }
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
   cudaFuncAttributeNonPortableClusterSizeAllowed
 };
+enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute which, int value) {
   bool fits = which != cudaFuncAttributeMaxDynamicSharedMemorySize ||
