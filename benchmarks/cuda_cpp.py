@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import deepalign_kernels
 from benchmarks import report
+from deepalign_kernels.traffic import IDEAL, ideal_bytes
 
 LIBRARY = pathlib.Path(deepalign_kernels.__file__).parent / "_native_cuda.so"
 THREADS = 256
@@ -155,3 +156,16 @@ def table(columns: int, archs: list[str] | None = None) -> str:
     header = ["arch", "kernel", "dtype", "softcap", "registers", "spills", "static smem"]
     header += ["cluster", "dynamic smem", "row read", "blocks/SM"]
     return f"{title}\n{report.table(header, lines)}"
+
+
+def one_launch(tokens: int, columns: int, itemsize: int, rate: float) -> str:
+    """Predicted milliseconds of the ops that give value and gradient in one launch: rows read
+    once and written once, at `rate` bytes/s read + written.
+    """
+    title = f"[predicted: CUDA C++, value and gradient in one launch, {tokens}x{columns}]"
+    lines = []
+    for op in IDEAL:
+        if "_fused" in op:
+            n = sum(ideal_bytes(op, tokens, columns, itemsize, perfect_cache=True))
+            lines.append([op, f"{n / 1e9:.2f}", f"{1e3 * n / rate:.2f}"])
+    return f"{title}\n{report.table(['op', 'GB', 'ms'], lines)}"

@@ -96,5 +96,7 @@ def main(measured: str | None, archs: list[str]) -> int:
     print(compile_report(*(part for arch in archs for part in ("--arch", arch))), "\n")
     print(cuda_cpp.table(SHAPE.V, archs or None), "\n")
     print(counted(), "\n")
+    itemsize = DTYPES[DTYPE].itemsize
+    print(cuda_cpp.one_launch(SHAPE.T, SHAPE.V, itemsize, H200_COPY), "\n")
     print(predictions(report.load(measured)[2] if measured else None))
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import pathlib
@@ -57,7 +58,6 @@ def _compile(source: pathlib.Path, target: pathlib.Path, newest: float) -> None:
 
 
 def _build() -> pathlib.Path:
-    WORK.mkdir(parents=True, exist_ok=True)
     headers = [
         p for p in (*(ROOT / "csrc").rglob("*"), *HERE.rglob("*")) if p.suffix[:2] in (".h", ".c")
     ]
@@ -81,7 +81,10 @@ def _build() -> pathlib.Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    library = _build()
+    WORK.mkdir(parents=True, exist_ok=True)
+    with open(WORK / "lock", "w") as lock:  # the processes of pytest-xdist build it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = _build()
     torch.ops.load_library(str(library))
     loaded = ctypes.CDLL(str(library))
     loaded.host_last_bytes.restype = ctypes.c_uint64
