@@ -73,7 +73,11 @@ cudaError_t launch_rows(void (*kernel)(Args), Args args, int matrices, int scrat
                         cudaStream_t stream) {
   Limits limits;
   cudaError_t error = limits_of_current_device(limits);
+  // A GPU newer than this build runs the PTX for sm_80, which knows no clusters.
+  cudaFuncAttributes compiled{};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
   if (error != cudaSuccess) return error;
+  limits.clusters &= compiled.ptxVersion >= 90;
   int chunks = chunks_of(args.r.columns, type);
   cudaLaunchAttribute cluster_size{};
   cudaLaunchConfig_t config{};

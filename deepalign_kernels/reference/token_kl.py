@@ -118,6 +118,6 @@ def token_kl_fused(
 ) -> Tensor:
     """The divergence [N] where its upstream gradient is known before: both in one call."""
     tail = (direction, js_beta, temperature, softcap)
-    kl, *norms_and_center = token_kl_fwd(policy, ref, valid, *tail)
-    token_kl_bwd(grad, policy, ref, valid, *norms_and_center, *tail, out)
+    kl, norm_policy, norm_ref, center = token_kl_fwd(policy, ref, valid, *tail)
+    token_kl_bwd(grad, policy, ref, valid, norm_policy, norm_ref, center, *tail, out)
     return kl

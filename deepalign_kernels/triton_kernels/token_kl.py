@@ -293,6 +293,6 @@ def token_kl_fused(
 ) -> Tensor:
     """Two launches: a program holds no row, so the gradient reads both again."""
     tail = (direction, js_beta, temperature, softcap)
-    kl, *norms_and_center = token_kl_fwd(policy, ref, valid, *tail)
-    token_kl_bwd(grad, policy, ref, valid, *norms_and_center, *tail, out)
+    kl, norm_policy, norm_ref, center = token_kl_fwd(policy, ref, valid, *tail)
+    token_kl_bwd(grad, policy, ref, valid, norm_policy, norm_ref, center, *tail, out)
     return kl

@@ -93,17 +93,23 @@ def load() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def pretend(
-    shared: int = 227 << 10, *, major: int = 9, big_clusters: bool = True, order: int = 0
+    shared: int = 227 << 10,
+    *,
+    major: int = 9,
+    ptx: int = 90,
+    big_clusters: bool = True,
+    order: int = 0,
 ) -> Iterator[ctypes.CDLL]:
     """Run the ops of the block on a pretended GPU.
 
     Args:
         shared: bytes of shared memory that a block may have; a multiprocessor has 1 KiB more.
         major: compute capability; clusters from 9 on. big_clusters: some of 16 blocks fit.
+        ptx: what the kernels were compiled for; 80 on a GPU newer than the build.
         order: of the threads of a cluster: 0 ascending, 1 descending, else a seed.
     """
     library = load()
-    library.host_device(shared, shared + 1024, major, int(big_clusters), order)
+    library.host_device(shared, shared + 1024, major, ptx, int(big_clusters), order)
 
     def chosen(op: str, device: str, dtype: torch.dtype, forced: str):
         return getattr(torch.ops.deepalign_cuda_on_host, op).default

@@ -38,6 +38,7 @@ namespace host {
 
 struct Device {
   int block_shared = 227 << 10, sm_shared = 228 << 10, major = 9;
+  int ptx = 90;       // what the kernels count as compiled for
   int cluster16 = 1;  // whether clusters of 16 blocks are to be had
   int order = 0;      // of the fibers: 0 ascending, 1 descending, else a seed
   int64_t launches = 0;
@@ -143,6 +144,13 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout,
   cudaFuncAttributeNonPortableClusterSizeAllowed
 };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, Kernel) {
+  return found->ptxVersion = host::device().ptx, cudaSuccess;
+}
 enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute which, int value) {
