@@ -173,8 +173,10 @@ def find_torch() -> Path:
     return folder
 
 
-def headers() -> list[Path]:
-    return [path for end in ("h", "hpp", "cuh", "inc") for path in CSRC.rglob(f"*.{end}")]
+def headers(other: str) -> list[Path]:
+    """Headers that the sources of one library may include: all but those of the `other` one."""
+    found = [path for end in ("h", "hpp", "cuh", "inc") for path in CSRC.rglob(f"*.{end}")]
+    return [path for path in found if path.parent.name != other]
 
 
 def native_sources() -> list[str]:
@@ -203,7 +205,7 @@ def build_cpu() -> tuple[Path, str]:
     for source, isa, flags in plan:
         output = WORK / "cpu" / f"{source.parent.name}.{source.stem}{isa and '.' + isa}.o"
         command = [*base, *flags, "-c", str(source), "-o", str(output)]
-        steps.append(Step(output, command, [source, *headers()]))
+        steps.append(Step(output, command, [source, *headers("cuda")]))
     run_all(steps)
 
     library = WORK / "_native_cpu.so"
@@ -250,7 +252,7 @@ def build_cuda() -> tuple[Path, str]:
         output = WORK / "cuda" / f"{source.name}.o"
         flags = code if source.suffix == ".cu" else []
         command = [*base, *flags, "-c", str(source), "-o", str(output)]
-        steps.append(Step(output, command, [source, *headers()]))
+        steps.append(Step(output, command, [source, *headers("cpu")]))
     run_all(steps)
 
     library = WORK / "_native_cuda.so"

@@ -161,9 +161,10 @@ def run(args: argparse.Namespace) -> int:
 
 def print_offline() -> None:
     """What needs no clock: the short form of `offline`, and `instructions`."""
-    from benchmarks import instructions, offline
+    from benchmarks import cuda_cpp, instructions, offline
 
-    parts = (offline.compile_report("--quick", "--arch", "sm_90"), offline.counted())
+    compiled = offline.compile_report("--quick", "--arch", "sm_90")
+    parts = (compiled, cuda_cpp.table(offline.SHAPE.V, ["sm_90"]), offline.counted())
     print("\n\n".join([*parts, offline.predictions(None)]), "\n")
     instructions.main(False, say)
 

@@ -2,7 +2,8 @@
 predictions.
 
 Two predictions, both at H200_COPY: `floor` counts what no cache can save, `asked` counts every byte
-the kernels ask for. `measured` beside them, once a GPU run exists, says how good that model is.
+the Triton kernels ask for; the CUDA C++ kernels keep a row on the chip and ask for the floor.
+`measured` beside them, once a GPU run exists, says how good that model is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks import interpreted, report
+from benchmarks import cuda_cpp, interpreted, report
 from benchmarks.cases import DTYPES, LOGITS, Shape, traffic, work_of
 from benchmarks.harness import Row
 from benchmarks.machine import ROOT
@@ -38,7 +39,10 @@ def predictions(measured: list[Row] | None) -> str:
             lines.append(line)
     header = ["op", "phase", "floor GB", "asked GB", "floor ms", "asked ms"]
     header += ["measured ms", "of floor"] if measured is not None else []
-    title = f"[predicted: {SHAPE} {DTYPE} on an H200 at {H200_COPY / 1e12:.1f} TB/s read + written]"
+    title = (
+        f"[predicted: {SHAPE} {DTYPE} on an H200 at {H200_COPY / 1e12:.1f} TB/s read + written; "
+        "CUDA C++: the floor, Triton: up to what it asks for]"
+    )
     return f"{title}\n{report.table(header, lines)}"
 
 
@@ -88,8 +92,11 @@ def compile_report(*args: str) -> str:
 
 
 def main(measured: str | None, archs: list[str]) -> int:
-    """Print all three parts; `archs` as _offline knows them, none: all that it knows."""
+    """Print all four parts; `archs` as _offline knows them, none: all that it knows."""
     print(compile_report(*(part for arch in archs for part in ("--arch", arch))), "\n")
+    print(cuda_cpp.table(SHAPE.V, archs or None), "\n")
     print(counted(), "\n")
+    itemsize = DTYPES[DTYPE].itemsize
+    print(cuda_cpp.one_launch(SHAPE.T, SHAPE.V, itemsize, H200_COPY), "\n")
     print(predictions(report.load(measured)[2] if measured else None))
     return 0

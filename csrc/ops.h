@@ -1,4 +1,4 @@
-// The ops of namespace deepalign_native on the CPU. Arguments, results and edge cases:
+// The ops of namespace deepalign_native, in either library. Arguments, results and edge cases:
 // deepalign_kernels/reference/<stem>.py. Gradients go to `out`, which may be the policy's logits.
 #pragma once
 
@@ -17,6 +17,9 @@ std::tuple<Tensor, Tensor> token_logp_fwd(
 void token_logp_bwd(
     Tensor grad, Tensor logits, Tensor target, Tensor norm, int64_t ignore_index,
     double temperature, double softcap, Tensor out);
+Tensor token_logp_fused(
+    Tensor grad, Tensor logits, Tensor target, int64_t ignore_index, double temperature,
+    double softcap, Tensor out);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_kl_fwd(
     Tensor policy, Tensor ref, MaybeTensor valid, int64_t direction, double js_beta,
@@ -28,6 +31,9 @@ void token_kl_bwd(
 std::tuple<Tensor, Tensor> token_js_parts(
     Tensor policy, Tensor ref, MaybeTensor valid, Tensor norm_policy, Tensor norm_ref,
     double js_beta, double temperature, double softcap);
+Tensor token_kl_fused(
+    Tensor grad, Tensor policy, Tensor ref, MaybeTensor valid, int64_t direction, double js_beta,
+    double temperature, double softcap, Tensor out);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> constrained_loss_fwd(
     Tensor policy, Tensor target, Tensor beta, MaybeTensor ref_logits, MaybeTensor ref_logp,

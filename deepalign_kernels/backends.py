@@ -26,9 +26,11 @@ CUDA_CPP_VERIFIED: frozenset[str] = frozenset()
 STEMS = {  # internal op -> file name in every room
     "token_logp_fwd": "token_logp",
     "token_logp_bwd": "token_logp",
+    "token_logp_fused": "token_logp",
     "token_kl_fwd": "token_kl",
     "token_kl_bwd": "token_kl",
     "token_js_parts": "token_kl",
+    "token_kl_fused": "token_kl",
     "constrained_loss_fwd": "constrained_loss",
     "constrained_loss_fused": "constrained_loss",
     "token_stats_fwd": "token_stats",
@@ -49,6 +51,8 @@ def native_library(device: str) -> str | None:
         return "torch sees no CUDA device"
     if not path.exists():
         return f"{path.name} {_build_note(device)}"
+    if device == "cuda" and (why := native_library("cpu")):
+        return f"{path.name} needs the schemas of the CPU library: {why}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

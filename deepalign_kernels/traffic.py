@@ -22,9 +22,12 @@ class Traffic(NamedTuple):
 IDEAL: dict[str, Traffic] = {
     "token_logp_fwd": Traffic(1, 0, 1),
     "token_logp_bwd": Traffic(1, 1, 1),
+    "token_logp_fused": Traffic(2, 1, 1),  # value and gradient in one call
     "token_kl_fwd": Traffic(2, 0, 2),  # both KL directions
     "token_kl_fwd_js": Traffic(4, 0, 2),  # the mixture needs both normalisers first
     "token_kl_bwd": Traffic(2, 1, 2),  # any direction
+    "token_kl_fused": Traffic(4, 1, 2),
+    "token_kl_fused_js": Traffic(6, 1, 2),
     "constrained_loss_fwd": Traffic(1, 0, 1),  # ref_logp given
     "constrained_loss_fwd_ref_logits": Traffic(2, 0, 2),
     "constrained_loss_fused": Traffic(2, 1, 1),  # loss and gradient in one launch

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import deepalign_kernels as dak
+from deepalign_kernels import backends
 from deepalign_kernels.testing import assert_in_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -213,11 +214,33 @@ def values_and_grad(fn: Callable[..., Tensor], rows: Rows, **options) -> tuple[T
     return value.detach(), grad
 
 
-def check(name: str, rows: Rows, **options) -> None:
-    """Hold value and gradient of CASES[name] on these (already rounded) rows to the error
-    budget."""
+FUSED = {  # case -> the internal op that gives value and gradient in one call
+    "token_logp": "token_logp_fused",
+    "token_kl/policy_ref": "token_kl_fused",
+    "token_kl/ref_policy": "token_kl_fused",
+    "token_kl/js": "token_kl_fused",
+}
+
+
+def fused(name: str, rows: Rows, temperature=1.0, softcap=None) -> tuple[Tensor, Tensor]:
+    """(value, gradient) of CASES[name] from its fused op on the backend now chosen."""
+    run = backends.choose(FUSED[name], rows.policy.device.type, rows.policy.dtype)
+    x, y, tail = rows.policy[None], rows.ref[None], (temperature, softcap or 0.0)
+    out = torch.empty_like(x)
+    if name == "token_logp":
+        return run(rows.grad, x, rows.target, IGNORE, *tail, out), out[0]
+    direction = ("policy_ref", "ref_policy", "js").index(name.partition("/")[2])
+    return run(rows.grad, x, y, rows.target != IGNORE, direction, 0.5, *tail, out), out[0]
+
+
+def check(name: str, rows: Rows, ours=None, **options) -> None:
+    """Hold value and gradient of CASES[name] on these (already rounded) rows to the error budget;
+    or `ours(name, rows, **options)` in their place."""
     case = CASES[name]
-    ours = values_and_grad(case.ours, rows, **options)
+    if ours is None:
+        ours = values_and_grad(case.ours, rows, **options)
+    else:
+        ours = ours(name, rows, **options)
     host = rows.to("cpu", rows.policy.dtype)
     gold = values_and_grad(case.plain, host.to("cpu", torch.float64), **options)
     base = values_and_grad(case.plain, host.to("cpu", torch.float32), **options)

@@ -3,7 +3,7 @@ no helper)."""
 
 import pytest
 import torch
-from cases import CASES, DTYPES, KINDS, Rows, check, make, values_and_grad
+from cases import CASES, DTYPES, FUSED, KINDS, Rows, check, fused, make, values_and_grad
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 OP = pytest.mark.parametrize("op", CASES)
@@ -161,3 +161,23 @@ def test_scaling_the_upstream_gradient_by_the_fp16_loss_scale(op, device):
     gold = values_and_grad(CASES[op].plain, big.to("cpu", torch.float64))[1]
     fits = gold.abs() < 6e4
     assert torch.isfinite(grad.cpu()[fits]).all() and fits.any()
+
+
+@pytest.mark.parametrize("op", FUSED)
+@DTYPE
+def test_value_and_gradient_in_one_call(op, dtype, device):
+    """The internal ops that the linear losses use, against the same formulas."""
+    for V, kind in ((1, "noise"), (1031, "noise"), (5003, "confident_20"), (4096, "heavy_tails")):
+        check(op, make(5, V, kind).to(device, dtype), fused)
+    check(op, make(5, 900).to(device, dtype), fused, temperature=0.7, softcap=30.0)
+
+
+@pytest.mark.parametrize("op", FUSED)
+def test_one_call_leaves_out_ignored_rows(op, device):
+    r = make(6, 300).to(device, torch.float32)
+    clean = fused(op, r)
+    ignored = r.target == -100
+    for x in (r.policy, r.ref, r.grad):
+        x[ignored] = torch.nan
+    for a, b in zip(clean, fused(op, r), strict=True):
+        assert torch.equal(a, b) and not b[ignored].any()

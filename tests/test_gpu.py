@@ -1,10 +1,11 @@
-"""Triton kernels on a GPU: compiled once, no waiting, CUDA graphs, streams, a second device."""
+"""Triton and CUDA C++ kernels on a GPU: compiled once, no waiting, CUDA graphs, streams, a second
+device. Their numbers: test_conformance.py, which runs every backend that a device has."""
 
 import pytest
 import torch
 
 import deepalign_kernels as dak
-from deepalign_kernels import use_backend
+from deepalign_kernels import backends, use_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.clean_memory]
 
@@ -12,10 +13,13 @@ V = 4096
 DIRECTIONS = ("policy_ref", "ref_policy", "js")
 
 
-@pytest.fixture(autouse=True)
-def triton_backend():
-    with use_backend("triton"):
-        yield
+@pytest.fixture(autouse=True, params=["triton", "native"])
+def backend(request):
+    for op in backends.OPS:
+        if why := backends.unavailable(request.param, op, "cuda"):
+            pytest.skip(f"{request.param}: {why}")
+    with use_backend(request.param):
+        yield request.param
 
 
 def batch(T, dtype=torch.bfloat16, device="cuda", vocab=V):
@@ -62,7 +66,9 @@ def compiled_kernels():
     return count
 
 
-def test_another_token_count_or_scalar_compiles_nothing():
+def test_another_token_count_or_scalar_compiles_nothing(backend):
+    if backend != "triton":
+        pytest.skip("compiled before")
     value_and_grad(*batch(8), 0.5, 0.7)
     before = compiled_kernels()
     assert before > 0
@@ -150,3 +156,16 @@ def test_a_device_that_is_not_current(direction):
     with torch.cuda.device(0):
         there = dak.token_kl(x.to("cuda:1"), y.to("cuda:1"), direction=direction)
     torch.testing.assert_close(there.cpu(), kl.cpu(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [4096, 32768, 50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_gpu_backends_agree(backend, vocab, dtype):
+    """Rows in one block, in clusters of every size, and starting off a 16-byte boundary."""
+    inputs = batch(6, dtype, vocab=vocab)
+    loss, grad = value_and_grad(*inputs)
+    with use_backend("eager"):
+        expected, gold = value_and_grad(*inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    near = 1e-5 if dtype == torch.float32 else 1.6e-2
+    torch.testing.assert_close(grad, gold, rtol=near, atol=1e-5)

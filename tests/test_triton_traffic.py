@@ -76,6 +76,9 @@ def calls(dtype, ignored, vocab=V):
     def kl_bwd(direction):
         token_kl.token_kl_bwd(row, x, y, valid, pair, pair, row, direction, 0.5, *plain, out)
 
+    def kl_fused(direction):
+        token_kl.token_kl_fused(row, x, y, valid, direction, 0.5, *plain, out)
+
     def loss_fwd(ref, given):
         constrained_loss.constrained_loss_fwd(x, target, row, ref, given, *loss)
 
@@ -87,9 +90,12 @@ def calls(dtype, ignored, vocab=V):
         "token_logp_bwd": lambda: token_logp.token_logp_bwd(
             row, x, target, pair, -100, *plain, out
         ),
+        "token_logp_fused": lambda: token_logp.token_logp_fused(row, x, target, -100, *plain, out),
         "token_kl_fwd": lambda: token_kl.token_kl_fwd(x, y, valid, 0, 0.5, *plain),
         "token_kl_fwd_js": lambda: token_kl.token_kl_fwd(x, y, valid, 2, 0.5, *plain),
         "token_kl_bwd": lambda: [kl_bwd(direction) for direction in (0, 1, 2)],
+        "token_kl_fused": lambda: kl_fused(0),
+        "token_kl_fused_js": lambda: kl_fused(2),
         "constrained_loss_fwd": lambda: loss_fwd(None, row),
         "constrained_loss_fwd_ref_logits": lambda: loss_fwd(y, None),
         "constrained_loss_fused": lambda: loss_fused(None, row),

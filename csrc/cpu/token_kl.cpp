@@ -85,4 +85,31 @@ std::tuple<Tensor, Tensor> token_js_parts(
   return {policy_part, ref_part};
 }
 
+Tensor token_kl_fused(
+    Tensor grad, Tensor policy, Tensor ref, MaybeTensor valid, int64_t direction, double js_beta,
+    double temperature, double softcap, Tensor out) {
+  Logits q("policy", policy), p("ref", ref);
+  p.must_match("ref", q);
+  check_direction(direction, js_beta);
+  Valid keep(valid, q.rows());
+  Score score = score_of(temperature, softcap);
+  Vector upstream("grad", grad, q.rows());
+  Gradient gradient(out, q);
+  Tensor kl = new_f32(policy, {q.rows()});
+  float* kl_to = f32(kl);
+  const Kernels& k = kernels();
+  for_rows(q.rows(), q.columns(), [&](int64_t r) {
+    kl_to[r] = 0.0f;
+    if (!keep[r]) return gradient.fill(r, 0.0f);
+    KlRow row = k.kl(q.row(r), p.row(r), direction, js_beta, score);
+    kl_to[r] = row.kl;
+    if (!finite(row.policy) || !finite(row.ref) || !std::isfinite(row.center)) {
+      return gradient.fill(r, __builtin_nanf(""));
+    }
+    KlGrad g{row.policy, row.ref, upstream[r], row.center, direction, js_beta};
+    k.kl_grad(q.row(r), p.row(r), g, score, gradient.row(r));
+  });
+  return kl;
+}
+
 }  // namespace dak

@@ -42,4 +42,28 @@ void token_logp_bwd(
   });
 }
 
+Tensor token_logp_fused(
+    Tensor grad, Tensor logits, Tensor target, int64_t ignore_index, double temperature,
+    double softcap, Tensor out) {
+  Logits x("logits", logits);
+  Targets targets(target, x, ignore_index);
+  Score score = score_of(temperature, softcap);
+  Vector upstream("grad", grad, x.rows());
+  Gradient gradient(out, x);
+  Tensor logp = new_f32(logits, {x.rows()});
+  float* logp_to = f32(logp);
+  const Kernels& k = kernels();
+  for_rows(x.rows(), x.columns(), [&](int64_t r) {
+    auto kind = targets.kind(r);
+    logp_to[r] = kind == Targets::ignored ? 0.0f : __builtin_nanf("");
+    if (kind == Targets::ignored) return gradient.fill(r, 0.0f);
+    if (kind == Targets::outside) return gradient.fill(r, __builtin_nanf(""));
+    LogpRow row = k.logp(x.row(r), targets[r], score);
+    logp_to[r] = float(row.logp);
+    if (!finite(row.norm)) return gradient.fill(r, __builtin_nanf(""));
+    k.logp_grad(x.row(r), targets[r], score, row.norm, upstream[r], gradient.row(r));
+  });
+  return logp;
+}
+
 }  // namespace dak

@@ -201,22 +201,13 @@ def _rows_kl(r: Rows, o: Options) -> tuple[Tensor, ...]:
     loss, logp, ref_logp, weight, norm = r.call(
         "constrained_loss_fwd", *given, o.ignore_index, o.surrogate, o.min_weight, *tail
     )
-    kl, *norms = r.call("token_kl_fwd", r.policy, r.ref, valid, o.direction, o.js_beta, *tail)
-    if r.upstream is not None:
+    models = (r.policy, r.ref, valid, o.direction, o.js_beta, *tail)
+    if r.upstream is None:
+        kl = r.call("token_kl_fwd", *models)[0]
+    else:
         assert r.ref is not None and r.out is not None
         grad = r.upstream_rows()
-        r.call(
-            "token_kl_bwd",
-            grad * o.kl_coef,
-            r.policy,
-            r.ref,
-            valid,
-            *norms,
-            o.direction,
-            o.js_beta,
-            *tail,
-            r.ref,
-        )
+        kl = r.call("token_kl_fused", grad * o.kl_coef, *models, r.ref)
         r.call(
             "token_logp_bwd",
             -grad * weight,
@@ -235,6 +226,6 @@ def _rows_kl(r: Rows, o: Options) -> tuple[Tensor, ...]:
 
 _OWN = ("constrained_loss_fwd", "constrained_loss_fused", "token_logp_bwd")
 KINDS["constrained"] = RowFunction(_rows, 4, _OWN, (2.0, 4.0))
-_BOTH = (*_OWN, "token_kl_fwd", "token_kl_bwd")
+_BOTH = (*_OWN, "token_kl_fwd", "token_kl_fused")
 KINDS["constrained_kl"] = RowFunction(_rows_kl, 5, _BOTH, (5.0, 5.25))
 KINDS["constrained_js"] = RowFunction(_rows_kl, 5, _BOTH, (9.25, 9.25))

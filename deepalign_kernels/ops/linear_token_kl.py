@@ -113,12 +113,11 @@ def linear_token_kl(
 
 def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
     tail = (o.direction, o.js_beta, o.temperature, o.softcap)
-    kl, *norms = r.call("token_kl_fwd", r.policy, r.ref, r.valid, *tail)
-    if r.upstream is not None:
-        r.call("token_kl_bwd", r.upstream_rows(), r.policy, r.ref, r.valid, *norms, *tail, r.out)
-    return (kl,)
+    if r.upstream is None:
+        return (r.call("token_kl_fwd", r.policy, r.ref, r.valid, *tail)[0],)
+    return (r.call("token_kl_fused", r.upstream_rows(), r.policy, r.ref, r.valid, *tail, r.out),)
 
 
-_OWN = ("token_kl_fwd", "token_kl_bwd")
+_OWN = ("token_kl_fwd", "token_kl_fused")
 KINDS["kl"] = RowFunction(_rows, 1, _OWN, (5.0, 5.25))
 KINDS["js"] = RowFunction(_rows, 1, _OWN, (9.25, 9.25))

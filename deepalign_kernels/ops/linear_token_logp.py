@@ -117,10 +117,9 @@ def linear_token_logp(
 
 def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
     tail = (o.ignore_index, o.temperature, o.softcap)
-    logp, norm = r.call("token_logp_fwd", r.policy, r.target, *tail)
-    if r.upstream is not None:
-        r.call("token_logp_bwd", r.upstream_rows(), r.policy, r.target, norm, *tail, r.out)
-    return (logp,)
+    if r.upstream is None:
+        return (r.call("token_logp_fwd", r.policy, r.target, *tail)[0],)
+    return (r.call("token_logp_fused", r.upstream_rows(), r.policy, r.target, *tail, r.out),)
 
 
-KINDS["logp"] = RowFunction(_rows, 1, ("token_logp_fwd", "token_logp_bwd"), (2.0, 4.0))
+KINDS["logp"] = RowFunction(_rows, 1, ("token_logp_fwd", "token_logp_fused"), (2.0, 4.0))

@@ -124,3 +124,21 @@ def token_kl_bwd(
     d = grad[:, None].to(d.dtype) * d * score_slope(policy, temperature, softcap)
     (d,) = masked(valid, d)
     out.copy_(d.view(out.shape))
+
+
+def token_kl_fused(
+    grad: Tensor,
+    policy: Tensor,
+    ref: Tensor,
+    valid: Tensor | None,
+    direction: int,
+    js_beta: float,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> Tensor:
+    """The divergence [N] where its upstream gradient is known before: both in one call."""
+    tail = (direction, js_beta, temperature, softcap)
+    kl, norm_policy, norm_ref, center = token_kl_fwd(policy, ref, valid, *tail)
+    token_kl_bwd(grad, policy, ref, valid, norm_policy, norm_ref, center, *tail, out)
+    return kl

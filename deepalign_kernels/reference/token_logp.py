@@ -53,3 +53,19 @@ def token_logp_bwd(
     d = torch.where(outside(target, logp.shape[-1])[:, None], torch.nan, d)
     (d,) = masked(target != ignore_index, d)
     out.copy_(d.view(out.shape))
+
+
+def token_logp_fused(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> Tensor:
+    """logp [N] where its upstream gradient is known before: both in one call."""
+    tail = (ignore_index, temperature, softcap)
+    logp, norm = token_logp_fwd(logits, target, *tail)
+    token_logp_bwd(grad, logits, target, norm, *tail, out)
+    return logp

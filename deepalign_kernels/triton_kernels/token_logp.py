@@ -142,3 +142,19 @@ def token_logp_bwd(
         logits, grad, target, norm, out, t.T, t.groups, grad.stride(0), t.tiles, *t.strides,
         ignore_index, *scalars, MODE=mode,
     )  # fmt: skip
+
+
+def token_logp_fused(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float,
+    out: Tensor,
+) -> Tensor:
+    """Two launches: a program holds no row, so the gradient reads it again."""
+    tail = (ignore_index, temperature, softcap)
+    logp, norm = token_logp_fwd(logits, target, *tail)
+    token_logp_bwd(grad, logits, target, norm, *tail, out)
+    return logp

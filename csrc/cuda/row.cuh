@@ -1,0 +1,336 @@
+// A cluster of blocks shares a row: where each one's part lies, how it gets into shared memory, and
+// how blocks put their sums together. Everything is in a fixed order, so results repeat to the bit.
+//
+// A row is cut into chunks of 16 bytes on the boundaries of the policy's memory; the first begins
+// `lead` columns before the row where that one starts in between. A chunk belongs to one thread in
+// every sweep, so a sweep needs no barrier before it reads what the one before has loaded.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_pipeline.h>
+
+#include "cuda/math.cuh"
+#include "cuda/shared.cuh"
+
+namespace dak::gpu {
+
+inline constexpr int warps = threads / 32;
+inline constexpr unsigned all_lanes = 0xffffffffu;
+inline constexpr int no_chunk = 0x7fffffff;
+
+// A block's largest score or logit, and the first chunk that has it.
+struct Top {
+  float value = -inf;
+  int chunk = no_chunk;
+  __device__ void take(float other, int at) {
+    if (other > value || (other == value && at < chunk)) value = other, chunk = at;
+  }
+};
+
+// Beginning of the dynamic shared memory; the chunks follow it.
+struct Scratch {
+  Top tops[2][2][warps];
+  float sums[8][warps];
+  float partial[16];  // what the other blocks of the cluster read
+};
+inline constexpr int scratch_bytes = (int(sizeof(Scratch)) + 127) / 128 * 128;
+
+__device__ inline Scratch& scratch() { return *reinterpret_cast<Scratch*>(shared_memory()); }
+__device__ inline uint4* buffer(const Plan& plan, int matrix) {
+  return reinterpret_cast<uint4*>(shared_memory() + scratch_bytes) + int64_t(matrix) * plan.tile;
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(all_lanes, x, i);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, i));
+  return x;
+}
+__device__ inline Top warp_top(Top x) {
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) {
+    float value = __shfl_xor_sync(all_lanes, x.value, i);
+    x.take(value, __shfl_xor_sync(all_lanes, x.chunk, i));
+  }
+  return x;
+}
+
+// The block's top of one or two models, the same in every thread. `turn` alternates from call to
+// call: a call may overwrite what slow threads still read of the one before the last, but not of
+// the last.
+template <int N>
+__device__ inline void block_tops(Top (&tops)[N], int& turn) {
+  auto& slots = scratch().tops[turn];
+  turn ^= 1;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    tops[n] = warp_top(tops[n]);
+    if (threadIdx.x % 32 == 0) slots[n][threadIdx.x / 32] = tops[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    tops[n] = slots[n][0];
+#pragma unroll
+    for (int w = 1; w < warps; w++) tops[n].take(slots[n][w].value, slots[n][w].chunk);
+  }
+}
+
+// Sums over the block, the same in every thread.
+template <int N>
+__device__ inline void block_sums(float (&x)[N]) {
+  static_assert(N <= 8);
+  auto& slots = scratch().sums;
+  __syncthreads();  // of an earlier call
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    x[n] = warp_sum(x[n]);
+    if (threadIdx.x % 32 == 0) slots[n][threadIdx.x / 32] = x[n];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    x[n] = slots[n][0];
+#pragma unroll
+    for (int w = 1; w < warps; w++) x[n] += slots[n][w];
+  }
+}
+
+// Barriers of the cluster; a cluster of one needs none beyond the block's own.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline void cluster_arrive(const Plan& plan) {
+  if (plan.cluster > 1) cooperative_groups::this_cluster().barrier_arrive();
+}
+__device__ inline void cluster_wait(const Plan& plan) {
+  if (plan.cluster > 1) cooperative_groups::this_cluster().barrier_wait();
+}
+__device__ inline const float* partial_of(int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(scratch().partial, rank);
+}
+#else
+__device__ inline void cluster_arrive(const Plan&) {}
+__device__ inline void cluster_wait(const Plan&) {}
+__device__ inline const float* partial_of(int) { return scratch().partial; }
+#endif
+
+// Hands `mine`, the same in every thread of a block, to the whole cluster: lane r of every warp
+// gets that of rank r, a lane beyond the cluster gets `nothing`. Whoever calls this calls
+// `leave_cluster` before it ends, since a block that is gone cannot be read.
+template <int N>
+__device__ inline void exchange(const Plan& plan, float (&mine)[N], const float (&nothing)[N]) {
+  static_assert(N <= 16);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int n = 0; n < N; n++) scratch().partial[n] = mine[n];
+  }
+  if (plan.cluster > 1) {
+    cluster_arrive(plan);
+    cluster_wait(plan);
+  } else {
+    __syncthreads();
+  }
+  int lane = int(threadIdx.x % 32);
+  const float* theirs = partial_of(lane < plan.cluster ? lane : 0);
+#pragma unroll
+  for (int n = 0; n < N; n++) mine[n] = lane < plan.cluster ? theirs[n] : nothing[n];
+  cluster_arrive(plan);
+}
+// Between two exchanges and at the end: all have read the partial results of the last exchange.
+__device__ inline void leave_cluster(const Plan& plan) {
+  if (plan.cluster > 1) {
+    cluster_wait(plan);
+  } else {
+    __syncthreads();
+  }
+}
+
+// Where this block's part of its row lies.
+template <class T>
+struct Part {
+  int64_t row, batch, token;
+  int rank, lead, begin, end, columns;  // chunks [begin, end)
+
+  __device__ Part(const Rows& r, const Matrix& policy)
+      : row(blockIdx.x / unsigned(r.plan.cluster)),
+        batch(row / r.tokens),
+        token(row % r.tokens),
+        rank(int(blockIdx.x % unsigned(r.plan.cluster))),
+        columns(r.columns) {
+    lead = int(reinterpret_cast<uintptr_t>(at(policy)) / sizeof(T) % vec<T>);
+    int chunks = (lead + columns + vec<T> - 1) / vec<T>;
+    begin = min(rank * r.plan.share, chunks);
+    end = min(begin + r.plan.share, chunks);
+  }
+  __device__ const T* at(const Matrix& m) const {
+    return static_cast<const T*>(m.data) + (batch * m.batch_stride + token * m.row_stride);
+  }
+  __device__ int column(int chunk) const { return chunk * vec<T> - lead; }
+  __device__ bool whole(int chunk) const {
+    return column(chunk) >= 0 && column(chunk) + vec<T> <= columns;
+  }
+  __device__ bool writes() const { return rank == 0 && threadIdx.x == 0; }
+  __device__ OutRow<T> out(const Matrix& m) const { return {m, batch, token, lead, columns}; }
+
+  // Chunks [first, first + count) of `row` into shared memory; -inf in columns that the row lacks.
+  __device__ void load(const T* row, uint4* to, int first, int count) const {
+    bool aligned = (reinterpret_cast<uintptr_t>(row) / sizeof(T) - unsigned(lead)) % vec<T> == 0;
+    for (int i = int(threadIdx.x); i < count; i += threads) {
+      int from = column(first + i);
+      if (aligned && whole(first + i)) {
+        __pipeline_memcpy_async(to + i, row + from, chunk_bytes);
+      } else {
+        uint32_t words[4] = {};
+#pragma unroll
+        for (int k = 0; k < vec<T>; k++) {
+          uint32_t bits = minus_inf_bits<T>();
+          if (unsigned(from + k) < unsigned(columns)) bits = bits_of(row[from + k]);
+          words[k * int(sizeof(T)) / 4] |= bits << (k * int(sizeof(T)) % 4 * 8);
+        }
+        to[i] = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+  __device__ static uint32_t bits_of(T x) {
+    if constexpr (same<T, float>) {
+      return __float_as_uint(x);
+    } else {
+      return x.bits;
+    }
+  }
+};
+
+// The tiles of a block's part of a row, one at a time in shared memory, over the rows of one or two
+// matrices. body(first chunk, chunks) runs on every tile. Sweeps alternate in direction: the next
+// one begins with the tile that is still there, and a row of one tile is never loaded again.
+template <class T>
+struct Tiles {
+  const Plan& plan;
+  const Part<T>& part;
+  const T* rows[2];
+  int matrices;
+  int held = -1;  // first chunk of the tile in shared memory
+
+  template <class Body>
+  __device__ void tile(int first, const Body& body) {
+    int chunks = min(plan.tile, part.end - first);
+    if (first != held) {
+      if (held >= 0) __syncthreads();  // slow threads may be at a chunk of another thread
+      part.load(rows[0], buffer(plan, 0), first, chunks);
+      if (matrices > 1) part.load(rows[1], buffer(plan, 1), first, chunks);
+      __pipeline_commit();
+      __pipeline_wait_prior(0);  // now a thread sees the chunks that it loaded itself
+      held = first;
+    }
+    body(first, chunks);
+  }
+  template <class Body>
+  __device__ void sweep(const Body& body) {
+    for (int first = part.begin; first < part.end; first += plan.tile) tile(first, body);
+  }
+  template <class Body>
+  __device__ void sweep_back(const Body& body) {
+    if (part.begin >= part.end) return;
+    int last = part.begin + (part.end - part.begin - 1) / plan.tile * plan.tile;
+    for (int first = last; first >= part.begin; first -= plan.tile) tile(first, body);
+  }
+};
+
+// A thread's largest logit of a tile, of those it loaded itself.
+template <class T>
+__device__ inline Top top_of(const uint4* chunks, int first, int count) {
+  Top top;
+#pragma unroll 4
+  for (int i = int(threadIdx.x); i < count; i += threads) {
+    float value = chunk_max<T>(chunks[i]);
+    if (value > top.value) top.value = value, top.chunk = first + i;
+  }
+  return top;
+}
+
+// Scores of one chunk; -inf in columns that the row lacks.
+template <class T, bool Cap>
+__device__ inline void scores_of(const Score& c, const Part<T>& part, int chunk, uint4 raw,
+                                 float (&z)[vec<T>]) {
+  unpack<T>(raw, z);
+  if constexpr (Cap) {
+    int from = part.column(chunk);
+#pragma unroll
+    for (int k = 0; k < vec<T>; k++) {
+      float s = score_of<true>(c, z[k]);
+      z[k] = unsigned(from + k) < unsigned(part.columns) ? s : -inf;
+    }
+  }
+}
+
+template <class T, bool Cap>
+__device__ inline float score_at(const Score& c, const T* row, int64_t column) {
+  return score_of<Cap>(c, to_float(row[column]));
+}
+
+// Sum of 2^((score - top) * exponent) of a thread's share of a row, or of more.
+struct ExpSum {
+  float top = -inf, sum = 0.0f;
+
+  // Moves the top; what the old terms sink by.
+  __device__ float raise(const Score& c, float to) {
+    float sunk = exp2_fast((top - shift(to)) * c.exponent);
+    sum *= sunk;
+    top = to;
+    return sunk;
+  }
+  // Takes a tile whose largest logit, in the whole block, is `raw_top`.
+  template <class T, bool Cap>
+  __device__ void add(const Score& c, const Part<T>& part, const uint4* chunks, int first,
+                      int count, float raw_top) {
+    raise(c, fmaxf(top, score_of<Cap>(c, raw_top)));
+    float at = shift(top);
+#pragma unroll 2
+    for (int i = int(threadIdx.x); i < count; i += threads) {
+      float z[vec<T>];
+      scores_of<T, Cap>(c, part, first + i, chunks[i], z);
+#pragma unroll
+      for (int k = 0; k < vec<T>; k++) z[k] = exp2_fast((z[k] - at) * c.exponent);
+#pragma unroll
+      for (int n = vec<T> / 2; n > 0; n /= 2) {
+#pragma unroll
+        for (int k = 0; k < n; k++) z[k] += z[k + n];
+      }
+      sum += z[0];
+    }
+  }
+  // From one in each lane to that of all lanes.
+  __device__ void merge_lanes(const Score& c) {
+    raise(c, warp_max(top));
+    sum = warp_sum(sum);
+  }
+  __device__ float log_prob(const Score& c, float score) const {  // never above 0
+    return fminf((score - shift(top)) * c.inverse_hi, 0.0f) - logf(sum);
+  }
+};
+
+// A sum of e^(x - cx) ((x - cx) - (y - cy)) after its shifts moved: scale = e^(old cx - new cx),
+// delta = (old cx - new cx) - (old cy - new cy). An infinite sum stays so.
+__device__ inline float rescale(float a, float d, float scale, float delta) {
+  return a == inf ? inf : scale * fmaf(delta, d, a);
+}
+
+// e^dx (dx - dy) with ex = e^dx: 0 where dx = -inf; +inf where only dy is, even if ex underflowed.
+__device__ inline float kl_term(float dx, float dy, float ex) {
+  return dx == -inf ? 0.0f : fmaxf(ex, tiny) * (dx - dy);
+}
+
+// A row that is left out: gradient 0, nothing read.
+template <class T>
+__device__ inline void fill_zero(const Part<T>& part, const Matrix& out) {
+  OutRow<T> to = part.out(out);
+  const float zero[vec<T>] = {};
+  for (int i = part.begin + int(threadIdx.x); i < part.end; i += threads) {
+    to.store(part.column(i), zero);
+  }
+}
+
+}  // namespace dak::gpu
