@@ -72,6 +72,7 @@ def _run_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--phase", choices=PHASES, help="default both")
     p.add_argument("--trained", type=float, default=1.0, help="fraction of targets not ignored")
     p.add_argument("--seconds", type=float, help="clock time per provider and cell")
+    p.add_argument("--rounds", type=int, default=3, help="laps of even the slowest, default 3")
     p.add_argument("--limit", type=float, default=math.inf, help="begin no cell after this, s")
     p.add_argument("--threads", type=int, help="torch threads")
     p.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
@@ -105,6 +106,7 @@ def plan_of(args: argparse.Namespace) -> harness.Plan:
         wanted=args.providers or default_providers(args),
         device=args.device,
         seconds=args.seconds or (0.02 if args.quick else 0.3 if gpu else 0.6),
+        rounds=args.rounds,
         limit=args.limit,
         once=ONCE if not (gpu or linear or args.ops or args.shapes) else frozenset(),
         trained=args.trained,
