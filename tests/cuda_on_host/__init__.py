@@ -106,7 +106,7 @@ def pretend(
         shared: bytes of shared memory that a block may have; a multiprocessor has 1 KiB more.
         major: compute capability; clusters from 9 on. big_clusters: some of 16 blocks fit.
         ptx: what the kernels were compiled for; 80 on a GPU newer than the build.
-        order: of the threads of a cluster: 0 ascending, 1 descending, else a seed.
+        order: of the warps of a cluster: 0 ascending, 1 descending, else a seed.
     """
     library = load()
     library.host_device(shared, shared + 1024, major, ptx, int(big_clusters), order)

@@ -1,9 +1,10 @@
 // A host in the place of a GPU: just enough of CUDA to run csrc/cuda on the CPU, for the tests.
 //
-// Every CUDA thread is a fiber; the fibers of one cluster take turns, and a turn ends at a barrier,
-// at a shuffle or with the kernel. Which fiber is next is a matter of `device().order`, so code that
-// relies on a barrier which is not there gives other results in another order. Shared memory holds
-// NaN at first and asynchronous copies arrive only when they are waited for.
+// Every CUDA thread is a fiber; the warps of one cluster run one after the other, each as far as it
+// can go: to a barrier or to the end of the kernel. Which warp is next is a matter of
+// `device().order`, so code that relies on a barrier which is not there gives other results in
+// another order. Shared memory holds NaN at first and asynchronous copies arrive only when they are
+// waited for.
 #pragma once
 
 #include <cmath>
@@ -40,7 +41,7 @@ struct Device {
   int block_shared = 227 << 10, sm_shared = 228 << 10, major = 9;
   int ptx = 90;       // what the kernels count as compiled for
   int cluster16 = 1;  // whether clusters of 16 blocks are to be had
-  int order = 0;      // of the fibers: 0 ascending, 1 descending, else a seed
+  int order = 0;      // of the warps: 0 ascending, 1 descending, else a seed
   int64_t launches = 0;
   unsigned last_cluster = 0;
   uint64_t last_bytes = 0;

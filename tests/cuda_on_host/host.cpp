@@ -117,18 +117,26 @@ void prepare(Cluster& c, unsigned first_block, unsigned size, unsigned threads, 
   }
 }
 
+// One warp after the other, each as far as it can go: what a fast warp can do before a slow one, it
+// does. Lanes take turns within their warp.
 void run_cluster(Cluster& c, std::vector<unsigned>& order, std::mt19937& random, int how) {
   for (size_t left = c.fibers.size(); left > 0;) {
+    size_t before = left;
     bool moved = false;
     if (how > 1) std::shuffle(order.begin(), order.end(), random);
-    for (unsigned i : order) {
-      Fiber& f = c.fibers[i];
-      if (f.done || (f.waits && *f.waits <= f.seen)) continue;
-      moved = true;
-      resume(f);
-      left -= f.done;
+    for (unsigned warp : order) {
+      for (bool again = true; again;) {
+        again = false;
+        for (unsigned lane = 0; lane < 32; lane++) {
+          Fiber& f = c.fibers[warp * 32 + (how == 1 ? 31 - lane : lane)];
+          if (f.done || (f.waits && *f.waits <= f.seen)) continue;
+          again = moved = true;
+          resume(f);
+          left -= f.done;
+        }
+      }
     }
-    if (!moved) fail("deadlock: not every thread reaches the barrier");
+    if (!moved && left == before) fail("deadlock: not every thread reaches the barrier");
   }
 }
 
@@ -204,7 +212,7 @@ int launch(dim3 grid, unsigned threads, unsigned size, size_t bytes,
   cluster = &it;
   body = &kernel;
   std::mt19937 random(unsigned(d.order));
-  std::vector<unsigned> order(size * threads);
+  std::vector<unsigned> order(size * threads / 32);
   std::iota(order.begin(), order.end(), 0u);
   if (d.order == 1) std::reverse(order.begin(), order.end());
   for (unsigned b = 0; b < grid.x; b += size) {
