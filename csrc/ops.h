@@ -49,6 +49,7 @@ Tensor token_stats_fwd(
 
 void scale_grad(Tensor grad, Tensor factor);
 
+void large_pages(Tensor fresh);
 bool has_bf16_gemm();
 void bf16_mm(Tensor a, Tensor b, Tensor out, Tensor scratch, bool add);
 

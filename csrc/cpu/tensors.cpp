@@ -1,9 +1,5 @@
 #include "cpu/tensors.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -65,19 +61,6 @@ void Logits::must_match(const char* name, const Logits& other, bool dtype) const
   bool same = batch_ == other.batch_ && tokens_ == other.tokens_ && columns_ == other.columns_;
   STD_TORCH_CHECK(same, name, ": expected the shape of the policy's logits");
   STD_TORCH_CHECK(!dtype || type_ == other.type_, name, ": expected the dtype of the policy");
-}
-
-// Large pages for memory that is about to be written for the first time. A fresh 262 MB gradient costs
-// 85 ms of page faults and 22 ms to give back in 4 KiB pages, 25 ms and 0.7 ms in 2 MiB pages (two
-// cores of an EPYC of 2023; writing it takes 10 ms). Only whole large pages inside the tensor are
-// named, so nobody else's memory is touched; on pages that are there already it changes nothing.
-static void prefer_large_pages(char* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  uintptr_t begin = (uintptr_t(data) + page - 1) / page * page;
-  uintptr_t end = (uintptr_t(data) + uintptr_t(bytes)) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 Gradient::Gradient(const Tensor& out, const Logits& logits) : out_("out", out) {

@@ -17,6 +17,8 @@ using torch::headeronly::ScalarType;
 
 Type type_of(const char* name, const Tensor& x);
 Score score_of(double temperature, double softcap);
+// For memory that is written for the first time; see large_pages.cpp.
+void prefer_large_pages(char* data, int64_t bytes);
 // A new fp32 tensor, uninitialised.
 Tensor new_f32(const Tensor& like, std::initializer_list<int64_t> shape);
 inline float* f32(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }

@@ -211,7 +211,8 @@ class Engine:
             self.ref_weight = x.ref_weight.to(o.ref_compute)
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.x.hidden.device)
+        new = torch.empty(shape, dtype=dtype, device=self.x.hidden.device)
+        return backends.fresh_pages(new)
 
     def _workspace(self) -> None:
         s, p = self.sizes, self.plan
