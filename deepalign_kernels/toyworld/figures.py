@@ -55,7 +55,7 @@ def _line(axes: Any, name: str, xs: Sequence[float], ys: Sequence[float]) -> Non
 
 
 def _save(axes: Any, path: Path) -> Path:
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.figure.savefig(path)
     return path
 
