@@ -11,7 +11,10 @@ from deepalign_kernels import backends
 
 SMAPS = pathlib.Path("/proc/self/smaps")
 pytestmark = [
-    pytest.mark.skipif(not SMAPS.exists(), reason="no /proc/self/smaps"),
+    pytest.mark.skipif(
+        not SMAPS.exists() or "VmFlags" not in SMAPS.read_text(),
+        reason="no flags of mappings in /proc/self/smaps",
+    ),
     pytest.mark.skipif(
         not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(),
         reason="this kernel has no transparent huge pages",
