@@ -125,7 +125,7 @@ def figure(rows: Sequence[Row], axis: str, told: str, out: str, say: Callable[[s
 
     fig, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     ops = list(dict.fromkeys(r.op for r in rows))
-    styles = {"eager": ":", "compile": "--"}
+    styles = {"eager": ":", "compile": "--", "reference": "-."}
     for (op, provider), points in series(rows, axis).items():
         sizes = [getattr(r, axis) for r in points]
         look = {
