@@ -13,9 +13,8 @@ import torch
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+from tiny_chat import build_model, build_tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-
-from tests.tiny_chat import build_model, build_tokenizer  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)

@@ -1,46 +1,18 @@
 """The training loop: its objective against fp64 by hand, accumulation, schedule, log, step 0."""
 
-import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_chat import RECORDS, TEMPLATES, build_model, build_tokenizer
 from torch import nn
+from train_runs import RUN, log_of, record_gradients, relative, train
 from transformers import get_scheduler
 
 import deepalign_kernels as dak
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer, Example
+from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
 from deepalign_kernels.train import loop as loop_module
-
-RUN = {"max_steps": 1, "batch_size": 7, "warmup_steps": 0, "progress": False}
-
-
-def train(model, out, data=RECORDS, ref_model=None, callbacks=(), **options):
-    config = ConstrainedSFTConfig(out, **{**RUN, **options})
-    trainer = ConstrainedSFTTrainer(
-        model, build_tokenizer(), config, data, ref_model=ref_model, callbacks=callbacks
-    )
-    return trainer, trainer.train()
-
-
-def record_gradients(model):
-    """A list that fills with the gradients of the parameters, summed over a step's micro-batches.
-
-    They are read when the backward is done with a parameter, before clipping and the update.
-    """
-    seen = {}
-    for name, p in model.named_parameters():
-        p.register_post_accumulate_grad_hook(
-            lambda p, name=name: seen.__setitem__(name, p.grad.clone())
-        )
-    return seen
-
-
-def log_of(out):
-    return [json.loads(x) for x in (out / "train_log.jsonl").read_text().splitlines()]
 
 
 def by_hand(model, ref_model, objective, first=0.5, prefix=2.0, rest=0.1, length=5):
@@ -74,13 +46,6 @@ def by_hand(model, ref_model, objective, first=0.5, prefix=2.0, rest=0.1, length
     loss = total / len(tokens)
     loss.backward()
     return loss.item(), tokens, {n: p.grad for n, p in model.named_parameters()}
-
-
-def relative(ours, gold):
-    """Largest deviation of any parameter's gradient, relative to the largest entry of all."""
-    assert ours.keys() == gold.keys()
-    top = max(g.abs().max().item() for g in gold.values())
-    return max((ours[n].double() - gold[n].double()).abs().max().item() for n in gold) / top
 
 
 @pytest.mark.parametrize("reference", ("precomputed", "frozen"))
@@ -269,185 +234,3 @@ def test_templates_own_tokens_are_trained_at_rest_beta(tmp_path):
     rest, prefix = pytest.approx(0.1), 2.0
     assert counts["content"][:12] == [rest] * 6 + [0.5] + [prefix] * 4 + [rest]
     assert counts["span"][:6] == [0.5] + [prefix] * 4 + [rest]
-
-
-def test_log_every_sums_up_the_steps_between(tmp_path):
-    data = RECORDS * 3
-    options = {"max_steps": 7, "batch_size": 5, "objective": "sft", "learning_rate": 1e-3}
-    train(build_model(), tmp_path / "each", data=data, **options)
-    train(build_model(), tmp_path / "third", data=data, log_every=3, **options)
-    each = [r for r in log_of(tmp_path / "each") if r["event"] == "step"]
-    third = [r for r in log_of(tmp_path / "third") if r["event"] == "step"]
-    assert [r["step"] for r in third] == [3, 6, 7]
-    for record, steps in zip(third, (each[:3], each[3:6], each[6:]), strict=True):
-        tokens = sum(r["trained_tokens"] for r in steps)
-        assert record["trained_tokens"] == tokens
-        mean = sum(r["objective"] for r in steps) / len(steps)
-        assert record["objective"] == pytest.approx(mean, rel=1e-9)
-        nll = sum(r["nll"] * r["trained_tokens"] for r in steps) / tokens
-        assert record["nll"] == pytest.approx(nll, rel=1e-9)
-        assert record["lr"] == steps[-1]["lr"] and record["grad_norm"] == steps[-1]["grad_norm"]
-
-
-def test_log_is_strict_json_and_complete(tmp_path):
-    one_token = [Example([5, 6], [-100, 6], [0, 1])]  # no token in two of the three groups
-    _, result = train(build_model(), tmp_path, data=one_token)
-    text = result.log_path.read_text()
-    assert "NaN" not in text and "Infinity" not in text
-    start, step, end = log_of(tmp_path)
-    assert (start["event"], step["event"], end["event"]) == ("start", "step", "end")
-    assert start["config"]["adam_betas"] == [0.5, 0.999] and start["config"]["beta"]["prefix"] == 2
-    assert step["nll_prefix"] is None and step["weight_first"] == pytest.approx(1, abs=1e-3)
-    assert step["tokens_per_s"] > 0 and result.metrics == step and result.steps == 1
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model = build_model()
-    with torch.no_grad():
-        model.lm_head.weight[7] = float("inf")
-    with pytest.raises(FloatingPointError, match="step 1: objective is"):
-        train(model, tmp_path, objective="sft")
-    assert "NaN" not in (tmp_path / "train_log.jsonl").read_text()
-
-
-def test_every_conversation_is_seen_once_an_epoch_in_an_order_of_its_own(tmp_path):
-    trainer, _ = train(build_model(), tmp_path, batch_size=2, max_steps=None, epochs=3)
-    assert trainer.total_steps == 12 and trainer.steps_per_epoch == 4
-    orders = [trainer.source.epoch(epoch)[1] for epoch in range(3)]
-    assert all(sorted(order) == list(range(7)) for order in orders)
-    assert len(set(map(tuple, orders))) == 3
-    config = ConstrainedSFTConfig(tmp_path / "b", seed=1, **RUN)
-    other = ConstrainedSFTTrainer(build_model(), build_tokenizer(), config, RECORDS)
-    assert other.source.epoch(0)[1] != orders[0]
-
-
-def test_the_callers_state_is_left_alone(tmp_path):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    model = build_model(0, attention_dropout=0.5).eval()
-    model.config.use_cache = True
-    first = train(model, tmp_path / "a", max_steps=3, gradient_checkpointing=True)[1].metrics
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not model.training and model.config.use_cache and not model.is_gradient_checkpointing
-    assert all(p.grad is None for p in model.parameters())
-
-    torch.manual_seed(6)  # and the run does not depend on the caller's random state
-    again = train(
-        build_model(0, attention_dropout=0.5), tmp_path / "b", max_steps=3,
-        gradient_checkpointing=True, callbacks=[lambda *_: torch.rand(3)],
-    )[1].metrics  # fmt: skip
-    other = train(build_model(0, attention_dropout=0.5), tmp_path / "c", max_steps=3, seed=1)
-    assert again["objective"] == first["objective"] != other[1].metrics["objective"]
-
-
-def test_gradient_checkpointing_and_bf16_change_cost_not_meaning(tmp_path):
-    grads = {}
-    for name, options in (
-        ("plain", {}),
-        ("checkpointed", {"gradient_checkpointing": True}),
-        ("bf16", {"autocast_dtype": "bfloat16"}),
-    ):
-        model = build_model(0)
-        grads[name] = record_gradients(model)
-        train(model, tmp_path / name, objective="sft", **options)
-    assert relative(grads["checkpointed"], grads["plain"]) < 1e-6
-    assert 1e-4 < relative(grads["bf16"], grads["plain"]) < 0.05
-    _, result = train(build_model(0), tmp_path / "ref", autocast_dtype=torch.bfloat16)
-    assert result.step0_max_log_ratio < 0.1
-
-
-class Bigram(nn.Module):
-    """The least that the loop asks of a model, with head="logits"."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(20, 20))
-        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-
-    def forward(self, input_ids, attention_mask):
-        return SimpleNamespace(logits=self.table[input_ids])
-
-
-def test_any_module_with_logits_can_be_trained(tmp_path):
-    data = [Example([1, 2, 3, n], [-100, 2, 3, n], [0, 1, 2, 3]) for n in range(4, 8)]
-    model = Bigram()
-    config = ConstrainedSFTConfig(
-        tmp_path, objective="sft", learning_rate=0.5, max_steps=60, batch_size=4, progress=False,
-        head="logits",
-    )  # fmt: skip
-    result = ConstrainedSFTTrainer(model, None, config, data).train()
-    assert result.metrics["nll"] == pytest.approx(math.log(4) / 3, abs=0.02)  # the entropy
-
-
-def test_rows_are_padded_right_and_masked(tmp_path):
-    """What the model is given: a mask only where something is padded, nothing else changed."""
-    seen = []
-
-    class Spy(Bigram):
-        def forward(self, input_ids, attention_mask):
-            seen.append((input_ids.tolist(), attention_mask))
-            return super().forward(input_ids, attention_mask)
-
-    def run(name, data, accumulate=1):
-        config = ConstrainedSFTConfig(
-            tmp_path / name, objective="sft", max_steps=1, batch_size=2, progress=False,
-            gradient_accumulation_steps=accumulate, head="logits",
-        )  # fmt: skip
-        ConstrainedSFTTrainer(Spy(), SimpleNamespace(pad_token_id=9), config, data).train()
-
-    row = lambda *ids: Example(ids, (-100, *ids[1:]), tuple(range(len(ids))))  # noqa: E731
-    run("even", [row(1, 2, 3), row(4, 5, 6)])
-    assert seen.pop()[1] is None
-    run("uneven", [row(1, 2), row(3, 4, 5, 6)])
-    ids, mask = seen.pop()
-    assert ids == [[3, 4, 5, 6], [1, 2, 9, 9]] and mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    # Rows of like length go together, so little is padded.
-    run("sorted", [row(1, 2), row(3, 4, 5, 6), row(7, 8), row(5, 4, 3, 2)], accumulate=2)
-    assert [len(ids[0]) for ids, _ in seen] == [4, 2] and all(mask is None for _, mask in seen)
-
-
-def test_progress_off_a_terminal_is_a_plain_line(tmp_path, capsys):
-    train(build_model(), tmp_path / "a", progress=True, max_steps=2)
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and shown.startswith("step 2/2: objective ")
-    train(build_model(), tmp_path / "b", progress=False, max_steps=2)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    "options, why",
-    (
-        ({"objective": "dpo"}, "objective: expected one of"),
-        ({"reference": "online"}, "reference: expected one of"),
-        ({"head": "linear"}, "head: expected one of"),
-        ({"beta": -1.0}, "beta: expected a finite number >= 0"),
-        ({"learning_rate": 0.0}, "learning_rate: "),
-        ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
-        ({"batch_size": 2.0}, "batch_size: expected an integer"),
-        ({"max_steps": True}, "max_steps: expected an integer"),
-        ({"epochs": 2, "max_steps": 2}, "epochs, max_steps: give one"),
-        ({"adam_betas": (0.5, 1.0)}, "adam_betas: "),
-        ({"adam_betas": 0.5}, "adam_betas: expected two numbers"),
-        ({"autocast_dtype": "float16"}, "autocast_dtype: "),
-        ({"max_grad_norm": -1.0}, "max_grad_norm: "),
-        ({"lr_schedule": "sawtooth"}, "lr_schedule: expected one of"),
-    ),
-)
-def test_a_wrong_configuration_names_its_field(tmp_path, options, why):
-    with pytest.raises(ValueError, match=why):
-        ConstrainedSFTConfig(tmp_path, **options)
-
-
-def test_models_that_cannot_be_trained_are_refused(tmp_path):
-    def refused(why, model, ref_model=None, **options):
-        config = ConstrainedSFTConfig(tmp_path / "out", **options)
-        with pytest.raises(ValueError, match=why):
-            ConstrainedSFTTrainer(model, build_tokenizer(), config, RECORDS, ref_model=ref_model)
-
-    model = build_model()
-    refused("ref_model: this is `model` itself", model, model)
-    refused("model: head='fused' .* Bigram does not allow: .* head='logits' trains it", Bigram())
-    refused("gradient_checkpointing: Bigram", Bigram(), gradient_checkpointing=True)
-    refused("model: fp16 weights", build_model().half())
-    refused("model: no parameter requires", build_model().requires_grad_(False))
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,39 @@
+"""Pieces that tests of the benchmarks share."""
+
+import pytest
+import torch
+
+from benchmarks import ceilings, harness, machine
+from benchmarks.cases import LOGITS, Shape
+from benchmarks.harness import Row
+
+SHAPE = Shape(12, 640)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More threads than a shared machine has free cores wait for each other at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(table, wanted="ours,eager", shape=SHAPE, dtypes=("fp32",), **more):
+    plan = harness.Plan(list(table), [shape], list(dtypes), wanted=wanted, seconds=0.002, **more)
+    return harness.run(plan, ceilings.Ceilings(), lambda text: None)
+
+
+@pytest.fixture(autouse=True)
+def small_rulers(monkeypatch):
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 1 << 18)
+
+
+def cell(name, phase="fwd_bwd"):
+    return LOGITS[name], "cpu", torch.float32, phase
+
+
+def _row(ms, spread=0.01, extra=1 << 20, **more):
+    parts = dict(op="token_kl/js", phase="fwd", T=8, V=9, H=0, dtype="fp32", provider="native")
+    times = dict(ms=ms, p10_ms=ms * (1 - spread), p90_ms=ms * (1 + spread), extra_bytes=extra)
+    return Row(**{**parts, "group": "ours", **times, **more})

@@ -1,0 +1,41 @@
+"""Short training runs, and what they leave behind."""
+
+import json
+
+from tiny_chat import RECORDS, build_tokenizer
+
+from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
+
+RUN = {"max_steps": 1, "batch_size": 7, "warmup_steps": 0, "progress": False}
+
+
+def train(model, out, data=RECORDS, ref_model=None, callbacks=(), **options):
+    config = ConstrainedSFTConfig(out, **{**RUN, **options})
+    trainer = ConstrainedSFTTrainer(
+        model, build_tokenizer(), config, data, ref_model=ref_model, callbacks=callbacks
+    )
+    return trainer, trainer.train()
+
+
+def record_gradients(model):
+    """A list that fills with the gradients of the parameters, summed over a step's micro-batches.
+
+    They are read when the backward is done with a parameter, before clipping and the update.
+    """
+    seen = {}
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(
+            lambda p, name=name: seen.__setitem__(name, p.grad.clone())
+        )
+    return seen
+
+
+def log_of(out):
+    return [json.loads(x) for x in (out / "train_log.jsonl").read_text().splitlines()]
+
+
+def relative(ours, gold):
+    """Largest deviation of any parameter's gradient, relative to the largest entry of all."""
+    assert ours.keys() == gold.keys()
+    top = max(g.abs().max().item() for g in gold.values())
+    return max((ours[n].double() - gold[n].double()).abs().max().item() for n in gold) / top
