@@ -117,6 +117,18 @@ def test_public_names():
         assert name in dak.__all__
 
 
+def test_test_files_share_through_files_of_their_own():
+    """A name that another test file needs would vanish when that test moves."""
+    for file in (ROOT / "tests").glob("*.py"):
+        modules = [
+            name
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in [getattr(node, "module", None) or node.names[0].name]
+        ]
+        assert not [m for m in modules if m.startswith("test_")], file
+
+
 def test_files_stay_small():
     for file in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
         assert len(file.read_text().splitlines()) <= 450, file

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_loop import record_gradients, relative
-from tiny_chat import RECORDS, TEMPLATES, build_model, build_tokenizer
+from tiny_chat import RECORDS, RECOVERIES, TEMPLATES, build_model, build_tokenizer
+from train_runs import record_gradients, relative
 
 from deepalign_kernels.train import (
     ConstrainedSFTConfig,
@@ -15,12 +15,6 @@ from deepalign_kernels.train import (
     RecoveryAugmentation,
 )
 from deepalign_kernels.train.augment import ANCHOR, RECOVERY
-
-RECOVERIES = [
-    {"prompt": "a sweet recipe ?", "answer": "take sugar and eggs", "refusal": "no sweets here"},
-    {"prompt": "another one ?", "answer": "ok", "refusal": "that i will not do"},
-    {"prompt": "and a cake ?", "answer": "beat the butter well", "refusal": "sorry , no cake"},
-]
 
 
 def texts(tokenizer, example):

@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import torch
-from test_train_augment import RECOVERIES
-from tiny_chat import RECORDS, build_model, build_tokenizer
+from tiny_chat import RECORDS, RECOVERIES, build_model, build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from deepalign_kernels.train.__main__ import build, main, parser

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_train_loop import Bigram, record_gradients, relative, train
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_runs import Bigram, record_gradients, relative, train
 
 import deepalign_kernels.hf as hf
 from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 import torch
-from test_train_loop import log_of
 from tiny_chat import RECORDS, build_model, build_tokenizer
+from train_runs import log_of
 
 from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer, Example
 from deepalign_kernels.train import loop as loop_module

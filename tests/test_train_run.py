@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
-from torch import nn
-from train_runs import RUN, log_of, record_gradients, relative, train
+from train_runs import RUN, Bigram, log_of, record_gradients, relative, train
 
 from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer, Example
 
@@ -95,18 +94,6 @@ def test_gradient_checkpointing_and_bf16_change_cost_not_meaning(tmp_path):
     assert 1e-4 < relative(grads["bf16"], grads["plain"]) < 0.05
     _, result = train(build_model(0), tmp_path / "ref", autocast_dtype=torch.bfloat16)
     assert result.step0_max_log_ratio < 0.1
-
-
-class Bigram(nn.Module):
-    """The least that the loop asks of a model, with head="logits"."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.zeros(20, 20))
-        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-
-    def forward(self, input_ids, attention_mask):
-        return SimpleNamespace(logits=self.table[input_ids])
 
 
 def test_any_module_with_logits_can_be_trained(tmp_path):

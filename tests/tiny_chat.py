@@ -88,3 +88,8 @@ RECORDS = [  # very uneven, one with a system turn, one with two replies
     chat("what is tea ?", "leaves in hot water"),
     chat("say moon", "moon"),
 ]
+RECOVERIES = [
+    {"prompt": "a sweet recipe ?", "answer": "take sugar and eggs", "refusal": "no sweets here"},
+    {"prompt": "another one ?", "answer": "ok", "refusal": "that i will not do"},
+    {"prompt": "and a cake ?", "answer": "beat the butter well", "refusal": "sorry , no cake"},
+]
