@@ -8,6 +8,9 @@ gemm   floating-point operations per second per dtype   the ceiling of the linea
 A ceiling is the best of several ways of doing the same thing, by the median over its laps, so that
 one slow routine (torch.sum on some dtypes) does not flatter the kernels. Under `ways` the report
 lists them all.
+
+The bandwidth of a machine that others share swings by a factor of two within minutes, so the
+fastest way of reading and of copying is a `Ruler` that takes turns with the providers of a cell.
 """
 
 from __future__ import annotations
@@ -45,16 +48,31 @@ class Ceilings:
             self.gemm[kind] = max(rate, self.gemm.get(kind, 0.0))
 
 
-def bandwidth(ceilings: Ceilings, device: str, size: int, laps: int = 5) -> None:
+@dataclass(frozen=True)
+class Ruler:
+    """A call that moves `size` bytes through memory, and nothing else."""
+
+    size: int
+    call: Callable[[], object]
+
+
+def bandwidth(ceilings: Ceilings, device: str, size: int, laps: int = 5) -> dict[str, Ruler]:
     """Measure read and copy bandwidth over buffers of `size` bytes and keep what is better than
-    before.
+    before. Returns the fastest way of each, by kind.
     """
     a = torch.ones(size // 4, dtype=torch.int32, device=device)
     b = torch.ones_like(a)  # touched, so that no copy pays for page faults
-    for name, read in {**_torch_reads(a), **_libc_reads(a)}.items():
-        ceilings.take("read", f"read: {name}", size / _median(read, device, laps))
-    for name, copy in {"torch copy_": lambda: b.copy_(a), **_libc_copies(a, b)}.items():
-        ceilings.take("copy", f"copy: {name}", 2 * size / _median(copy, device, laps))
+    ways = {
+        "read": {**_torch_reads(a), **_libc_reads(a)},
+        "copy": {"torch copy_": lambda: b.copy_(a), **_libc_copies(a, b)},
+    }
+    fastest = {}
+    for kind, moved in (("read", size), ("copy", 2 * size)):
+        rates = {n: moved / _median(way, device, laps) for n, way in ways[kind].items()}
+        for name, rate in rates.items():
+            ceilings.take(kind, f"{kind}: {name}", rate)
+        fastest[kind] = Ruler(moved, ways[kind][max(rates, key=lambda n: rates[n])])
+    return fastest
 
 
 def gemm(ceilings: Ceilings, device: str, dtypes: dict[str, torch.dtype]) -> None:

@@ -7,6 +7,7 @@ no number.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import cases, gate, machine, measure, memory, providers
 from benchmarks.cases import Case, Shape, Work
-from benchmarks.ceilings import Ceilings, bandwidth, gemm
+from benchmarks.ceilings import Ceilings, Ruler, bandwidth, gemm
 from benchmarks.plain import Inputs
 from benchmarks.providers import FLOOR, Provider
 
@@ -30,8 +31,9 @@ class Row:
     """One line of the results. Times in ms, bytes in bytes; None where there is no number.
 
     extra_bytes: peak beyond the inputs; gradient_bytes of it are the gradients that were asked for.
-    error: largest relative error against fp64. failed: why there is no number. cached_rate: bytes
-    per second of the same call on so few rows that they stay in the cache: what arithmetic allows.
+    error: largest relative error against fp64. failed: why there is no number. ruler_rate: bytes
+    per second of plain reading (with a gradient: copying) that took turns with the row.
+    cached_rate: the same call's on so few rows that they stay in the cache: what arithmetic allows.
     """
 
     op: str
@@ -55,6 +57,7 @@ class Row:
     failed: str | None = None
     first_call_s: float | None = None
     note: str = ""
+    ruler_rate: float | None = None
     cached_rate: float | None = None
 
     @property
@@ -104,7 +107,7 @@ def run(
     for shape, dtype in itertools.product(plan.shapes, plan.dtypes):
         table = [c for c in plan.table if shape == plan.shapes[0] or c.name not in plan.once]
         sets = _input_sets(plan, shape, dtype)
-        _rulers(ceilings, plan, sets[0], dtype)
+        rulers = _rulers(ceilings, plan, sets[0], dtype)
         for case, phase in ((c, p) for c in table for p in c.phases if p in plan.phases):
             started = time.monotonic()
             if started > stop:
@@ -115,9 +118,11 @@ def run(
             )
             for who in missing:
                 absent.setdefault((who.name, who.why), []).append(case.name)
-            rows += _cell(plan, case, shape, dtype, phase, found, sets)
+            ruler = None if case.linear else rulers["copy" if phase == "fwd_bwd" else "read"]
+            rows += _cell(plan, case, shape, dtype, phase, found, sets, ruler)
             spent = time.monotonic() - started
             say(f"{case.name} {phase} {shape} {dtype}: {len(found)} providers, {spent:.1f} s")
+        del rulers
         _rulers(ceilings, plan, sets[0], dtype)
         del sets
         who = [{"provider": n, "why": w, "ops": sorted({*ops})} for (n, w), ops in absent.items()]
@@ -136,13 +141,15 @@ def _input_sets(plan: Plan, shape: Shape, dtype: str) -> list[Inputs]:
     return [first, *(cases.rotated(first, by) for by in range(1, n))]
 
 
-def _rulers(ceilings: Ceilings, plan: Plan, x: Inputs, dtype: str) -> None:
+def _rulers(ceilings: Ceilings, plan: Plan, x: Inputs, dtype: str) -> dict[str, Ruler]:
     """Measure the ceilings again, before and after each group of cells: machines drift."""
     largest = max(v.nbytes for v in x.values())
     smallest = 4 * machine.last_level_cache(plan.device)
-    bandwidth(ceilings, plan.device, min(max(largest, smallest), GIB) // 16384 * 16384)
+    size = min(max(largest, smallest), GIB) // 16384 * 16384
+    rulers = bandwidth(ceilings, plan.device, size)
     if any(case.linear for case in plan.table):
         gemm(ceilings, plan.device, {dtype: cases.DTYPES[dtype]})
+    return rulers
 
 
 def _cell(
@@ -153,6 +160,7 @@ def _cell(
     phase: str,
     found: list[Provider],
     sets: list[Inputs],
+    ruler: Ruler | None,
 ) -> Iterator[Row]:
     if any(p.compiles for p in found):
         torch._dynamo.reset()  # else its limit of recompilations makes eager of later cells
@@ -171,7 +179,7 @@ def _cell(
                 caller.call, provider.scope, caller.prepare if provider.consumes else None
             )
     if runners:
-        _timed(rows, runners, plan)
+        _timed(rows, runners, plan, ruler)
         if plan.device == "cpu" and phase == "fwd" and not case.linear:
             for row, provider in zip(rows, found, strict=True):
                 if row.group == "ours" and row.ms:
@@ -189,11 +197,16 @@ def _cached_rate(case: Case, provider: Provider, row: Row, x: Inputs) -> float:
     return few * per_token / runner.summary().median
 
 
-def _timed(rows: list[Row], runners: dict[int, measure.Runner], plan: Plan) -> None:
-    measure.interleave(
-        list(runners.values()), plan.device, seconds=plan.seconds, rounds=plan.rounds
-    )
+def _timed(
+    rows: list[Row], runners: dict[int, measure.Runner], plan: Plan, ruler: Ruler | None
+) -> None:
+    turns = list(runners.values())
+    if ruler:
+        turns.append(measure.Runner(lambda k: ruler.call(), contextlib.nullcontext))
+    measure.interleave(turns, plan.device, seconds=plan.seconds, rounds=plan.rounds)
     for row in rows:
+        if ruler:
+            row.ruler_rate = ruler.size / turns[-1].summary().median
         if runner := runners.get(id(row)):
             s = runner.summary()
             row.ms, row.p10_ms, row.p90_ms = (1e3 * t for t in (s.median, s.p10, s.p90))

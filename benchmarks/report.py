@@ -45,6 +45,11 @@ def ratio(a: Row | None, b: Row | None) -> float | None:
     return a.ms / b.ms if a and b and a.ms and b.ms else None
 
 
+def bandwidth_of(row: Row, ceilings: Ceilings) -> float:
+    """Bytes per second that the row is held against: those of its own cell, else the run's best."""
+    return row.ruler_rate or ceilings.of_phase(bool(row.gradient_bytes))
+
+
 def achieved(row: Row, ceilings: Ceilings) -> tuple[str, float] | None:
     """(what the row is held against, the fraction of it reached): read, copy, or gemm where that
     binds.
@@ -53,7 +58,7 @@ def achieved(row: Row, ceilings: Ceilings) -> tuple[str, float] | None:
         return None
     seconds, fractions = row.ms * 1e-3, {}
     kind = "copy" if row.gradient_bytes else "read"
-    if bandwidth := ceilings.of_phase(bool(row.gradient_bytes)):
+    if bandwidth := bandwidth_of(row, ceilings):
         fractions[kind] = row.ideal_bytes / seconds / bandwidth
     if rate := row.ideal_flops and ceilings.gemm.get(row.dtype):
         fractions["gemm"] = row.ideal_flops / seconds / rate
@@ -83,7 +88,10 @@ def line(row: Row, cell: dict[str, Row], ceilings: Ceilings) -> list[str]:
     if row.failed:
         return [row.op, row.phase, row.provider, f"no number: {row.failed}"]
     part, floor = achieved(row, ceilings), ratio(row, cell.get("gemms"))
-    of = f"{floor:.2f}x gemms" if floor else f"{100 * part[1]:.0f}% {part[0]}" if part else "-"
+    of = f"{floor:.2f}x gemms" if floor else "-"
+    if part and not floor:
+        rate = "" if part[0] == "gemm" else f" {bandwidth_of(row, ceilings) / 1e9:.0f}"
+        of = f"{100 * part[1]:.0f}% {part[0]}{rate}"
     gbs = row.ideal_bytes / row.ms / 1e6 if row.ms else None
     tflops = row.ideal_flops / row.ms / 1e9 if row.ms and row.ideal_flops else None
     return [
@@ -187,6 +195,8 @@ def readme(path: str) -> str:
     parts = [f"Measured on {machine_text(where)}. Ceilings of the same run: {ruler}."]
     parts += [
         "Extra memory is what a call needs beyond its inputs and the gradient it returns."
+        " 'Of ceiling': of plain reading (with a gradient: of copying) that took turns with the op,"
+        " and its GB/s."
         " 'In cache' is the rate on rows that stay in the cache: what arithmetic allows."
     ]
     for title, lines in blocks.items():

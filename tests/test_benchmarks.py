@@ -14,6 +14,7 @@ import deepalign_kernels as dak
 from benchmarks import (
     ceilings,
     compare,
+    gate,
     machine,
     peers,
     report,
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.clean_memory
 
 def finite(row):
     assert row.failed is None, row
+    assert row.H or row.ruler_rate > 0, row
     numbers = (row.ms, row.p10_ms, row.p90_ms, row.extra_bytes, row.error, row.ideal_bytes)
     assert all(x is not None and math.isfinite(x) for x in numbers), row
     assert 0 < row.p10_ms <= row.ms <= row.p90_ms and row.laps >= 3, row
@@ -161,6 +163,20 @@ def test_a_planted_wrong_kernel_gets_no_number(planted, said):
     ours, eager = rows
     assert ours.ms is None and ours.failed is not None and said in ours.failed
     finite(eager)
+
+
+def test_large_gradients_are_checked_in_slices_and_chunks(monkeypatch):
+    """One wrong entry of the head's gradient, in its last slice; the truth is a sum over chunks."""
+    monkeypatch.setattr(gate, "SLICE", 100)
+    monkeypatch.setattr(gate, "CHUNK_ELEMENTS", {True: 3 * 96, False: 640})
+    case = LINEAR["linear_constrained_loss"]
+
+    def ours(x):
+        return case.ours({**x, "weight": _Bent.apply(x["weight"], _last_row_off)})
+
+    for wrong, said in ((case, None), (dataclasses.replace(case, ours=ours), "gradient of weight")):
+        rows, _ = run([wrong], "reference", shape=Shape(10, 96, 16), phases=("fwd_bwd",))
+        assert rows[0].failed is None if said is None else said in rows[0].failed
 
 
 def test_a_wrong_shape_is_refused():

@@ -16,6 +16,7 @@ from benchmarks import (
     measure,
     memory,
     peers,
+    report,
     verdict,
 )
 from benchmarks.cases import LOGITS, Case, Shape
@@ -151,6 +152,15 @@ def test_verdict_takes_the_worst_place():
     assert by_text["token_kl fwd >= 10x eager"] == ["12x", "8x", "NOT MET"]
     assert by_text["token_kl fwd >= 70% of read bandwidth"] == ["80%", "53%", "NOT MET"]
     assert by_text["token_kl fwd+bwd >= 8x eager"][-1] == "not measured"
+
+
+def test_a_row_is_held_against_the_bandwidth_of_its_own_cell():
+    rulers = ceilings.Ceilings(read=2e9, copy=1e9)
+    row = _row(1.0, ideal_bytes=10**6)
+    assert report.achieved(row, rulers) == ("read", 0.5)
+    row.ruler_rate = 1.25e9
+    assert report.achieved(row, rulers) == ("read", 0.8)
+    assert report.line(row, {}, rulers)[7] == "80% read 1"
 
 
 def test_peers_say_why_they_are_not_run(monkeypatch):
