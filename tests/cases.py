@@ -6,6 +6,7 @@ A formula here is written from torch's own softmax and loss functions and never 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -246,3 +247,37 @@ def check(name: str, rows: Rows, ours=None, **options) -> None:
     base = values_and_grad(case.plain, host.to("cpu", torch.float32), **options)
     for what, o, b, g in zip(("value", "gradient"), ours, base, gold, strict=True):
         assert_in_budget(f"{name} {what}", o, b, g)
+
+
+POISONS: dict[str, Callable[[Rows], Tensor]] = {  # what makes the first row's loss NaN
+    "policy of only -inf": lambda r: r.policy[0].fill_(-torch.inf),
+    "reference of only -inf": lambda r: r.ref[0].fill_(-torch.inf),
+    "NaN in the policy": lambda r: r.policy[0, 5].fill_(torch.nan),
+    "NaN in the reference": lambda r: r.ref[0, 5].fill_(torch.nan),
+    "target out of range": lambda r: r.target[0].fill_(10**6),
+    "negative beta": lambda r: r.beta[0].fill_(-0.5),
+    "NaN in beta": lambda r: r.beta[0].fill_(torch.nan),
+}
+
+
+def check_poisoned(poison: str, beta: float, device: torch.device | str) -> None:
+    """Loss, weight and the whole gradient of the row are NaN together, also where beta = 0 leaves
+    the reference out of the formula of the gradient; the other rows are untouched."""
+    modes = itertools.product(("none", "sum"), (False, True), ("exact", "surrogate"))
+    for reduction, given, objective in modes:
+        r = make(4, 61).to(device, torch.float32)
+        r.beta.fill_(beta)
+        POISONS[poison](r)
+        ref = {"ref_logp": dak.token_logp(r.ref, r.target)} if given else {"ref_logits": r.ref}
+        floor = 0.2 if objective == "surrogate" else 0.0
+        leaf = r.policy.detach().requires_grad_()
+        loss, parts = dak.constrained_loss(
+            leaf, r.target, beta=r.beta, reduction=reduction, return_parts=True,
+            objective=objective, min_weight=floor, **ref,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        what = (poison, beta, reduction, given, objective)
+        tokens = loss if reduction == "none" else parts.weight
+        for x in (tokens, parts.weight, grad):
+            assert x[0].isnan().all() and torch.isfinite(x[1:]).all(), what
+        assert loss.isnan().any(), what

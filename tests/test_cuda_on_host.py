@@ -4,7 +4,18 @@ tiles, alignment, barriers. What it cannot show: the GPU's exp2, its memory mode
 import cuda_on_host
 import pytest
 import torch
-from cases import CASES, DTYPES, FUSED, KINDS, check, fused, make, values_and_grad
+from cases import (
+    CASES,
+    DTYPES,
+    FUSED,
+    KINDS,
+    POISONS,
+    check,
+    check_poisoned,
+    fused,
+    make,
+    values_and_grad,
+)
 from cuda_on_host import pretend
 
 from deepalign_kernels import backends
@@ -268,6 +279,13 @@ def test_targets_that_are_not_there_and_rows_that_are_left_out():
         assert not out[0, 0].any() and out[0, 1].isnan().all() and torch.isfinite(out[0, 2]).all()
         rows = stats(x, x.clone(), target, 0.5, 1.0, 0.0)
         assert not rows[:, 0].any() and rows[:2, 1].isnan().all() and (rows[2:5, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_poisoned_row_has_nothing_finite(poison, beta):
+    with pretend():
+        check_poisoned(poison, beta, "cpu")
 
 
 def test_scale_grad():

@@ -167,7 +167,7 @@ def masked_shards(w: World) -> None:
     full.policy[3, a:b] = -torch.inf  # KL(ref || policy) is infinite
     full.ref[4, a:b] = -torch.inf  # KL(policy || ref) is
     full.policy[6] = -torch.inf
-    full.ref[7], full.beta[7] = -torch.inf, 1.0
+    full.ref[7], full.beta[7] = -torch.inf, 0.0  # beta = 0 does not leave the reference out
     full.policy[8, c] = -torch.inf  # one column
     full.target[:5] = torch.tensor([a, c, IGNORE, a, a])
     for op, backend in itertools.product(CASES, BACKENDS):

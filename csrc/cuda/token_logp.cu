@@ -14,7 +14,7 @@ __device__ inline TokenLoss token_loss(const LogpArgs& a, float logp, float ref_
   float delta = logp == ref_logp ? 0.0f : ref_logp - logp;
   float u = beta == 0.0f ? 0.0f : beta * delta, e = expf(-fabsf(u));
   float weight = 2.0f * ((u >= 0.0f ? 1.0f : e) / (1.0f + e));
-  if (beta < 0.0f || u != u) weight = nan_value;
+  if (beta < 0.0f || delta != delta || u != u) weight = nan_value;
   if (a.surrogate) {
     if (weight < a.min_weight) weight = a.min_weight;
     return {weight * -logp, weight};

@@ -131,7 +131,7 @@ def constrained(
     """(loss, weight) of `reference/constrained_loss.py` from log-probabilities [N]."""
     delta = torch.where(logp == ref_logp, 0.0, ref_logp - logp)
     u = torch.where(beta == 0, 0.0, beta * delta)
-    weight = torch.where(beta < 0, torch.nan, 2.0 * torch.sigmoid(u))
+    weight = torch.where((beta < 0) | delta.isnan(), torch.nan, 2.0 * torch.sigmoid(u))
     if surrogate:
         weight = weight.clamp(min=min_weight)
         return weight * -logp, weight

@@ -55,7 +55,8 @@ def constrained_loss(
         d loss[t] = -w[t] * d log p_policy,   w[t] = 2 * sigmoid(beta[t] * Delta[t])  (equation 5)
 
     beta = 0 means the limit: w = 1 and the value Delta. A large beta pulls the gradient to 0 as
-    soon as the policy makes the token likelier than the reference does.
+    soon as the policy makes the token likelier than the reference does. NaN in either model's row
+    (or nothing but -inf) gives NaN in loss, weight and gradient of that row, for beta = 0 too.
 
     Args:
         policy_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any

@@ -11,9 +11,11 @@ beta >= 0 and Delta = ref_logp - logp:
 Edge cases, which every backend must match:
   * target == ignore_index: loss, logp, ref_logp, weight and gradient are 0; nothing of the row is
     used;
-  * target outside 0..V-1, or beta < 0: NaN in that row;
-  * ref_logp = -inf: w = 0 and loss 0; logp = -inf: w = 2 and loss +inf; both -inf: Delta counts as
-    0.
+  * target outside 0..V-1, beta < 0, or NaN in logp, ref_logp or beta (a row of only -inf is NaN,
+    as in `token_logp.py`): loss, weight and the whole gradient row are NaN, also for beta = 0 and
+    the surrogate, whose formulas could leave ref_logp out: no token trains on a broken reference;
+  * ref_logp = -inf: w = 0 and loss 0; logp = -inf: w = 2 and loss +inf (for beta = 0: w = 1 and
+    loss Delta = -inf and +inf); both -inf: Delta counts as 0.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def token_loss(
     """(loss, weight), elementwise over vectors of one shape."""
     delta = torch.where(logp == ref_logp, 0.0, ref_logp - logp)
     u = torch.where(beta == 0, torch.zeros_like(delta), beta * delta)
-    weight = torch.where(beta < 0, torch.nan, 2 * torch.sigmoid(u))
+    weight = torch.where((beta < 0) | delta.isnan(), torch.nan, 2 * torch.sigmoid(u))
     if surrogate:
         weight = weight.clamp(min=min_weight)
         return weight * -logp, weight

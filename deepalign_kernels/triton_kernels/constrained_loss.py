@@ -37,7 +37,7 @@ def token_loss(logp, ref_logp, beta, min_weight, SURROGATE: tl.constexpr):
     u = tl.where(beta == 0.0, 0.0, beta * delta)
     e = tl.exp(-tl.abs(u))
     weight = 2.0 * tl.div_rn(tl.where(u >= 0.0, 1.0, e), 1.0 + e)
-    weight = tl.where(beta < 0.0, NAN, weight)
+    weight = tl.where((beta < 0.0) | (delta != delta), NAN, weight)
     if SURROGATE:
         weight = tl.where(weight < min_weight, min_weight, weight)
         return weight * -logp, weight
