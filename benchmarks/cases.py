@@ -145,7 +145,11 @@ def _constrained_ours(given: str) -> Callable[[Inputs], Tensor]:
 
 
 def _stats_ours(x: Inputs) -> Tensor:
-    s = dak.token_stats(x["policy"], x["ref"], x["target"], js_beta=plain.JS_BETA)
+    return stats_rows(dak.token_stats(x["policy"], x["ref"], x["target"], js_beta=plain.JS_BETA))
+
+
+def stats_rows(s: dak.TokenStats) -> Tensor:
+    """[7, T], in the order of `plain.token_stats`."""
     rows = (s.logp, s.ref_logp, s.kl_policy_ref, s.kl_ref_policy, s.js, s.entropy, s.ref_entropy)
     return torch.stack([row for row in rows if row is not None])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import deepalign_kernels as dak
 from benchmarks import plain
-from benchmarks.cases import Case, Shape, Work
+from benchmarks.cases import Case, Shape, Work, stats_rows
 from benchmarks.plain import IGNORE, Inputs
 
 
@@ -87,15 +87,23 @@ def _constrained(x: Inputs) -> Tensor:
     return _call("linear_constrained_loss")(x["hidden"], x["weight"], x["target"], **kw)
 
 
+def _stats(x: Inputs) -> Tensor:
+    heads = (x["hidden"], x["weight"], x["ref_hidden"], x["ref_weight"])
+    return stats_rows(_call("linear_token_stats")(*heads, x["target"], js_beta=plain.JS_BETA))
+
+
 def _case(name: str, ours: Any, tokens: Any, needs: str, rows: str, **more: Any) -> Case:
     """rows: the logits op whose backends the linear op uses for each chunk of logits."""
     frozen, models = name.endswith("frozen_head"), 2 if "ref_weight" in needs else 1
+    ops: dict[str, tuple[str, ...]] = {"fwd": (f"{rows}_fwd",)}
+    if rows != "token_stats":
+        ops["fwd_bwd"] = (*ops["fwd"], f"{rows}_bwd")
     return Case(
         name=f"linear_{name}",
         ours=ours,
         tokens=_linear(tokens),
         needs=("hidden", "weight", "target", *needs.split()),
-        ops={"fwd": (f"{rows}_fwd",), "fwd_bwd": (f"{rows}_fwd", f"{rows}_bwd")},
+        ops=ops,
         linear_work=_work(models, frozen),
         leaves=("hidden",) if frozen else ("hidden", "weight"),
         **more,
@@ -113,5 +121,6 @@ _ALL = (
     _case("constrained_loss", *_CONSTRAINED, reduction="mean"),
     _case("constrained_loss/frozen_head", *_CONSTRAINED, reduction="mean"),
     _case("constrained_loss/70% masked", *_CONSTRAINED, reduction="mean", trained=0.3),
+    _case("token_stats", _stats, plain.token_stats, _HEADS, "token_stats"),
 )
 LINEAR = {case.name: case for case in _ALL}
