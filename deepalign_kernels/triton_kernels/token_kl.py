@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -107,6 +108,28 @@ def _token_kl_fwd(
     tl.store(other_norm_ptr + 2 * row + 1, tl.where(keep, tl.log(total_y), 0.0))
 
 
+@triton.jit
+def _js_sums(
+    policy_ptr, ref_ptr, groups, cx, sx, cy, sy, js_beta, rest, a_hi, a_lo, b_hi, b_lo,
+    MODE: tl.constexpr, VEC: tl.constexpr, REPEATS: tl.constexpr, LANES: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """Sums over a row, backwards, of KL(policy || mixture) and KL(ref || mixture), under the
+    normalisers (cx, sx) and (cy, sy). Carried per lane: the two sums. EVICT: `load_scores`."""
+    tiles = tl.cdiv(groups, REPEATS * LANES)
+    policy_part = tl.zeros([LANES], tl.float32)
+    ref_part = tl.zeros([LANES], tl.float32)
+    for i in range(0, tiles):
+        group = tile_groups(tiles - 1 - i, REPEATS, LANES)
+        x = load_scores(policy_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, EVICT)
+        y = load_scores(ref_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, EVICT)
+        lq, lp = (x - cx) - sx, (y - cy) - sy
+        q, p, log_mq, log_mp = js_terms(lq, lp, js_beta, rest)
+        policy_part += lane_sum(tl.where(lq == NEG_INF, 0.0, -q * log_mq))
+        ref_part += lane_sum(tl.where(lp == NEG_INF, 0.0, -p * log_mp))
+    return tl.sum(policy_part, 0), tl.sum(ref_part, 0)
+
+
 @kernel
 def _token_js_fwd(
     policy_ptr,  # [B, T, V] bf16/fp16/fp32
@@ -135,13 +158,12 @@ def _token_js_fwd(
         groups = tl.where(keep, groups, 0)
     policy_ptr += row_offset(row, T, policy_batch_stride, policy_row_stride, VEC)
     ref_ptr += row_offset(row, T, ref_batch_stride, ref_row_stride, VEC)
-    tiles = tl.cdiv(groups, REPEATS * LANES)
 
     mx = tl.full([LANES], NEG_INF, tl.float32)
     my = tl.full([LANES], NEG_INF, tl.float32)
     d = tl.zeros([LANES], tl.float32)
     e = tl.zeros([LANES], tl.float32)
-    for tile in range(0, tiles):
+    for tile in range(0, tl.cdiv(groups, REPEATS * LANES)):
         group = tile_groups(tile, REPEATS, LANES)
         x = load_scores(policy_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
         y = load_scores(ref_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
@@ -151,19 +173,11 @@ def _token_js_fwd(
     cy, total_y = softmax_end(my, e)
     sx, sy = tl.log(total_x), tl.log(total_y)
 
-    policy_part = tl.zeros([LANES], tl.float32)
-    ref_part = tl.zeros([LANES], tl.float32)
-    for i in range(0, tiles):
-        group = tile_groups(tiles - 1 - i, REPEATS, LANES)
-        x = load_scores(policy_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, LAST_USE)
-        y = load_scores(ref_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, LAST_USE)
-        lq, lp = (x - cx) - sx, (y - cy) - sy
-        q, p, log_mq, log_mp = js_terms(lq, lp, js_beta, rest)
-        policy_part += lane_sum(tl.where(lq == NEG_INF, 0.0, -q * log_mq))
-        ref_part += lane_sum(tl.where(lp == NEG_INF, 0.0, -p * log_mp))
-
-    center = tl.sum(policy_part, 0)
-    js = js_beta * tl.sum(ref_part, 0) + rest * center
+    center, ref_part = _js_sums(
+        policy_ptr, ref_ptr, groups, cx, sx, cy, sy, js_beta, rest, a_hi, a_lo, b_hi, b_lo,
+        MODE, VEC, REPEATS, LANES, LAST_USE,
+    )  # fmt: skip
+    js = js_beta * ref_part + rest * center
     tl.store(js_ptr + row, tl.where(keep, js, 0.0))
     tl.store(center_ptr + row, tl.where(keep, center, 0.0))
     tl.store(policy_norm_ptr + 2 * row, tl.where(keep, cx, 0.0))
@@ -199,18 +213,12 @@ def _token_js_parts(
     cx, sx = tl.load(policy_norm_ptr + 2 * row), tl.load(policy_norm_ptr + 2 * row + 1)
     cy, sy = tl.load(ref_norm_ptr + 2 * row), tl.load(ref_norm_ptr + 2 * row + 1)
 
-    policy_part = tl.zeros([LANES], tl.float32)
-    ref_part = tl.zeros([LANES], tl.float32)
-    for tile in range(0, tl.cdiv(groups, REPEATS * LANES)):
-        group = tile_groups(tile, REPEATS, LANES)
-        x = load_scores(policy_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-        y = load_scores(ref_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-        lq, lp = (x - cx) - sx, (y - cy) - sy
-        q, p, log_mq, log_mp = js_terms(lq, lp, js_beta, rest)
-        policy_part += lane_sum(tl.where(lq == NEG_INF, 0.0, -q * log_mq))
-        ref_part += lane_sum(tl.where(lp == NEG_INF, 0.0, -p * log_mp))
-    tl.store(policy_part_ptr + row, tl.where(keep, tl.sum(policy_part, 0), 0.0))
-    tl.store(ref_part_ptr + row, tl.where(keep, tl.sum(ref_part, 0), 0.0))
+    policy_part, ref_part = _js_sums(
+        policy_ptr, ref_ptr, groups, cx, sx, cy, sy, js_beta, rest, a_hi, a_lo, b_hi, b_lo,
+        MODE, VEC, REPEATS, LANES, EVICT="",
+    )  # fmt: skip
+    tl.store(policy_part_ptr + row, tl.where(keep, policy_part, 0.0))
+    tl.store(ref_part_ptr + row, tl.where(keep, ref_part, 0.0))
 
 
 @kernel

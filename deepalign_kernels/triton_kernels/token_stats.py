@@ -133,6 +133,7 @@ def _token_stats(
 
     js = 0.0
     if WITH_JS:
+        # One sum; the two of `token_kl._js_sums` would cost this kernel registers.
         part = tl.zeros([LANES], tl.float32)
         for i in range(0, tiles):
             group = tile_groups(tiles - 1 - i, REPEATS, LANES)
