@@ -1,13 +1,20 @@
 """The ops as citizens of torch: opcheck, gradcheck, compile, checkpointing, autocast, second
 derivatives."""
 
+from unittest import mock
+
+import linear_cases as lc
 import pytest
 import torch
 from cases import CASES, DTYPES, make, values_and_grad
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import deepalign_kernels as dak
+from deepalign_kernels.ops import _linear_ops, _linear_shard
+from deepalign_kernels.ops._register import _LIB
+from deepalign_kernels.ops._vocab_shard import Shard
 
 pytestmark = pytest.mark.clean_memory  # torch's own machinery allocates with empty()
 
@@ -46,13 +53,67 @@ def op_inputs(device, dtype):
     }
 
 
+class Alone(Shard):
+    """A shard among one: what this rank says is all there is."""
+
+    def _gather(self, own):
+        return own
+
+
+class Spy(TorchDispatchMode):
+    """Notes what the linear ops are called with, with gradients wanted where that occurs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2]
+        if func.namespace == "deepalign" and name.startswith("linear"):
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            if name not in self.seen or any(x.requires_grad for x in tensors):
+                self.seen[name] = args
+        return func(*args, **(kwargs or {}))
+
+
+def linear_inputs(device, dtype):
+    """The same of the linear ops, as the public functions and those over a process group call
+    them."""
+    p = lc.make(N=5, H=6, V=9, dtype=dtype, device=device)
+    p.target.clamp_(min=0)
+    with Spy() as spy, mock.patch.object(_linear_shard, "all_reduce", lambda x, group: x):
+        lc.run_ours("linear_token_kl/js", p.leaves(), "none")
+        lc.run_ours("linear_token_logp", p.leaves(None, ("hidden",)), "none")
+        lc.run_ours("linear_constrained_loss/kl", p.leaves(), "mean")
+        _, x, o = _linear_ops._call(spy.seen["linear_fused"])
+        loss, *_ = _linear_shard.constrained(x, o, Alone(None, 1, 9, 0), p.target)
+        loss.sum().backward()
+    return {name: tuple(_leaf(name, x) for x in args) for name, args in spy.seen.items()}
+
+
+def _leaf(op, x):
+    once = "bwd" in op or op == "linear_row_scale"  # these refuse a second derivative
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.detach().requires_grad_(x.requires_grad and not once)
+
+
+REGISTERED = sorted(name.partition("::")[2] for name in _LIB._op_defs)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("op", list(op_inputs("cpu", torch.float32)))
+@pytest.mark.parametrize("op", REGISTERED)
 def test_opcheck(op, dtype, device, backend):
-    """F32: schema, fakes, autograd registration, AOT dispatch with static and dynamic shapes."""
+    """F32: schema, fakes, autograd registration, AOT dispatch with static and dynamic shapes, of
+    every op there is: a new one needs sample inputs above."""
     if dtype == torch.float64 and backend != "eager":
         pytest.skip("fp64 logits run on the eager backend only")
-    torch.library.opcheck(getattr(torch.ops.deepalign, op).default, op_inputs(device, dtype)[op])
+    linear = op.startswith("linear")
+    if linear and op != "linear_shard" and dtype != torch.float32:
+        pytest.skip("its other dtypes and modes: tests/test_linear_torch.py")
+    samples = (linear_inputs if linear else op_inputs)(device, dtype)
+    assert op in samples, f"{op}: a registered op without sample inputs is never checked"
+    torch.library.opcheck(getattr(torch.ops.deepalign, op).default, samples[op])
 
 
 @pytest.mark.parametrize("op", CASES)
