@@ -3,8 +3,8 @@
 // memory of the thread that takes them, and tiles of 14 x 32 results stay in registers.
 //
 // A packed panel holds pairs of neighbours along the inner dimension, as vdpbf16ps takes them: 14
-// (of a) or 32 (of b) of them, then the next pair. Two cores of a Zen 4 multiply 1024 x 2048 x 8192
-// at 410 GFLOP/s, 0.95 of their peak; oneDNN, which only gives bf16 results, at 360.
+// (of a) or 32 (of b) of them, then the next pair. oneDNN's own only gives bf16 results:
+// `python -m benchmarks.pieces --only gemm` times the two in turns.
 #include "cpu/bf16_gemm.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -73,7 +73,7 @@ DAK_INLINE void load2(const f16* p, F& a, F& b) {
 // fp32 bits whose upper half is x rounded to bf16 (to nearest, ties to even). The addition turns
 // a NaN with all mantissa bits set into 0. Only fp32 inputs can hold one: a bf16 NaN leaves the
 // lower half 0, arithmetic makes 0x7fc00000, and `factor` lets nothing else in. So In = bf16 goes
-// without the two instructions (bf16 gradients: 3.4 ns instead of 4.0 per 16 columns).
+// without the two instructions that look for one.
 template <class In>
 DAK_INLINE __m512i rounded_bf16(__m512 x) {
   __m512i u = _mm512_castps_si512(x);
