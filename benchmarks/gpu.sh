@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh OUTDIR [env] [build] [tests] [logits] [linear] [memory] [gcg]
 #
 # No phase named: all of them, in this order. A phase that fails or runs out of time does not stop the next; short
-# tables come last. OUTDIR gets log.txt and logits.json, linear.json, memory.json. Uses the python3 on PATH, whose
-# torch must see the GPU (PYTHON=... for another), downloads nothing and changes no setting of the card.
+# tables come last. OUTDIR gets log.txt and logits.json, linear.json, memory.json, gcg.json. Uses the python3 on PATH,
+# whose torch must see the GPU (PYTHON=... for another), downloads nothing and changes no setting of the card.
 # PHASE_SECONDS (default 450) bounds a phase; logits and linear begin no cell in its last 150 s, so that they
 # still print and save what they have.
 set -euo pipefail
@@ -74,10 +74,6 @@ phase_memory() {
 }
 
 phase_gcg() {
-    if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("benchmarks.gcg") is None)'; then
-        echo "gcg: benchmarks/gcg.py is not there yet"
-        return 0
-    fi
     "$PYTHON" -m benchmarks.gcg --json "$OUT/gcg.json"
 }
 
