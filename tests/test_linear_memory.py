@@ -68,7 +68,10 @@ def estimate(op, dtype=F32, trained=None, rank=0, **kw):
 LORA = ("hidden", "lora_a", "lora_b")
 ESTIMATES = [
     dict(op="linear_token_logp"),
+    dict(op="linear_token_logp", trained=100),
     dict(op="linear_token_logp", trained=100, requires_grad=("hidden",)),
+    dict(op="linear_token_logp", trained=200, compact=False, requires_grad=("weight",)),
+    dict(op="linear_token_logp", max_workspace_bytes=2 << 20),
     dict(op="linear_token_logp", requires_grad=()),
     dict(op="linear_constrained_loss", trained=200),
     dict(op="linear_constrained_loss", max_workspace_bytes=2 << 20),
@@ -78,6 +81,8 @@ ESTIMATES = [
     dict(op="linear_token_kl", ref_hidden_size=16, max_workspace_bytes=3 << 20),
     dict(op="linear_token_kl", ref_hidden_size=16, reduction="sum", kl_direction="js"),
     dict(op="linear_token_kl", shared_head=True, requires_grad=("hidden",)),
+    dict(op="linear_token_kl", shared_head=True, rank=4, requires_grad=LORA),
+    dict(op="linear_token_kl", ref_hidden_size=16, kl_direction="js", trained=250),
     dict(op="linear_token_stats", ref_hidden_size=16, requires_grad=()),
 ]
 
@@ -99,6 +104,7 @@ def test_the_estimate_is_the_peak(case, dtype, backend):
         packed = 800_000 if dtype == BF16 else 0
         assert -packed <= expected.forward_peak - allocated.peak + 0.02 * allocated.peak
         assert expected.forward_peak <= 1.02 * allocated.peak
+        assert 0 <= allocated.kept - expected.kept <= expected.results + 64
         if expected.backward_peak > 100_000:
             upstream = torch.randn_like(out)
             _, allocated = measure(lambda: torch.autograd.grad(out, leaves, upstream))
@@ -168,7 +174,7 @@ def test_a_shared_head_is_one_gemm():
 @pytest.mark.parametrize(
     "reduction,requires_grad,products",
     [("mean", ("hidden", "weight"), 3), ("mean", ("hidden",), 2), ("none", ("hidden",), 2),
-     ("none", ("hidden", "weight"), 4), ("mean", (), 1)],
+     ("none", ("hidden", "weight"), 3), ("mean", (), 1)],
 )  # fmt: skip
 def test_number_of_gemms(reduction, requires_grad, products):
     """The counts that the docstrings promise: forward and backward together."""

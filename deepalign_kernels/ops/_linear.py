@@ -3,140 +3,48 @@
 An op hands in a row function; it meets the scores of some rows, returns their values, and writes
 the gradient of `upstream * value` over the policy's scores when it is given an `upstream`. Whether
 that is the scale of a scalar loss, the upstream gradient of a recomputing backward or a column of
-ones for a frozen head makes no difference here.
+ones for a gradient by row makes no difference here. A backward that kept that gradient
+(`_linear_kept.py`) has the products alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepalign_kernels import backends
 from deepalign_kernels.ops import _linear_gemm as gemm
-from deepalign_kernels.ops._linear_plan import Sizes, make_plan
+from deepalign_kernels.ops._linear_plan import Phase, Sizes, make_plan
+from deepalign_kernels.ops._linear_types import (
+    KINDS,
+    Gradients,
+    Inputs,
+    Options,
+    Rows,
+    Weights,
+    shares_head,
+)
 from deepalign_kernels.ops._register import accumulator
 
 
-class Inputs(NamedTuple):
-    """Tensors of one call. Rows are [N]; everything but hidden, weight, bias and LoRA is frozen."""
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [r, H]
-    lora_b: Tensor | None  # [V, r]
-    ref_hidden: Tensor | None  # [N, R]
-    ref_weight: Tensor | None  # [V, R]
-    ref_bias: Tensor | None  # [V]
-    target: Tensor | None  # [N] int64
-    valid: Tensor | None  # [N] bool; None: all
-    beta: Tensor | None  # [N]
-    ref_logp: Tensor | None  # [N]
-    state: Tensor | None = None  # [N, 6], what a process group knows: `_linear_shard.py`
-
-
-class Options(NamedTuple):
-    """Numbers of one call; the annotations are also the types in the ops' schemas."""
-
-    temperature: float  # logit_scale is folded into this one and softcap
-    softcap: float  # 0: none
-    lora_scale: float
-    js_beta: float
-    kl_coef: float
-    min_weight: float
-    ignore_index: int
-    direction: int
-    max_workspace_bytes: int  # -1: the default rule
-    surrogate: bool
-    compact: bool
-    compute: torch.dtype
-    ref_compute: torch.dtype
-    logits: torch.dtype
-    accumulate: torch.dtype
-
-
-class Rows(NamedTuple):
-    """What a row function sees: some rows of a chunk. `policy`, `ref` and `out` are [1, n, V], the
-    rest [n]."""
-
-    policy: Tensor
-    ref: Tensor | None
-    target: Tensor | None
-    valid: Tensor | None
-    beta: Tensor | None
-    ref_logp: Tensor | None
-    upstream: Tensor | None  # [n] or 0-d; None: values only
-    out: Tensor | None  # where the gradient goes; may be `policy` itself
-    state: Tensor | None = None  # [n, 6]
-
-    def call(self, op: str, *args: Any) -> Any:
-        """Run a row op of the logits level on the backend chosen for it."""
-        return backends.choose(op, self.policy.device.type, self.policy.dtype)(*args)
-
-    def upstream_rows(self) -> Tensor:
-        """`upstream` as a contiguous [n]."""
-        assert self.upstream is not None
-        return self.upstream.expand(self.policy.shape[1]).contiguous()
-
-    def part(self, a: int, b: int) -> Rows:
-        def cut(x: Tensor | None) -> Tensor | None:
-            if x is None or x.dim() == 0:
-                return x
-            return x[:, a:b] if x.dim() == 3 else x[a:b]
-
-        return Rows(*(cut(x) for x in self))  # pyright: ignore[reportArgumentType]
-
-
-class RowFunction(NamedTuple):
-    """One kind of linear op."""
-
-    run: Callable[[Rows, Options], tuple[Tensor, ...]]  # -> `values` tensors [n]
-    values: int
-    ops: tuple[str, ...]  # row ops it calls
-    # wide [n, V] temporaries that its eager implementation holds at the peak, without and with the
-    # gradient (measured, torch 2.13)
-    eager_copies: tuple[float, float]
-
-
-KINDS: dict[str, RowFunction] = {}
-
-
-class Gradients(NamedTuple):
-    """Each None unless wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-
-
-def shares_head(x: Inputs) -> bool:
-    """Policy and reference multiply by one and the same tensor, so their rows can go through it
-    together."""
-    w, r = x.weight, x.ref_weight
-    if r is None or x.ref_hidden is None or x.ref_hidden.shape[1] != x.hidden.shape[1]:
-        return False
-    return (
-        w.data_ptr() == r.data_ptr()
-        and w.dtype == r.dtype
-        and w.shape == r.shape
-        and w.stride() == r.stride()
-    )
-
-
-def sizes_of(kind: str, x: Inputs, o: Options, rows: int, wanted: tuple[bool, ...] | None) -> Sizes:
-    """`wanted`: which gradients are; None: values only."""
+def sizes_of(
+    kind: str,
+    x: Inputs,
+    o: Options,
+    rows: int,
+    wanted: tuple[bool, ...] | None,
+    shared: bool,
+) -> Sizes:
+    """`wanted`: which gradients are; None: values only. `shared`: what `shares_head` says."""
     device, ref = x.hidden.device.type, {}
     if x.ref_hidden is not None and x.ref_weight is not None:
         ref = {
             "ref_hidden": x.ref_hidden.shape[1],
             "ref_compute": o.ref_compute,
             "ref_dtypes": (x.ref_hidden.dtype, x.ref_weight.dtype),
-            "shared_head": shares_head(x) and o.compute == o.ref_compute,
+            "shared_head": shared and o.compute == o.ref_compute,
         }
     return Sizes(
         rows=rows,
@@ -186,17 +94,19 @@ class Engine:
         o: Options,
         upstream: Tensor | None = None,
         wanted: tuple[bool, ...] | None = None,
+        phase: Phase = Phase.CHUNKS,
+        whole: bool = False,
     ) -> None:
+        """`whole`: a gradient of the scores that is kept has a row for every token."""
         self.kind, self.x, self.o, self.upstream = KINDS[kind], x, o, upstream
         self.keep = x.valid.nonzero()[:, 0] if o.compact and x.valid is not None else None
         if self.keep is not None and len(self.keep) == len(x.hidden):
             self.keep = None
         rows = len(x.hidden) if self.keep is None else len(self.keep)
-        budget = None if o.max_workspace_bytes < 0 else o.max_workspace_bytes
-        self.sizes = sizes_of(kind, x, o, rows, wanted)
-        self.plan = make_plan(self.sizes, budget)
+        self.sizes = sizes_of(kind, x, o, rows, wanted, shares_head(x))._replace(phase=phase)
+        self.plan = make_plan(self.sizes, o.budget)
         self._heads()
-        self._workspace()
+        self._workspace(whole)
         self._gradients()
 
     def _heads(self) -> None:
@@ -207,27 +117,36 @@ class Engine:
         self.bias = None if x.bias is None else x.bias.to(o.logits)
         self.ref_bias = None if x.ref_bias is None else x.ref_bias.to(o.logits)
         self.ref_weight = None
-        if x.ref_weight is not None and not self.sizes.shared_head:
-            self.ref_weight = x.ref_weight.to(o.ref_compute)
+        if x.ref_weight is not None:
+            shared = self.sizes.shared_head
+            self.ref_weight = self.weight if shared else x.ref_weight.to(o.ref_compute)
 
     def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         new = torch.empty(shape, dtype=dtype, device=self.x.hidden.device)
         return backends.fresh_pages(new)
 
-    def _workspace(self) -> None:
+    def _workspace(self, whole: bool) -> None:
         s, p = self.sizes, self.plan
-        self.scores = self._new(p.chunk * (2 if s.ref_hidden else 1), s.vocab, dtype=s.logits)
-        self.dz = self.scores[: p.chunk]
+        rows, self.ref_scores = p.chunk * s.score_rows, None
+        kept = s.tokens if whole else p.chunk
+        if s.phase == Phase.KEEP:
+            rows = p.chunk if s.separate_gradient else kept
+            if s.ref_hidden:
+                self.ref_scores = self._new(p.chunk, s.vocab, dtype=s.logits)
+        self.scores = self._new(rows, s.vocab, dtype=s.logits)
+        self.dz = self.scores
         if s.separate_gradient:
-            self.dz = self._new(p.chunk, s.vocab, dtype=s.grad_dtype)
-        self.rows = self.ref_rows = self.grad_rows = None
+            self.dz = self._new(kept, s.vocab, dtype=s.grad_dtype)
+        self.rows = self.ref_rows = self.grad_rows = self.wide = None
         if s.gathered:
-            both = 2 if s.shared_head else 1
+            both = 2 if s.joined else 1
             self.rows = self._new(p.chunk * both, s.hidden, dtype=s.compute)
         if s.ref_gathered:
             self.ref_rows = self._new(p.chunk, s.ref_hidden, dtype=s.ref_compute)
         if s.scattered:
             self.grad_rows = self._new(p.chunk, s.hidden, dtype=s.compute)
+        if s.widened:
+            self.wide = self._new(p.chunk, s.hidden, dtype=torch.float32)
         self.scratch = gemm.Scratch(
             self._new(p.scratch_tile, dtype=torch.uint8),
             self._new(p.scratch_rows, dtype=torch.uint8),
@@ -269,14 +188,16 @@ class Engine:
 
     def release(self) -> None:
         """Give back all memory but the gradients'."""
-        del self.scores, self.dz, self.rows, self.ref_rows, self.grad_rows, self.scratch
+        del self.scores, self.ref_scores, self.dz, self.scratch
+        del self.rows, self.ref_rows, self.grad_rows, self.wide
         del self.weight, self.ref_weight, self.lora_a, self.lora_b
 
     def _chunk(self, a: int, b: int, index: Tensor | None) -> Tensor:
-        rows, low = self._scores(a, b, index)
         n = b - a
-        policy, dz = self.scores[:n], self.dz[:n]
-        ref = self.scores[n : 2 * n] if self.sizes.ref_hidden else None
+        rows = self.hidden_rows(a, b, index)
+        low = self.low_rank(rows)
+        policy, ref = self._scores(rows, low, a, b, index)
+        dz = self.dz[:n]
         pick = _picker(a, b, index)
         x = self.x
         whole = Rows(
@@ -292,7 +213,7 @@ class Engine:
         )
         values = self._row_function(whole, n)
         if self.upstream is not None:
-            self._products(rows, low, dz, a, b, index)
+            self.products(rows, low, dz, a, b, index)
         return values
 
     def _row_function(self, whole: Rows, n: int) -> Tensor:
@@ -314,42 +235,53 @@ class Engine:
             return torch.index_select(source, 0, index, out=out)
         return out.copy_(source[a:b] if index is None else source[index])
 
-    def _scores(self, a: int, b: int, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Fill `self.scores`: the policy's rows, then the reference's. Returns the rows that made
-        them."""
-        x, o, s, n = self.x, self.o, self.sizes, b - a
-        policy = self.scores[:n]
-        rows = self._take(x.hidden, a, b, index, None if self.rows is None else self.rows[:n])
-        if s.shared_head:
+    def hidden_rows(self, a: int, b: int, index: Tensor | None) -> Tensor:
+        """Rows a..b of the policy's hidden states; a copy where the sizes are `gathered`."""
+        return self._take(self.x.hidden, a, b, index, _first(self.rows, b - a))
+
+    def low_rank(self, rows: Tensor) -> Tensor | None:
+        """What LoRA multiplies lora_b by."""
+        if self.lora_a is None:
+            return None
+        return (rows @ self.lora_a.t()).mul_(self.o.lora_scale)
+
+    def _scores(
+        self, rows: Tensor, low: Tensor | None, a: int, b: int, index: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of the policy and of the reference for rows a..b."""
+        x, s, n = self.x, self.sizes, b - a
+        policy, ref = self.scores[:n], None
+        if s.joined:
             assert self.rows is not None and x.ref_hidden is not None
             self._take(x.ref_hidden, a, b, index, self.rows[n : 2 * n])
             gemm.scores_into(self.scores[: 2 * n], self.rows[: 2 * n], self.weight, self.scratch)
         else:
             gemm.scores_into(policy, rows, self.weight, self.scratch)
-        low = None
-        if self.lora_a is not None and self.lora_b is not None:
-            low = (rows @ self.lora_a.t()).mul_(o.lora_scale)
+        if low is not None and self.lora_b is not None:
             gemm.scores_into(policy, low, self.lora_b, self.scratch, add=True)
         if self.bias is not None:
             policy.add_(self.bias)
-        if x.ref_hidden is not None:
-            self._ref_scores(a, b, index)
-        return rows, low
+        if x.ref_hidden is not None and self.ref_weight is not None:
+            ref = self.scores[n : 2 * n] if self.ref_scores is None else self.ref_scores[:n]
+            if not s.joined:
+                ref_rows = self._take(x.ref_hidden, a, b, index, _first(self.ref_rows, n))
+                gemm.scores_into(ref, ref_rows, self.ref_weight, self.scratch)
+            if self.ref_bias is not None:
+                ref.add_(self.ref_bias)
+        return policy, ref
 
-    def _ref_scores(self, a: int, b: int, index: Tensor | None) -> None:
-        n = b - a
-        ref = self.scores[n : 2 * n]
-        if self.ref_weight is not None:
-            assert self.x.ref_hidden is not None
-            out = None if self.ref_rows is None else self.ref_rows[:n]
-            rows = self._take(self.x.ref_hidden, a, b, index, out)
-            gemm.scores_into(ref, rows, self.ref_weight, self.scratch)
-        if self.ref_bias is not None:
-            ref.add_(self.ref_bias)
-
-    def _products(
-        self, rows: Tensor, low: Tensor | None, dz: Tensor, a: int, b: int, index: Tensor | None
+    def products(
+        self,
+        rows: Tensor,
+        low: Tensor | None,
+        dz: Tensor,
+        a: int,
+        b: int,
+        index: Tensor | None,
+        by: Weights | None = None,
     ) -> None:
+        """Adds the gradients of rows a..b to `self.grads`. `by`: `dz` is a unit gradient, of which
+        `rows` and `low` have been multiplied by `by.sums`."""
         g, first = self.grads, a == 0
         grad_rows = None
         if g.hidden is not None:
@@ -360,8 +292,10 @@ class Engine:
         if g.weight is not None:
             gemm.head_gradient_add(g.weight, dz, rows, self.scratch, first=first)
         if g.bias is not None:
-            ones = dz.new_ones((len(dz), 1))
-            gemm.head_gradient_add(g.bias[:, None], dz, ones, self.scratch, first=first)
+            column = dz.new_ones((len(dz), 1)) if by is None else by.sums[:, None].to(dz.dtype)
+            gemm.head_gradient_add(g.bias[:, None], dz, column, self.scratch, first=first)
+        if grad_rows is not None and by is not None:
+            gemm.weigh_rows(grad_rows, by.rows, self.wide)
         if g.hidden is not None and self.grad_rows is not None:
             assert grad_rows is not None
             if index is None:
@@ -396,3 +330,7 @@ def _picker(a: int, b: int, index: Tensor | None) -> Callable[[Tensor | None], T
         return x[a:b] if index is None else x.index_select(0, index)
 
     return pick
+
+
+def _first(buffer: Tensor | None, n: int) -> Tensor | None:
+    return None if buffer is None else buffer[:n]

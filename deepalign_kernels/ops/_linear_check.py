@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
-from deepalign_kernels.ops._linear import Inputs, Options
+from deepalign_kernels.ops._linear_types import Inputs, Options
 
 _HALVES = (torch.bfloat16, torch.float16)
 

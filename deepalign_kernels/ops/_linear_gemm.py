@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from deepalign_kernels import backends
 
@@ -43,13 +44,14 @@ def has_wide_gemm(device_type: str, dtype: torch.dtype) -> bool:
     """Whether `torch.mm(..., out_dtype=torch.float32)` exists for operands of `dtype`."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return True  # an estimate for another machine
-    a = torch.zeros(16, 16, dtype=dtype, device=device_type)
-    wide = a.float()
-    try:
-        torch.mm(a, a, out_dtype=torch.float32, out=wide)
-        torch.addmm(wide, a, a, out_dtype=torch.float32, out=wide)
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
+    with _disable_current_modes():  # a fake tensor would say yes
+        a = torch.zeros(16, 16, dtype=dtype, device=device_type)
+        wide = a.float()
+        try:
+            torch.mm(a, a, out_dtype=torch.float32, out=wide)
+            torch.addmm(wide, a, a, out_dtype=torch.float32, out=wide)
+        except (NotImplementedError, RuntimeError, TypeError):
+            return False
     return True
 
 
@@ -65,7 +67,9 @@ def fast_16bit(device_type: str, dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16
         else mkldnn._is_mkldnn_fp16_supported
     )
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and bool(probe())
+    with _disable_current_modes():
+        known = bool(probe())
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and known
 
 
 def tiled(device_type: str, operand: torch.dtype, result: torch.dtype) -> bool:
@@ -192,3 +196,11 @@ def head_gradient_add(
                 total[a:b].copy_(part)
             else:  # converted by hand: add_ of another dtype allocates its own copy
                 total[a:b].add_(_carve(scratch.tile, (size, columns), total.dtype).copy_(part))
+
+
+def weigh_rows(x: Tensor, factor: Tensor, wide: Tensor | None) -> None:
+    """x[c, K] *= factor[c]; through `wide` [c, K], where there is one, and rounded once."""
+    if wide is None:
+        x.mul_(factor[:, None])
+    else:
+        x.copy_(wide.copy_(x).mul_(factor[:, None]))

@@ -1,8 +1,11 @@
 """The torch ops of the linear level. All of them are `_linear.Engine`; they differ in when the
 gradient is made.
 
-linear_fwd     values [K, N]; its backward is linear_bwd, which makes the scores again
-linear_bwd     the gradients of sum(upstream * values[0])
+linear_fwd     values [K, N], without gradients
+linear_kept    values, and d values[0] / d scores by row, where all tokens are one chunk; else an
+               empty tensor: see `_linear_kept.py`
+linear_kept_bwd  the gradients of sum(upstream * values[0]) from that
+linear_bwd     the same without it: makes the scores again
 linear_unit    values, and d values[0] / d hidden by row: with a frozen head the backward is then a
                product of [N] with [N, H], no GEMM: linear_row_scale
 linear_shard   values that other ranks had a part in; its backward is linear_bwd of this rank's part
@@ -17,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _linear
-from deepalign_kernels.ops._linear import Engine, Inputs, Options
+from deepalign_kernels.ops import _linear_gemm, _linear_kept
+from deepalign_kernels.ops._linear import Engine
+from deepalign_kernels.ops._linear_types import KINDS, Inputs, Options
 from deepalign_kernels.ops._register import _LIB, accumulator, no_double_backward
 from deepalign_kernels.ops.scale_grad import hand_over
 
@@ -92,6 +96,19 @@ def _bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_finish(engine, False))
 
 
+def _kept_body(*arguments: Any) -> tuple[Tensor, Tensor]:
+    kind, x, o = _call(arguments)
+    if _linear_kept.keeps(kind, x, o):
+        return _linear_kept.forward(kind, x, o, arguments[_N])
+    return Engine(kind, x, o).run(), x.hidden.new_empty(0)
+
+
+def _kept_bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
+    upstream, wanted, kept = arguments[_N:]
+    engine = _linear_kept.gradients(*_call(arguments), upstream, tuple(wanted), kept)
+    return tuple(_finish(engine, False))
+
+
 def _unit_body(*arguments: Any) -> tuple[Tensor, Tensor]:
     kind, x, o = _call(arguments)
     one = x.hidden.new_ones((), dtype=accumulator(o.logits))
@@ -117,6 +134,13 @@ def _row_scale_body(unit: Tensor, rows: Tensor) -> Tensor:
 
 _fwd = _define(f"linear_fwd({_ARGUMENTS}) -> Tensor", _fwd_body)
 _bwd = _define(f"linear_bwd({_ARGUMENTS}, Tensor upstream, bool[] wanted) -> ({_FIVE})", _bwd_body)
+_kept = _define(
+    f"linear_kept({_ARGUMENTS}, bool whole) -> (Tensor values, Tensor kept)", _kept_body
+)
+_kept_bwd = _define(
+    f"linear_kept_bwd({_ARGUMENTS}, Tensor upstream, bool[] wanted, Tensor kept) -> ({_FIVE})",
+    _kept_bwd_body,
+)
 _unit = _define(f"linear_unit({_ARGUMENTS}) -> (Tensor values, Tensor unit)", _unit_body)
 _fused = _define(
     f"linear_fused({_ARGUMENTS}, Tensor scale, bool[] wanted) -> (Tensor total, Tensor values, "
@@ -125,12 +149,13 @@ _fused = _define(
 )
 _row_scale = _define("linear_row_scale(Tensor unit, Tensor rows) -> Tensor", _row_scale_body)
 no_double_backward("linear_bwd")
+no_double_backward("linear_kept_bwd")
 no_double_backward("linear_row_scale")
 
 
 def _fake_values(arguments: Sequence[Any]) -> Tensor:
     kind, x, o = _call(arguments)
-    shape = _linear.KINDS[kind].values, x.hidden.shape[0]
+    shape = KINDS[kind].values, x.hidden.shape[0]
     return x.hidden.new_empty(shape, dtype=accumulator(o.logits))
 
 
@@ -149,6 +174,22 @@ def _(*arguments: Any) -> Tensor:
 
 
 @torch.library.register_fake("deepalign::linear_bwd")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_fake_grads(arguments, False))
+
+
+@torch.library.register_fake("deepalign::linear_kept")
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As with `whole`: per_token asks for that where it is traced."""
+    values, (kind, x, o) = _fake_values(arguments), _call(arguments)
+    if not _linear_kept.keeps(kind, x, o):
+        return values, x.hidden.new_empty(0)
+    shape = x.hidden.shape[0], x.weight.shape[0]
+    dtype = _linear_gemm.gradient_dtype(x.hidden.device.type, o.compute)
+    return values, x.hidden.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("deepalign::linear_kept_bwd")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_fake_grads(arguments, False))
 
@@ -176,21 +217,37 @@ def _none(grads: Sequence[Tensor | None], total: int) -> tuple:
     return (None, *grads, *(None,) * (total - 1 - len(grads)))
 
 
-def _setup_fwd(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.kind, ctx.options = inputs[0], inputs[_K:]
-    ctx.save_for_backward(*inputs[1:_K])
+def _save(ctx: Any, arguments: tuple, x: Inputs, kept: Tensor | None) -> None:
+    ctx.kind, ctx.options = arguments[0], arguments[_K:_N]
+    ctx.save_for_backward(*x, kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward_fwd(ctx: Any, grad: Tensor | None) -> tuple:
+def _setup_kept(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, kept = Inputs(*inputs[1:_K]), None
+    if output[1].dim() == 2:
+        kept = output[1]
+        x = Inputs(*x[:5], *(None,) * (len(x) - 5))._replace(valid=x.valid)
+    _save(ctx, inputs, x, kept)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _from_saved(ctx: Any, grad: Tensor | None) -> tuple:
+    """Gradients of the arguments that `Inputs` and `Options` stand for, from `grad` [N]."""
     if grad is None:
         return (None,) * _N
+    *x, kept = ctx.saved_tensors
     wanted = [bool(w) for w in ctx.needs_input_grad[1:6]]
-    grads = _bwd(ctx.kind, *ctx.saved_tensors, *ctx.options, grad[0].contiguous(), wanted)
+    given = ctx.kind, *x, *ctx.options, grad.contiguous(), wanted
+    grads = _bwd(*given) if kept is None else _kept_bwd(*given, kept)
     return _none([g if w else None for g, w in zip(grads, wanted, strict=True)], _N)
 
 
-torch.library.register_autograd("deepalign::linear_fwd", _backward_fwd, setup_context=_setup_fwd)
+def _backward_kept(ctx: Any, grad: Tensor | None, _unused: Any) -> tuple:
+    return (*_from_saved(ctx, None if grad is None else grad[0]), None)
+
+
+torch.library.register_autograd("deepalign::linear_kept", _backward_kept, setup_context=_setup_kept)
 
 
 def _setup_unit(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -243,12 +300,16 @@ torch.library.register_autograd(
 
 
 def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
-    """Values [K, N]; the first is differentiable, by recomputation or, with a frozen head, row
-    scaling."""
+    """Values [K, N]; the first is differentiable: by row scaling with a frozen head, else from the
+    gradient of the scores, kept or made again."""
     trained = [t is not None and t.requires_grad for t in x[:5]]
-    if torch.is_grad_enabled() and trained[0] and not any(trained[1:]):
+    if not torch.is_grad_enabled() or not any(trained):
+        return _fwd(kind, *x, *o)
+    if not any(trained[1:]):
         return _unit(kind, *x, *o)[0]
-    return _fwd(kind, *x, *o)
+    # Traced: shapes must not depend on data.
+    whole = torch.compiler.is_compiling() or type(x.hidden) is not Tensor
+    return _kept(kind, *x, *o, whole)[0]
 
 
 def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,13 +339,11 @@ def _(*arguments: Any) -> Tensor:
 
 
 def _backward_shard(ctx: Any, grad: Tensor | None) -> tuple:
-    if grad is None:
-        return (None,) * (_N + 1)
-    return (*_backward_fwd(ctx, grad[None]), None)
+    return (*_from_saved(ctx, grad), None)
 
 
 def _setup_shard(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _setup_fwd(ctx, inputs[:_N], output)
+    _save(ctx, inputs, Inputs(*inputs[1:_K]), None)
 
 
 torch.library.register_autograd(

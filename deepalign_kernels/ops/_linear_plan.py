@@ -5,6 +5,7 @@ The engine allocates what `Plan` says and `estimate_memory` reports it: one rule
 
 from __future__ import annotations
 
+import enum
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,14 @@ DEFAULT_CHUNK = 1024
 # are small beside the chunk.
 EAGER_BLOCK = 1 << 18
 VECTORS = 128  # bytes per row for what a chunk cuts out of [N] inputs and gets from row functions
+
+
+class Phase(enum.IntEnum):
+    """What a run does with the gradient of the scores."""
+
+    CHUNKS = 0  # makes it chunk by chunk, if at all, and forgets it
+    KEEP = 1  # makes it for all rows, in one chunk, and leaves it to the backward
+    KEPT = 2  # is that backward: it makes no scores
 
 
 class Sizes(NamedTuple):
@@ -43,6 +52,7 @@ class Sizes(NamedTuple):
     gradients: bool = False
     wanted: tuple[bool, ...] = (False,) * 5  # gradients of hidden, weight, bias, lora_a, lora_b
     eager_copies: float = 0.0  # wide copies of a block in eager row functions; 0 for fused ones
+    phase: Phase = Phase.CHUNKS
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -51,7 +61,19 @@ class Sizes(NamedTuple):
     @property
     def separate_gradient(self) -> bool:
         """The gradient of the scores needs memory of its own: another dtype than the scores'."""
-        return self.gradients and self.grad_dtype != self.logits
+        made = self.gradients and self.phase != Phase.KEPT
+        return made and self.grad_dtype != self.logits
+
+    @property
+    def joined(self) -> bool:
+        """Both models' rows go through the head in one product. Not where the policy's scores
+        become the gradient that is kept: the reference's would be kept with them."""
+        return self.shared_head and self.phase == Phase.CHUNKS
+
+    @property
+    def score_rows(self) -> int:
+        """Rows of scores per token."""
+        return 0 if self.phase == Phase.KEPT else 2 if self.ref_hidden else 1
 
     @property
     def dropped(self) -> bool:
@@ -60,7 +82,13 @@ class Sizes(NamedTuple):
     @property
     def gathered(self) -> bool:
         """Rows of hidden are copied chunk by chunk instead of read in place."""
-        return self.dropped or self.hidden_dtype != self.compute or self.shared_head
+        changed = self.joined or self.phase == Phase.KEPT  # there they get the upstream gradient
+        return self.dropped or self.hidden_dtype != self.compute or changed
+
+    @property
+    def widened(self) -> bool:
+        """Rows get their upstream gradient in a wide copy, to be rounded once."""
+        return self.phase == Phase.KEPT and self.compute.itemsize == 2
 
     @property
     def scattered(self) -> bool:
@@ -70,7 +98,7 @@ class Sizes(NamedTuple):
 
     @property
     def ref_gathered(self) -> bool:
-        if not self.ref_hidden or self.shared_head:
+        if not self.ref_hidden or self.joined:
             return False
         assert self.ref_dtypes is not None
         return self.dropped or self.ref_dtypes[0] != self.ref_compute
@@ -104,55 +132,101 @@ def make_plan(s: Sizes, budget: int | None) -> Plan:
     Raises:
         ValueError: a budget that holds no single row.
     """
-    per_row = _per_row(s)
-    each, columns = sum(per_row.values()), _tile_columns(s)
-    copied = math.ceil(
-        s.eager_copies * max(4, s.logits.itemsize) * s.vocab
-    )  # by a block of one row
-    tile = min(gemm.TILE_BYTES, s.vocab * columns * 8)
-    block = max(1, EAGER_BLOCK // s.vocab)
-    if budget is None:
+    room = _room(s, budget)
+    if not room.rows:
+        raise ValueError(
+            f"max_workspace_bytes: {budget} bytes hold no row of {s.vocab} scores and its "
+            f"buffers, which take {room.least}; pass at least that, or None for "
+            f"chunks of {DEFAULT_CHUNK} rows"
+        )
+    if s.phase != Phase.CHUNKS:
+        chunks = 1  # see `keeps`
+    elif budget is None:
         chunks = max(1, s.rows // DEFAULT_CHUNK)
     else:
-        tile = max(columns * 8, min(tile, budget // 8))
-        block = max(1, min(block, budget // 4 // copied)) if copied else block
-        if budget - tile - copied * block < each:
-            tile, block = columns * 8, 1
-        left = budget - tile - copied * block
-        if left < each:
-            raise ValueError(
-                f"max_workspace_bytes: {budget} bytes hold no row of {s.vocab} scores and its "
-                f"buffers, which take {each + tile + copied}; pass at least that, or None for "
-                f"chunks of {DEFAULT_CHUNK} rows"
-            )
-        chunks = math.ceil(s.rows / (left // each))
+        chunks = math.ceil(s.rows / room.rows)
     chunk = math.ceil(s.rows / chunks) if s.rows else 0
     if not chunk:
         return Plan(*(0,) * len(Plan._fields))
-    block = min(block, chunk) if copied else chunk
-    sizes = {name: size * chunk for name, size in per_row.items()}
+    copied = _copied(s)
+    block = min(room.block, chunk) if copied else chunk
+    sizes = {name: size * chunk for name, size in _per_row(s).items()}
     return Plan(
         chunk=chunk,
         chunks=math.ceil(s.rows / chunk),
         block=block,
         **sizes,
-        scratch_tile=tile,
+        scratch_tile=room.tile,
         row_function=copied * block if copied else 0,
     )
+
+
+def keeps(s: Sizes, budget: int | None) -> bool:
+    """Whether a forward with gradients keeps the gradient of the scores of all tokens: where they
+    are one chunk within `budget`.
+
+    From shapes alone: nothing waits for the number of rows that are dropped, and a traced length
+    makes one guard.
+    """
+    if budget is None:
+        return s.tokens < 2 * DEFAULT_CHUNK
+    # As if rows were dropped and every gradient wanted: then no call needs more than this.
+    worst = s._replace(rows=s.tokens, tokens=s.tokens + 1, gradients=True, wanted=(True,) * 5)
+    keep = worst._replace(phase=Phase.KEEP)
+    return all(s.tokens <= _room(x, budget).rows for x in (keep, backward_of(keep)))
+
+
+def backward_of(s: Sizes) -> Sizes:
+    """The backward of a forward that kept: it needs no reference and calls no row function."""
+    return s._replace(phase=Phase.KEPT, ref_hidden=0, shared_head=False, eager_copies=0.0)
+
+
+class _Room(NamedTuple):
+    """What a budget allows."""
+
+    rows: int  # in one chunk; 0: not even one
+    tile: int  # bytes of the head's tile
+    block: int  # rows per call of the row function
+    least: int  # bytes that one row needs
+
+
+def _room(s: Sizes, budget: int | None) -> _Room:
+    each, columns, copied = sum(_per_row(s).values()), _tile_columns(s), _copied(s)
+    tile = min(gemm.TILE_BYTES, s.vocab * columns * 8)
+    block = max(1, EAGER_BLOCK // s.vocab)
+    if budget is None:
+        return _Room(2 * DEFAULT_CHUNK - 1, tile, block, 0)
+    least = columns * 8
+    tile = max(least, min(tile, budget // 8))
+    block = max(1, min(block, budget // 4 // copied)) if copied else block
+    if budget - tile - copied * block < each:
+        tile, block = least, 1
+    left = budget - tile - copied * block
+    return _Room(max(0, left // each), tile, block, each + tile + copied)
+
+
+def _copied(s: Sizes) -> int:
+    """Bytes that an eager row function holds for one row."""
+    return math.ceil(s.eager_copies * max(4, s.logits.itemsize) * s.vocab)
 
 
 def _per_row(s: Sizes) -> dict[str, int]:
     """Bytes of each part of the workspace per row of a chunk."""
     own = s.compute.itemsize
-    gathered = own * s.hidden * (s.gathered * (2 if s.shared_head else 1) + s.scattered)
+    gathered = own * s.hidden * (s.gathered * (2 if s.joined else 1) + s.scattered)
+    gathered += 4 * s.hidden * s.widened
     gathered += s.ref_compute.itemsize * s.ref_hidden * s.ref_gathered
-    gathered += own * s.rank * (3 if s.gradients else 2)
+    gathered += own * s.rank * (3 if s.gradients and s.phase != Phase.KEPT else 2)
+    vectors = VECTORS + s.values * s.logits.itemsize
+    if s.phase == Phase.KEPT:  # the upstream gradient alone; for fp16 also its share of the largest
+        vectors = max(4, s.logits.itemsize) * (1 + (s.compute == torch.float16))
+    has_gradient = s.separate_gradient or s.phase == Phase.KEPT
     return {
-        "scores": s.vocab * s.logits.itemsize * (2 if s.ref_hidden else 1),
-        "grad_scores": s.vocab * s.grad_dtype.itemsize * s.separate_gradient,
+        "scores": s.vocab * s.logits.itemsize * s.score_rows,
+        "grad_scores": s.vocab * s.grad_dtype.itemsize * has_gradient,
         "gathered": gathered,
         "scratch_rows": 4 * _widened_columns(s),
-        "vectors": VECTORS + s.values * s.logits.itemsize,
+        "vectors": vectors,
     }
 
 
@@ -170,5 +244,6 @@ def _tile_columns(s: Sizes) -> int:
 def _widened_columns(s: Sizes) -> int:
     """Columns of the row buffer that tiled products need; not needed with 16-bit scores."""
     own, ref = _tiled(s)
-    own = own and (s.compute != s.logits or (s.gradients and s.grad_dtype != s.compute))
-    return max(own * max(s.hidden * (2 if s.shared_head else 1), s.rank), ref * s.ref_hidden)
+    scores = s.compute != s.logits and s.phase != Phase.KEPT
+    own = own and (scores or (s.gradients and s.grad_dtype != s.compute))
+    return max(own * max(s.hidden * (2 if s.joined else 1), s.rank), ref * s.ref_hidden)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _vocab_merge as merge
-from deepalign_kernels.ops._linear import KINDS, Inputs, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import attached, local_values
+from deepalign_kernels.ops._linear_types import KINDS, Inputs, Options, RowFunction, Rows
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, all_reduce
 from deepalign_kernels.ops.token_logp import settled

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token, summed
+from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._reduce import scale_of_sum
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops._vocab_shard import shard_of
@@ -92,8 +92,9 @@ def linear_constrained_loss(
 
     Memory: a scalar reduction makes all gradients in the forward, in 3 GEMMs (one less with a
         frozen head, one more for a reference head), and keeps only them; so it can be
-        backpropagated once. "none" makes the logits again in backward, or with a frozen head keeps
-        the gradient of every row of hidden.
+        backpropagated once. "none" keeps the gradient of the policy's logits where all tokens are
+        one chunk, else makes the logits again in backward; with a frozen head it keeps the gradient
+        of every row of hidden. See `linear_token_logp`.
     """
     head = _linear_check.Head(
         bias=bias,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from deepalign_kernels.ops import _check, _linear_check
-from deepalign_kernels.ops._linear import KINDS, eager_copies, total_dtypes
-from deepalign_kernels.ops._linear_plan import Plan, Sizes, make_plan
+from deepalign_kernels.ops._linear import eager_copies, total_dtypes
+from deepalign_kernels.ops._linear_plan import Phase, Plan, Sizes, backward_of, keeps, make_plan
+from deepalign_kernels.ops._linear_types import KINDS
 from deepalign_kernels.ops._reduce import REDUCTIONS
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.token_kl import DIRECTIONS
@@ -33,12 +34,14 @@ class MemoryEstimate(NamedTuple):
     grad_hidden: int
     grad_head: int  # gradients of weight, bias, LoRA, as they are summed
     results: int  # values per token, and masks
+    kept: int  # of the parts above, what stays from forward to backward beside the results
     forward_peak: int
     backward_peak: int  # beyond what the forward left
 
     @property
     def peak(self) -> int:
-        return max(self.forward_peak, self.backward_peak)
+        """Of one call, forward and backward; of several before a backward each keeps its own."""
+        return max(self.forward_peak, self.kept + self.backward_peak)
 
 
 def estimate_memory(
@@ -67,7 +70,10 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes that a linear op allocates beyond its inputs, part by part; exact to 2 % (tested).
 
-    What BLAS and oneDNN keep to themselves (a few MB) is not in it.
+    What BLAS and oneDNN keep to themselves (a few MB) is not in it. `kept` is, of a scalar
+    reduction, its gradients; of a per-token result the gradient of hidden (frozen head) or of the
+    logits (all tokens are one chunk), or nothing. Under torch.compile the latter has a row for
+    ignored tokens too.
 
     Args:
         op: name of the op, such as "linear_constrained_loss".
@@ -142,15 +148,35 @@ def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> Memory
     if not any(made.wanted):
         return values_only
     with_gradients = _part(made, make_plan(made, budget), results)
+    converted = _converted(made, with_gradients.chunks)
+    grad_hidden = with_gradients.grad_hidden
     if scalar:
-        late = _converted(made, with_gradients.chunks) if s.compute == torch.float16 else 0
-        return with_gradients._replace(backward_peak=late)
+        late = converted if s.compute == torch.float16 else 0
+        head = with_gradients.grad_head if late or not converted else converted
+        return with_gradients._replace(kept=grad_hidden + head, backward_peak=late)
     if not any(made.wanted[1:]):
         wide = accumulator(s.logits).itemsize if s.hidden_dtype.itemsize == 2 else 0
         late = s.tokens * s.hidden * (s.hidden_dtype.itemsize + wide)
-        return with_gradients._replace(backward_peak=late)
+        return with_gradients._replace(kept=grad_hidden, backward_peak=late)
+    if keeps(made, budget):
+        return _keeping(made, budget, results)
     return with_gradients._replace(
         forward_peak=values_only.forward_peak, backward_peak=with_gradients.forward_peak
+    )
+
+
+def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
+    """A forward that keeps the gradient of the scores, with its backward."""
+    keep = made._replace(phase=Phase.KEEP, wanted=(False,) * 5)
+    forward = _part(keep, make_plan(keep, budget), results)
+    then = backward_of(made)
+    plan = make_plan(then, budget)._replace(grad_scores=0)  # what was kept
+    backward = _part(then, plan, results)
+    return forward._replace(
+        grad_hidden=backward.grad_hidden,
+        grad_head=backward.grad_head,
+        kept=made.rows * made.vocab * made.grad_dtype.itemsize,
+        backward_peak=backward.forward_peak,
     )
 
 
@@ -178,6 +204,7 @@ def _part(s: Sizes, p: Plan, results: int) -> MemoryEstimate:
         grad_hidden=grad_hidden,
         grad_head=grad_head,
         results=results,
+        kept=0,
         forward_peak=kept + max(p.workspace + copies, converted),
         backward_peak=0,
     )

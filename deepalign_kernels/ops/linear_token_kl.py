@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token, summed
+from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._reduce import scale_of_sum
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops._vocab_shard import shard_of
@@ -65,9 +65,10 @@ def linear_token_kl(
         ValueError: as in `linear_token_logp`; a reference that requires grad; an unknown direction.
             RuntimeError: a scalar reduction backpropagated twice, or a second derivative.
 
-    Memory: "sum" and "mean" make all gradients in the forward (4 GEMMs); "none" makes the logits
-        again in backward (6), or with a frozen head keeps the gradient of every row of hidden (3).
-        The chunk holds both models' logits.
+    Memory: "sum" and "mean" make all gradients in the forward (4 GEMMs). "none" keeps the gradient
+        of the policy's logits where all tokens are one chunk (4), else makes both models' logits
+        again in backward (6); with a frozen head it keeps the gradient of every row of hidden (3).
+        See `linear_token_logp`. The chunk holds both models' logits.
     """
     head = _linear_check.Head(
         bias=bias,

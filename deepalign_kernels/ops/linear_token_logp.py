@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token
+from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._vocab_shard import shard_of
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def linear_token_logp(
         lora_a: [r, H], lora_b: [V, r], lora_scale: a low-rank term of the head, multiplied in the
             dtype of weight; their gradients need no V * H buffer either.
         max_workspace_bytes: upper bound on what a call allocates beside its inputs, results and
-            gradients (bytes). None: chunks of 1024 to 2047 tokens. `estimate_memory` says what a
-            call takes.
+            gradients (bytes), what it keeps for backward included. None: chunks of 1024 to 2047
+            tokens. `estimate_memory` says what a call takes.
         compact: True drops ignored rows before the GEMM: the work is that of the rows left. On CUDA
             this waits once for their number. False computes all rows, of which the ignored ones
             give 0: fixed shapes, no wait, and the call can be captured in a CUDA graph; the hidden
@@ -83,11 +83,17 @@ def linear_token_logp(
             too small for one row; the message names the argument and says what to do. RuntimeError:
             a second derivative.
 
-    Memory: per-token results do not know their upstream gradient, so backward makes the logits
-        again (4 GEMMs in all). With a frozen head there is no need: the forward keeps the gradient
-        of every row of hidden (2 GEMMs, [N, H]). Over a process group all linear ops make the
-        logits again in backward, also with a frozen head and for scalar reductions; js makes them
-        a third time.
+    Memory: per-token results do not know their upstream gradient, but it is a factor of each row.
+        Where all N tokens, ignored ones included, fit in one chunk, the forward keeps the gradient
+        of the logits at an upstream of 1: trained rows * V elements (under torch.compile N * V) in
+        the dtype of its products, 16 bit for 16-bit heads where their GEMMs are fast. Then
+        backward is two GEMMs (3 in all). A step does not take more for that than without, since a
+        backward that makes the logits again holds the same chunk; but of several calls before one
+        backward each keeps its own. A longer batch, or a max_workspace_bytes for two chunks or
+        more, keeps nothing and makes the logits again (4 GEMMs). With a frozen head, of any
+        length, the forward keeps the gradient of every row of hidden instead (2 GEMMs, [N, H]).
+        Over a process group all linear ops make the logits again in backward, also with a frozen
+        head and for scalar reductions; js makes them a third time.
 
     Communication (`process_group`): forward as in the op of the logits level, once per call and not
         per chunk; backward one all-reduce of the gradient of hidden, and one of lora_a's.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._linear_ops import per_token
+from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops._vocab_shard import shard_of
 from deepalign_kernels.ops.token_stats import TokenStats
 
