@@ -134,9 +134,9 @@ def _libc_copies(a: Tensor, b: Tensor) -> dict[str, Callable[[], object]]:
     if libc is None:
         return {}
     jobs, pool = _parts(a.numel() * 4), ThreadPoolExecutor(torch.get_num_threads())
-    src, dst = a.data_ptr(), b.data_ptr()
 
-    def copy() -> None:
+    def copy() -> None:  # asks for the addresses itself, so that it keeps the memory
+        src, dst = a.data_ptr(), b.data_ptr()
         list(pool.map(lambda job: libc.memmove(dst + job[0], src + job[0], job[1]), jobs))
 
     return {"libc memmove, all threads": copy}

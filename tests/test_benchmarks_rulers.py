@@ -125,6 +125,24 @@ def test_rulers_read_everything_and_keep_the_best():
     assert len(ways) >= 5
 
 
+def test_every_way_of_a_ruler_keeps_its_memory():
+    """They know addresses: memory that is gone would be written to."""
+    a = torch.ones(1 << 16, dtype=torch.int32)
+    b = torch.zeros_like(a)
+    for ways, needs in (
+        (ceilings._libc_copies(a, b), (a, b)),
+        (ceilings._libc_reads(a), (a,)),
+        (ceilings._torch_reads(a), (a,)),
+    ):
+        for way in ways.values():
+            cells = [c.cell_contents for c in way.__closure__]
+            outer = [c.cell_contents for f in cells if callable(f) for c in f.__closure__ or ()]
+            held = [x for x in (*cells, *outer) if isinstance(x, torch.Tensor)]
+            assert all(any(x.data_ptr() == n.data_ptr() for x in held) for n in needs), ways
+            way()
+    assert torch.equal(a, b)
+
+
 def test_growth_exponents():
     sizes = [2.0**i for i in range(8)]
     assert growth.exponent(sizes, [3 * s for s in sizes]) == pytest.approx(1)
