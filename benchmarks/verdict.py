@@ -98,7 +98,8 @@ def _of_products(device: str) -> Callable[[dict[str, Row], Ceilings], float | No
 
 
 def linear_targets(device: str) -> list[Target]:
-    op, every = "linear_constrained_loss", ("linear_constrained_loss", "linear_token_logp")
+    op = "linear_constrained_loss"
+    every = (op, "linear_token_logp", "linear_token_kl")
     gemms, speed = _of_products(device), "{:.2f}x"
     return [
         Target(
