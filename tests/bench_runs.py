@@ -10,15 +10,6 @@ from benchmarks.harness import Row
 SHAPE = Shape(12, 640)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads than a shared machine has free cores wait for each other at every op."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(table, wanted="ours,eager", shape=SHAPE, dtypes=("fp32",), **more):
     plan = harness.Plan(list(table), [shape], list(dtypes), wanted=wanted, seconds=0.002, **more)
     return harness.run(plan, ceilings.Ceilings(), lambda text: None)

@@ -49,6 +49,15 @@ def backend(device):
     return backends.selected("token_kl_fwd", device.type)
 
 
+@pytest.fixture
+def one_thread():
+    """More threads than a shared machine has free cores wait for each other at every op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
     """Fresh float memory holds NaN, so that an element which no kernel writes is seen."""

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 import torch
-from bench_runs import SHAPE, _row, cell, one_thread, run, small_rulers  # noqa: F401
+from bench_runs import SHAPE, _row, cell, run, small_rulers  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepalign_kernels as dak
@@ -27,7 +27,7 @@ from benchmarks.providers import Provider, available
 from deepalign_kernels import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
-pytestmark = pytest.mark.clean_memory
+pytestmark = [pytest.mark.clean_memory, pytest.mark.usefixtures("one_thread")]
 
 
 # --- the harness runs -----------------------------------------------------------------------------

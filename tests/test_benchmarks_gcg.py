@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("transformers", reason="benchmarks.gcg needs transformers")
 
 import torch
-from bench_runs import one_thread  # noqa: F401
 from transformers import LlamaForCausalLM
 
 from benchmarks import gcg, gcg_job
@@ -18,7 +17,7 @@ from benchmarks import gcg, gcg_job
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--quick --device cpu --model 64x2x211 --candidates 5 --prompt 6 --suffix 4 --target 3"
 PARTS = ("gradient", "score", "score cached")
-pytestmark = pytest.mark.clean_memory
+pytestmark = [pytest.mark.clean_memory, pytest.mark.usefixtures("one_thread")]
 
 
 def flags(more=""):

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from bench_runs import one_thread  # noqa: F401
 
 from benchmarks import pieces
 from deepalign_kernels import backends
@@ -13,7 +12,10 @@ from deepalign_kernels import backends
 needs_gemm = pytest.mark.skipif(
     not backends.native_gemm("cpu"), reason="no native library, or no AVX512-BF16 in this CPU"
 )
-pytestmark = pytest.mark.clean_memory  # its memory is its business, and timed
+pytestmark = [  # its memory is its business, and timed
+    pytest.mark.clean_memory,
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def test_a_quick_run_prints_and_writes_every_line(tmp_path, capsys):

@@ -19,14 +19,7 @@ from deepalign_kernels.ops import _linear_ops, _linear_plan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD = ("hidden", "weight")
 PRODUCTS = ("scores_into", "rows_gradient_into", "head_gradient_add")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextlib.contextmanager

@@ -9,17 +9,12 @@ from torch.utils.checkpoint import checkpoint
 import deepalign_kernels as dak
 from deepalign_kernels.ops import _linear_ops
 
-pytestmark = pytest.mark.clean_memory  # torch's own machinery allocates with empty()
+pytestmark = [  # torch's own machinery allocates with empty()
+    pytest.mark.clean_memory,
+    pytest.mark.usefixtures("one_thread"),
+]
 EVERY = [(name, r) for name in CASES for r in reductions(name)]
 IDS = ["-".join(e) for e in EVERY]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def recorded(call):

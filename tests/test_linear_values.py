@@ -10,16 +10,7 @@ from linear_cases import CASES, TRAINED, assert_right, make, reductions, run_our
 import deepalign_kernels as dak
 from deepalign_kernels.reference import linear_head
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Waking a second thread costs more than these shapes take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = [(name, r) for name in CASES for r in reductions(name)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
