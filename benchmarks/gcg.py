@@ -16,12 +16,9 @@ Three ways, all through the model's own forward:
   dak             this library: `hf.attach`, `hf.TokenLogp`, all other positions ignored.
 
 The body's GEMMs are alike, and `logits_to_keep` runs as few head rows as `dak`; what `dak` saves
-over it is passes over [rows, V], and their memory. Against `logits_to_keep` on 2 CPU cores (AVX512,
-the defaults) `dak` takes 0.53 of the memory to score and 0.65 for the gradient (in bf16 1.4: scores
-are fp32). Of its time, in four runs beside other work (load 2.6 to 6.7, so no more than a hint):
-score cached 0.63 to 0.95; score 0.83, 0.84, 0.94 and 1.9; the gradient, of 20 rows, 0.69 to 1.10,
-in the three calmer ones always above 1. On the toy model of --quick, where the Python of a call is
-what is measured, the gradient took 1.2 to 2.4 times as long. No GPU figures yet.
+over it is passes over [rows, V], and their memory. The gradient has some 20 rows, so it gains
+memory alone, and in bf16 not even that: scores are fp32. The README has figures of a CPU; there are
+none of a GPU yet.
 
 Before any clock each result is held against log-probs computed in fp64 from hidden states of the
 same sub-batches. On CUDA the sub-batch is one that all ways can run under --cap-gib, and where a
