@@ -130,6 +130,35 @@ def test_masked_columns(V, device):
         )
 
 
+@pytest.mark.parametrize("masked", ["own", "both"])
+@pytest.mark.parametrize(
+    "value", [-torch.inf, torch.finfo(torch.float32).min, -1e30, -1e9], ids=str
+)
+def test_a_mask_may_be_any_low_number(value, masked, device):
+    """A masked column counts nothing and takes no gradient, however its logit says so: one of them,
+    or so many that whole lanes see no other."""
+    r = make(2, 1500).to(device, torch.float32)
+    own, other = r.policy.clone(), r.ref.clone()
+    for x in (own, other) if masked == "both" else (own,):
+        x[0, 7], x[1, 500:] = value, value
+    for direction in ("policy_ref", "ref_policy"):
+        policy, ref = (own, other) if direction == "policy_ref" else (other, own)
+        kl, grad = kl_and_grad(policy, ref, direction=direction)
+        q, p = (x.detach().double().log_softmax(-1) for x in (own, other))
+        terms = torch.where(q.exp() == 0, 0.0, q.exp() * (q - p))
+        gold = terms.sum(-1)
+        torch.testing.assert_close(kl.double(), gold, rtol=2e-6, atol=2e-6)
+        if direction == "policy_ref":
+            gold_grad = torch.where(q.exp() == 0, 0.0, q.exp() * (q - p - gold[:, None]))
+        else:
+            gold_grad = p.exp() - q.exp()
+        torch.testing.assert_close(grad.double(), gold_grad, rtol=2e-6, atol=2e-6)
+    stats = dak.token_stats(own, other)
+    torch.testing.assert_close(stats.kl_policy_ref.double(), gold, rtol=2e-6, atol=2e-6)
+    entropy = -torch.where(q.exp() == 0, 0.0, q.exp() * q).sum(-1)
+    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("direction,policy_is_own", [("policy_ref", True), ("ref_policy", False)])
 @pytest.mark.parametrize("at", [0, 4999])
 def test_support_mismatch_is_infinite_even_where_the_own_probability_underflows(

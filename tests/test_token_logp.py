@@ -29,9 +29,9 @@ def test_no_cancellation_at_the_target(p, device):
 def test_never_above_zero(V, device):
     """F8: the target's logit goes through the same arithmetic as the sum, so NLL >= 0."""
     g = torch.Generator().manual_seed(V)
-    logits = torch.randn(64, V, generator=g) * 0.01
-    target = torch.randint(0, V, (64,), generator=g)
-    logits[torch.arange(64), target] += torch.linspace(0, 40, 64)
+    logits = torch.randn(16, V, generator=g) * 0.01
+    target = torch.randint(0, V, (16,), generator=g)
+    logits[torch.arange(16), target] += torch.linspace(0, 40, 16)
     for dtype in (torch.float32, torch.bfloat16):
         assert dak.token_logp(logits.to(device, dtype), target.to(device)).max() <= 0
 

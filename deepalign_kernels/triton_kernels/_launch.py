@@ -1,8 +1,8 @@
 """Host side of every Triton kernel: launch table, alignment, device guard. No autotuning, no sync.
 
-A kernel works on tiles of REPEATS x LANES x VEC columns: VEC neighbouring columns per 16-byte
-load, LANES threads side by side, REPEATS loads in flight per thread and tensor. A tile is LANES *
-REPEATS * VEC columns, what other kernels call BLOCK: 2048 to 16384 with the table below.
+A kernel works on tiles of REPEATS blocks of LANES x VEC columns: VEC neighbouring columns per
+16-byte load, LANES threads side by side, REPEATS loads in flight per thread and tensor. A tile is
+LANES * REPEATS * VEC columns, what other kernels call BLOCK: 2048 to 16384 with the table below.
 
 The table gives, per architecture and kernel, warps and the bytes each thread loads per tensor and
 tile. More bytes hide more latency and cost registers; `python -m
@@ -65,8 +65,8 @@ TABLE: dict[str, dict[str, Plan]] = {
     # of a tile in scalar registers when a softcap's constants need some too.
     "gfx942": {name: Plan(p.warps // 2, p.size) for name, p in _DEFAULT.items()}
     | {"constrained_loss": Plan(8, 16), "token_stats": Plan(4, 16)},
-    # One warp: tiles of 512 (fp32) and 1024 columns, so that small tests cross tile borders.
-    "interpreter": dict.fromkeys(_DEFAULT, Plan(1, 64)),
+    # Tiles of 1024 (fp32) and 2048 columns: small tests cross tile borders, and none takes long.
+    "interpreter": dict.fromkeys(_DEFAULT, Plan(2, 64)),
 }
 WAVEFRONT = {"gfx942": 64}
 
@@ -94,6 +94,7 @@ class Tiling(NamedTuple):
     repeats: int
     lanes: int
     plan: Plan
+    arch: str  # key of TABLE
 
     @property
     def tiles(self) -> int:
@@ -138,15 +139,20 @@ def tiling(name: str, logits: Tensor, *others: Tensor) -> Tiling:
     # Column by column every element costs an address of its own: half as many keep it out of
     # spills.
     size = plan.size if vec > 1 else plan.size // 2
+    repeats = max(1, size // logits.element_size() // vec)
+    lanes = plan.warps * WAVEFRONT.get(arch, 32)
+    if arch == "interpreter" and repeats > 2:  # it takes as long for a block of any size
+        repeats, lanes = 2, lanes * repeats // 2
     return Tiling(
         rows=B * T,
         T=T,
         groups=V // vec,
         strides=tuple(s // vec for s in strides),
         vec=vec,
-        repeats=max(1, size // logits.element_size() // vec),
-        lanes=plan.warps * WAVEFRONT.get(arch, 32),
+        repeats=repeats,
+        lanes=lanes,
         plan=plan,
+        arch=arch,
     )
 
 
@@ -170,6 +176,11 @@ def row_outputs(logits: Tensor, *widths: int) -> tuple[Tensor, ...]:
     n = logits.shape[0] * logits.shape[1]
     shapes = ((n,) if width == 1 else (n, width) for width in widths)
     return tuple(torch.empty(s, dtype=torch.float32, device=logits.device) for s in shapes)
+
+
+def js_modes(js_beta: float, t: Tiling) -> dict[str, bool]:
+    """The constexprs of `_rows.js_terms`: whether js_beta is near 0 or 1, and NVIDIA's log2."""
+    return {"AT_END": not 1 / 16 <= js_beta <= 15 / 16, "LG2": t.arch.startswith("sm_")}
 
 
 PLAIN, SCALED, CAPPED = 0, 1, 2  # constexpr MODE: z = x; x / temperature; with a softcap as well

@@ -8,7 +8,8 @@ The variants are not listed here: the public functions of this folder run on `me
 Columns: registers per thread; spill bytes (CUDA: stack and local memory, which these kernels use
 for nothing else) or spilled registers (AMD); bytes of shared memory; widest global load and store
 of the tensors in bits (128 is the widest there is); warps resident per multiprocessor or SIMD
-group, as far as registers decide.
+group, as far as registers decide; layouts of the tiles (`_layouts`); instructions per column of the
+sweeps over a row (`_sass.per_column`).
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.compiler import ASTSource
 
 from deepalign_kernels.triton_kernels import (
     _launch,
+    _sass,
     constrained_loss,
     scale_grad,
     token_kl,
@@ -47,7 +48,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-VOCAB = {"aligned": 128256, "unaligned": 128257}
+VOCAB = {"aligned": 128256, "even": 128258, "unaligned": 128257}
 SCORES = {"plain": (1.0, 0.0), "scaled": (0.7, 0.0), "capped": (1.0, 30.0)}
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -88,6 +89,8 @@ class Report(NamedTuple):
     load_bits: int
     store_bits: int
     resident_warps: int
+    layouts: str  # of blocks: columns per thread x lanes per warp
+    instructions: float  # per column, of the loops over a row (CUDA; 0 elsewhere)
 
 
 def variants(quick: bool = False, archs: list[str] | None = None) -> Iterator[Variant]:
@@ -100,11 +103,17 @@ def variants(quick: bool = False, archs: list[str] | None = None) -> Iterator[Va
             chosen = [((t, t), "aligned", "plain") for t in ("bf16", "fp32")]
             if arch in ("sm_90", "gfx942"):
                 chosen.append((("bf16", "bf16"), "unaligned", "capped"))
+                chosen.append((("bf16", "bf16"), "even", "plain"))
         for (dtype, out), vocab, scores in chosen:
-            for launch in _launches(arch, dtype, out, VOCAB[vocab], *SCORES[scores]):
+            for launch in launches(arch, dtype, out, VOCAB[vocab], *SCORES[scores]):
                 variant = Variant(arch, dtype, out, vocab, scores, launch)
                 if not quick or _representative(variant):
                     yield variant
+        if not quick:
+            plain = arch, "bf16", "bf16", "aligned", "plain"
+            rare = launches(arch, "bf16", "bf16", 128256, 1.0, 0.0, js_beta=0.01, masks=False)
+            kept = {"token_kl_fwd", "token_kl_bwd", "token_js_fwd", "token_js_parts", "token_stats"}
+            yield from (Variant(*plain, launch) for launch in rare if launch.name in kept)
 
 
 def _representative(v: Variant) -> bool:
@@ -117,36 +126,49 @@ def _representative(v: Variant) -> bool:
     return not (same or part) and (v.vocab == "aligned" or v.launch.name.startswith("token_kl"))
 
 
-def _launches(
-    arch: str, dtype: str, out_dtype: str, V: int, temperature: float, softcap: float
+def launches(
+    arch: str,
+    dtype: str,
+    out_dtype: str,
+    V: int,
+    temperature: float,
+    softcap: float,
+    *,
+    T: int = 3,
+    js_beta: float = 0.5,
+    masks: bool = True,
 ) -> list[_launch.Launch]:
+    """Launches of every function of this folder for logits [2, T, V], views into [2, T + 1, V];
+    `masks`: with the optional `valid` and `target`."""
     torch_type = {name: t for t, name in _TYPES.items()}
-    B, T = 2, 3
+    B = 2
     meta = torch.device("meta")
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=meta)
 
-    x, y = (new(B, T, V, dtype=torch_type[dtype]) for _ in range(2))
+    x, y = (new(B, T + 1, V, dtype=torch_type[dtype])[:, :T] for _ in range(2))
     out = new(B, T, V, dtype=torch_type[out_dtype])
     row, pair, target = new(B * T), new(B * T, 2), new(B * T, dtype=torch.int64)
-    valid, scale, tail = new(B * T, dtype=torch.bool), new(), (temperature, softcap)
-    with _launch.recording(arch) as launches:
+    valid = new(B * T, dtype=torch.bool) if masks else None
+    scale, tail = new(), (temperature, softcap)
+    with _launch.recording(arch) as recorded:
         token_logp.token_logp_fwd(x, target, -100, *tail)
         token_logp.token_logp_bwd(row, x, target, pair, -100, *tail, out)
         for direction in (token_kl.POLICY_REF, token_kl.REF_POLICY, token_kl.JS):
-            args = (direction, 0.5, *tail)
+            args = (direction, js_beta, *tail)
             token_kl.token_kl_fwd(x, y, valid, *args)
             token_kl.token_kl_bwd(row, x, y, valid, pair, pair, row, *args, out)
-        token_kl.token_js_parts(x, y, valid, pair, pair, 0.5, *tail)
+        token_kl.token_js_parts(x, y, valid, pair, pair, js_beta, *tail)
         for ref, given in ((y, None), (None, row)):
             args = (-100, False, 0.0, *tail)
             constrained_loss.constrained_loss_fwd(x, target, row, ref, given, *args)
             constrained_loss.constrained_loss_fused(x, target, row, ref, given, scale, *args, out)
-        for js_beta in (0.0, 0.5):
-            token_stats.token_stats_fwd(x, y, target, valid, -100, js_beta, *tail)
+        labels = target if masks else None
+        for beta in (0.0, js_beta):
+            token_stats.token_stats_fwd(x, y, labels, valid, -100, beta, *tail)
         scale_grad.scale_grad(out, scale)
-    return launches
+    return recorded
 
 
 def source(launch: _launch.Launch) -> ASTSource:
@@ -166,13 +188,6 @@ def source(launch: _launch.Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def specialization(launch: _launch.Launch, arch: str) -> list[Any]:
-    """(type, hint) per parameter: what Triton's launcher keys its compiled kernels by."""
-    backend = make_backend(TARGETS[arch])
-    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    return bind(*launch.args, **launch.constexprs, **launch.options)[1]
-
-
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
@@ -181,14 +196,35 @@ def _type(value: Any) -> str:
     return "fp32"
 
 
+def compile_launch(launch: _launch.Launch, arch: str) -> Any:
+    """Triton's compiled kernel, made now or taken from its cache."""
+    return triton.compile(source(launch), target=TARGETS[arch], options=launch.options)
+
+
 def compile_variant(v: Variant) -> Report:
-    """Compile one variant (or take it from Triton's cache) and read the report."""
-    options = v.launch.options
-    compiled = triton.compile(source(v.launch), target=TARGETS[v.arch], options=options)
+    """Compile one variant and read the report."""
+    compiled, options = compile_launch(v.launch, v.arch), v.launch.options
     read = _read_amd if v.arch.startswith("gfx") else _read_cuda
     names = v.arch, v.launch.name, v.dtype, v.out, v.vocab, v.scores, v.modes, options["num_warps"]
-    registers, spills, load, store, resident = read(compiled, options["num_warps"])
-    return Report(*names, registers, spills, compiled.metadata.shared, load, store, resident)
+    measured = read(compiled, options["num_warps"])
+    registers, spills, load, store, resident = measured
+    modes = v.launch.constexprs
+    counted = 0.0 if v.arch.startswith("gfx") else _sass.per_column(compiled.asm["cubin"], modes)
+    return Report(
+        *names, registers, spills, compiled.metadata.shared, load, store, resident,
+        _layouts(compiled.asm["ttgir"]), counted,
+    )  # fmt: skip
+
+
+def _layouts(ttgir: str) -> str:
+    """The blocked layouts of a kernel, each once: "8x32" is 8 columns on a thread, 32 lanes on a
+    warp."""
+    found = re.findall(
+        r"blocked<{sizePerThread = \[1, (\d+)\], threadsPerWarp = \[(\d+), 1\]", ttgir
+    )
+    others = len(re.findall(r"blocked<{", ttgir)) - len(found)
+    others += len(re.findall(r"convert_layout", ttgir))
+    return " ".join(sorted({f"{c}x{lanes}" for c, lanes in found}) + ["others"] * bool(others))
 
 
 def _read_cuda(compiled: Any, warps: int) -> tuple[int, int, int, int, int]:

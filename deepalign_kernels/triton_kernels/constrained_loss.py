@@ -13,20 +13,22 @@ from deepalign_kernels.triton_kernels._launch import (
 )
 from deepalign_kernels.triton_kernels._rows import (
     LAST_USE,
-    NAN,
     NEG_INF,
+    block_groups,
     columns,
+    exp,
     expm1_neg,
     load_score,
     load_scores,
+    load_tile,
     log1p,
     log_prob,
+    prob,
     row_offset,
     scores,
-    slopes,
     softmax_end,
     softmax_step,
-    tile_groups,
+    times_slope,
 )
 
 
@@ -35,16 +37,16 @@ def token_loss(logp, ref_logp, beta, min_weight, SURROGATE: tl.constexpr):
     """(loss, weight) of one token, as `reference/constrained_loss.py` defines them."""
     delta = tl.where(logp == ref_logp, 0.0, ref_logp - logp)
     u = tl.where(beta == 0.0, 0.0, beta * delta)
-    e = tl.exp(-tl.abs(u))
+    e = exp(-tl.abs(u))
     weight = 2.0 * tl.div_rn(tl.where(u >= 0.0, 1.0, e), 1.0 + e)
-    weight = tl.where((beta < 0.0) | (delta != delta), NAN, weight)
+    weight = tl.where((beta < 0.0) | (delta != delta), float("nan"), weight)
     if SURROGATE:
         weight = tl.where(weight < min_weight, min_weight, weight)
         return weight * -logp, weight
     else:
-        softplus = tl.maximum(u, 0.0) + log1p(e, 1.0)
+        softplus = tl.maximum(u, 0.0) + log1p(e)
         loss = tl.where(beta == 0.0, delta, tl.div_rn(2.0 * softplus, beta))
-        return tl.where(beta < 0.0, NAN, loss), weight
+        return tl.where(beta < 0.0, float("nan"), loss), weight
 
 
 @kernel
@@ -94,23 +96,27 @@ def _constrained_loss(
         ref_m = tl.full([LANES], NEG_INF, tl.float32)
         ref_d = tl.zeros([LANES], tl.float32)
         for tile in range(0, tiles):
-            group = tile_groups(tile, REPEATS, LANES)
-            z = load_scores(policy_ptr, group, read, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-            y = load_scores(ref_ptr, group, read, a_hi, a_lo, b_hi, b_lo, MODE, VEC, LAST_USE)
-            m, d = softmax_step(z, m, d)
-            ref_m, ref_d = softmax_step(y, ref_m, ref_d)
+            z = load_scores(
+                policy_ptr, tile, read, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES
+            )
+            y = load_scores(
+                ref_ptr, tile, read, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES, LAST_USE
+            )
+            m, d = softmax_step(z, m, d, REPEATS)
+            ref_m, ref_d = softmax_step(y, ref_m, ref_d, REPEATS)
         ref_c, ref_total = softmax_end(ref_m, ref_d)
-        ref_logp = tl.where(inside, log_prob(ref_picked, ref_c, tl.log(ref_total)), NAN)
+        ref_logp = tl.where(inside, log_prob(ref_picked, ref_c, tl.log(ref_total)), float("nan"))
     else:
         for tile in range(0, tiles):
-            group = tile_groups(tile, REPEATS, LANES)
-            z = load_scores(policy_ptr, group, read, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-            m, d = softmax_step(z, m, d)
+            z = load_scores(
+                policy_ptr, tile, read, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES
+            )
+            m, d = softmax_step(z, m, d, REPEATS)
         ref_logp = tl.load(given_ptr + row)
 
     c, total = softmax_end(m, d)
     s = tl.log(total)
-    logp = tl.where(inside, log_prob(picked, c, s), NAN)
+    logp = tl.where(inside, log_prob(picked, c, s), float("nan"))
     loss, weight = token_loss(logp, ref_logp, beta, min_weight, SURROGATE)
     tl.store(loss_ptr + row, tl.where(keep, loss, 0.0))
     tl.store(logp_ptr + row, tl.where(keep, logp, 0.0))
@@ -122,18 +128,23 @@ def _constrained_loss(
 
     if out_ptr is not None:
         out_ptr += row_offset(row, T, out_batch_stride, out_row_stride, VEC)
-        g = tl.where(inside, -(tl.load(scale_ptr).to(tl.float32) * weight), NAN)
-        own = -expm1_neg(-logp, tl.exp(logp))  # 1 - p of the target, in full precision
+        g = tl.where(inside, -(tl.load(scale_ptr).to(tl.float32) * weight * slope), float("nan"))
+        g = tl.where(keep, g, 0.0)
+        s = tl.where(keep, s, 0.0)
+        own = -expm1_neg(-logp, exp(logp))  # 1 - p of the target, in full precision
         tiles = tl.cdiv(groups, REPEATS * LANES)
         for i in range(0, tiles):
-            group = tile_groups(tiles - 1 - i, REPEATS, LANES)
-            column = columns(group, VEC)
-            at = policy_ptr + column
-            x = tl.load(at, mask=group < read, other=0.0, eviction_policy=LAST_USE).to(tl.float32)
-            p = tl.exp((scores(x, a_hi, a_lo, b_hi, b_lo, MODE) - c) - s)
-            grad = g * (tl.where(column == target, own, -p) * slopes(x, b_hi, b_lo, slope, MODE))
-            grad = tl.where(keep, grad, 0.0)
-            tl.store(out_ptr + column, grad, mask=group < groups, eviction_policy=LAST_USE)
+            tile = tiles - 1 - i
+            xs = load_tile(policy_ptr, tile, read, 0.0, VEC, REPEATS, LANES, LAST_USE)
+            for r in tl.static_range(REPEATS):
+                group = block_groups(tile, r, REPEATS, LANES)
+                column = columns(group, VEC)
+                grad = -prob(scores(xs[r], a_hi, a_lo, b_hi, b_lo, MODE) - c, s)
+                start = (tile * REPEATS + r) * (LANES * VEC)
+                if (target >= start) & (target < start + LANES * VEC):
+                    grad = tl.where(column == target, own, grad)
+                grad = times_slope(grad, xs[r], g, b_hi, b_lo, MODE)
+                tl.store(out_ptr + column, grad, mask=group < groups, eviction_policy=LAST_USE)
 
 
 def constrained_loss_fwd(

@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepalign_kernels.triton_kernels._launch import kernel, launch, tiling
-from deepalign_kernels.triton_kernels._rows import columns, row_offset, tile_groups
+from deepalign_kernels.triton_kernels._rows import block_groups, columns, load_tile, row_offset
 
 
 @kernel
@@ -21,11 +21,12 @@ def _scale_grad(
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         pid = tl.program_id(0)
-        group = tile_groups(pid % tiles, REPEATS, LANES)
-        at = out_ptr + row_offset((pid // tiles).to(tl.int64), T, batch_stride, row_stride, VEC)
-        at += columns(group, VEC)
-        x = tl.load(at, mask=group < groups, other=0.0).to(tl.float32)
-        tl.store(at, x * factor, mask=group < groups)
+        tile = pid % tiles
+        out_ptr += row_offset((pid // tiles).to(tl.int64), T, batch_stride, row_stride, VEC)
+        xs = load_tile(out_ptr, tile, groups, 0.0, VEC, REPEATS, LANES)
+        for r in tl.static_range(REPEATS):
+            group = block_groups(tile, r, REPEATS, LANES)
+            tl.store(out_ptr + columns(group, VEC), xs[r] * factor, mask=group < groups)
 
 
 def scale_grad(grad: Tensor, factor: Tensor) -> None:

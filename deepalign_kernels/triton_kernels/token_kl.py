@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepalign_kernels.triton_kernels._launch import (
+    js_modes,
     kernel,
     launch,
     row_outputs,
@@ -14,23 +15,27 @@ from deepalign_kernels.triton_kernels._launch import (
 from deepalign_kernels.triton_kernels._rows import (
     INF,
     LAST_USE,
-    NAN,
     NEG_INF,
+    anchor_of,
+    block_groups,
     columns,
+    exp,
+    js_series,
     js_terms,
-    kl_terms,
     lane_max,
-    lane_sum,
     load_scores,
+    load_tile,
+    log_ratio,
+    prob,
     rescale,
     row_offset,
+    score_at,
     scores,
     shift,
-    slopes,
     softmax_end,
     softmax_step,
-    spread,
-    tile_groups,
+    sum_end,
+    times_slope,
 )
 
 POLICY_REF, REF_POLICY, JS = 0, 1, 2
@@ -55,7 +60,7 @@ def _token_kl_fwd(
 ):  # fmt: skip
     # One program per row, one sweep over both rows.
     # Carried per lane: maxima mx, my (own x, other y), the anchor t = y where x has its maximum,
-    # and, with cx, cy, ct = shift(mx), shift(my), shift(t),
+    # and, with cx, cy, ct = shift(mx), shift(my), anchor_of(t, mx),
     #   d = sum e^(x - cx),  e = sum e^(y - cy),  a = sum e^(x - cx) ((x - cx) - (y - ct)).
     # Invariant: they describe exactly the columns this lane has seen. With T the anchor of the row,
     # KL = A/D + (log(E/D) - (T - cy)). The bracket is the log-ratio of the likeliest column,
@@ -77,28 +82,30 @@ def _token_kl_fwd(
     e = tl.zeros([LANES], tl.float32)
     a = tl.zeros([LANES], tl.float32)
     for tile in range(0, tl.cdiv(groups, REPEATS * LANES)):
-        group = tile_groups(tile, REPEATS, LANES)
-        x = load_scores(own_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-        y = load_scores(other_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-        top_x = tl.maximum(mx, lane_max(x))
-        top_y = tl.maximum(my, lane_max(y))
-        top_t = tl.where(top_x > mx, lane_max(tl.where(x == spread(top_x), y, NEG_INF)), t)
-        cx, cy, ct = shift(top_x), shift(top_y), shift(top_t)
-        dx = x - spread(cx)
-        ex = tl.exp(dx)
-        scale = tl.exp(mx - cx)
-        a = rescale(a, d, scale, (shift(mx) - cx) - (shift(t) - ct))
-        a += lane_sum(kl_terms(dx, y - spread(ct), ex))
-        d = tl.fma(d, scale, lane_sum(ex))
-        e = tl.fma(e, tl.exp(my - cy), lane_sum(tl.exp(y - spread(cy))))
+        x = load_scores(own_ptr, tile, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES)
+        y = load_scores(other_ptr, tile, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES)
+        top_x = tl.maximum(mx, lane_max(x, REPEATS))
+        top_y = tl.maximum(my, lane_max(y, REPEATS))
+        top_t = tl.where(top_x > mx, score_at(x, y, top_x, REPEATS), t)
+        cx, cy, ct = shift(top_x), shift(top_y), anchor_of(top_t, top_x)
+        scale = exp(mx - cx)
+        a = rescale(a, d, scale, (shift(mx) - cx) - (anchor_of(t, mx) - ct))
+        d *= scale
+        e *= exp(my - cy)
+        for r in tl.static_range(REPEATS):
+            dx = x[r] - cx[:, None]
+            ex = exp(dx)
+            a += tl.sum(ex * log_ratio(dx, y[r] - ct[:, None]), 1)
+            d += tl.sum(ex, 1)
+            e += tl.sum(exp(y[r] - cy[:, None]), 1)
         mx, my, t = top_x, top_y, top_t
 
     cx, total_x = softmax_end(mx, d)
     cy, total_y = softmax_end(my, e)
-    anchor = tl.max(tl.where(mx == cx, t, NEG_INF), 0)
-    a = rescale(a, d, tl.exp(mx - cx), (shift(mx) - cx) - (shift(t) - shift(anchor)))
-    log_ratio = tl.log(tl.div_rn(total_y, total_x)) - (anchor - cy)
-    kl = tl.div_rn(tl.sum(a, 0), total_x) + log_ratio
+    anchor = anchor_of(tl.max(tl.where(mx == cx, t, NEG_INF), 0), cx)
+    a = rescale(a, d, exp(mx - cx), (shift(mx) - cx) - (anchor_of(t, mx) - anchor))
+    ratio = tl.log(tl.div_rn(total_y, total_x)) - (anchor - cy)
+    kl = tl.div_rn(sum_end(tl.sum(a, 0)), total_x) + ratio
     kl = tl.where(keep, kl, 0.0)
     tl.store(kl_ptr + row, kl)
     tl.store(center_ptr + row, 0.0 if OWN_IS_REF else kl)
@@ -111,22 +118,30 @@ def _token_kl_fwd(
 @triton.jit
 def _js_sums(
     policy_ptr, ref_ptr, groups, cx, sx, cy, sy, js_beta, rest, a_hi, a_lo, b_hi, b_lo,
+    AT_END: tl.constexpr, LG2: tl.constexpr,
     MODE: tl.constexpr, VEC: tl.constexpr, REPEATS: tl.constexpr, LANES: tl.constexpr,
     EVICT: tl.constexpr,
 ):  # fmt: skip
     """Sums over a row, backwards, of KL(policy || mixture) and KL(ref || mixture), under the
-    normalisers (cx, sx) and (cy, sy). Carried per lane: the two sums. EVICT: `load_scores`."""
+    normalisers (cx, sx) and (cy, sy). Carried per lane: the two sums. EVICT: `load_tile`."""
     tiles = tl.cdiv(groups, REPEATS * LANES)
+    k2, k3, k4, k5, k6 = js_series(js_beta, rest)
     policy_part = tl.zeros([LANES], tl.float32)
     ref_part = tl.zeros([LANES], tl.float32)
     for i in range(0, tiles):
-        group = tile_groups(tiles - 1 - i, REPEATS, LANES)
-        x = load_scores(policy_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, EVICT)
-        y = load_scores(ref_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, EVICT)
-        lq, lp = (x - cx) - sx, (y - cy) - sy
-        q, p, log_mq, log_mp = js_terms(lq, lp, js_beta, rest)
-        policy_part += lane_sum(tl.where(lq == NEG_INF, 0.0, -q * log_mq))
-        ref_part += lane_sum(tl.where(lp == NEG_INF, 0.0, -p * log_mp))
+        tile = tiles - 1 - i
+        x = load_scores(
+            policy_ptr, tile, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES, EVICT
+        )
+        y = load_scores(
+            ref_ptr, tile, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES, EVICT
+        )
+        for r in tl.static_range(REPEATS):
+            q, p, log_mq, log_mp = js_terms(
+                x[r] - cx, y[r] - cy, sx, sy, js_beta, rest, k2, k3, k4, k5, k6, AT_END, LG2
+            )
+            policy_part -= tl.sum(q * log_mq, 1)
+            ref_part -= tl.sum(p * log_mp, 1)
     return tl.sum(policy_part, 0), tl.sum(ref_part, 0)
 
 
@@ -143,6 +158,7 @@ def _token_js_fwd(
     policy_batch_stride, policy_row_stride, ref_batch_stride, ref_row_stride,
     js_beta, rest,  # rest = 1 - js_beta
     a_hi, a_lo, b_hi, b_lo, slope,
+    AT_END: tl.constexpr, LG2: tl.constexpr,  # `_rows.js_terms`
     MODE: tl.constexpr, VEC: tl.constexpr, REPEATS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     # One program per row, two sweeps over both rows: the mixture needs both normalisers first. The
@@ -164,18 +180,17 @@ def _token_js_fwd(
     d = tl.zeros([LANES], tl.float32)
     e = tl.zeros([LANES], tl.float32)
     for tile in range(0, tl.cdiv(groups, REPEATS * LANES)):
-        group = tile_groups(tile, REPEATS, LANES)
-        x = load_scores(policy_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-        y = load_scores(ref_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-        mx, d = softmax_step(x, mx, d)
-        my, e = softmax_step(y, my, e)
+        x = load_scores(policy_ptr, tile, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES)
+        y = load_scores(ref_ptr, tile, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES)
+        mx, d = softmax_step(x, mx, d, REPEATS)
+        my, e = softmax_step(y, my, e, REPEATS)
     cx, total_x = softmax_end(mx, d)
     cy, total_y = softmax_end(my, e)
     sx, sy = tl.log(total_x), tl.log(total_y)
 
     center, ref_part = _js_sums(
         policy_ptr, ref_ptr, groups, cx, sx, cy, sy, js_beta, rest, a_hi, a_lo, b_hi, b_lo,
-        MODE, VEC, REPEATS, LANES, LAST_USE,
+        AT_END, LG2, MODE, VEC, REPEATS, LANES, LAST_USE,
     )  # fmt: skip
     js = js_beta * ref_part + rest * center
     tl.store(js_ptr + row, tl.where(keep, js, 0.0))
@@ -199,6 +214,7 @@ def _token_js_parts(
     policy_batch_stride, policy_row_stride, ref_batch_stride, ref_row_stride,
     js_beta, rest,  # rest = 1 - js_beta
     a_hi, a_lo, b_hi, b_lo, slope,
+    AT_END: tl.constexpr, LG2: tl.constexpr,  # `_rows.js_terms`
     MODE: tl.constexpr, VEC: tl.constexpr, REPEATS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     # One program per row: the second sweep of `_token_js_fwd`, under normalisers that it is given.
@@ -215,7 +231,7 @@ def _token_js_parts(
 
     policy_part, ref_part = _js_sums(
         policy_ptr, ref_ptr, groups, cx, sx, cy, sy, js_beta, rest, a_hi, a_lo, b_hi, b_lo,
-        MODE, VEC, REPEATS, LANES, EVICT="",
+        AT_END, LG2, MODE, VEC, REPEATS, LANES, EVICT="",
     )  # fmt: skip
     tl.store(policy_part_ptr + row, tl.where(keep, policy_part, 0.0))
     tl.store(ref_part_ptr + row, tl.where(keep, ref_part, 0.0))
@@ -237,6 +253,7 @@ def _token_kl_bwd(
     js_beta, rest,
     a_hi, a_lo, b_hi, b_lo, slope,
     DIRECTION: tl.constexpr,
+    AT_END: tl.constexpr, LG2: tl.constexpr,  # `_rows.js_terms`
     MODE: tl.constexpr, VEC: tl.constexpr, REPEATS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     # One program per tile, backwards from the end of the tensor: see `_token_logp_bwd`.
@@ -246,32 +263,39 @@ def _token_kl_bwd(
     keep = True
     if valid_ptr is not None:
         keep = tl.load(valid_ptr + row) != 0
-    g = tl.load(grad_ptr + row * grad_stride).to(tl.float32)
+    g = tl.where(keep, tl.load(grad_ptr + row * grad_stride).to(tl.float32) * slope, 0.0)
     cx, sx = tl.load(policy_norm_ptr + 2 * row), tl.load(policy_norm_ptr + 2 * row + 1)
     cy, sy = tl.load(ref_norm_ptr + 2 * row), tl.load(ref_norm_ptr + 2 * row + 1)
     center = tl.load(center_ptr + row)
-
-    group = tile_groups(tile, REPEATS, LANES)
-    column = columns(group, VEC)
-    wanted = keep & (group < groups)
+    if DIRECTION == _POLICY_REF:
+        g = tl.where(keep & (center == INF), float("nan"), g)
+        center += sx - sy
+    elif DIRECTION == _JS:
+        g *= -rest
+        k2, k3, k4, k5, k6 = js_series(js_beta, rest)
     policy_ptr += row_offset(row, T, policy_batch_stride, policy_row_stride, VEC)
     ref_ptr += row_offset(row, T, ref_batch_stride, ref_row_stride, VEC)
-    x = tl.load(policy_ptr + column, mask=wanted, other=0.0).to(tl.float32)
-    y = tl.load(ref_ptr + column, mask=wanted, other=0.0).to(tl.float32)
-    lq = (scores(x, a_hi, a_lo, b_hi, b_lo, MODE) - cx) - sx
-    lp = (scores(y, a_hi, a_lo, b_hi, b_lo, MODE) - cy) - sy
-    if DIRECTION == _POLICY_REF:
-        d = tl.where(lq == NEG_INF, 0.0, tl.exp(lq) * ((lq - lp) - center))
-        g = tl.where(center == INF, NAN, g)
-    elif DIRECTION == _JS:
-        q, _, log_mq, _ = js_terms(lq, lp, js_beta, rest)
-        d = tl.where(lq == NEG_INF, 0.0, rest * q * (-log_mq - center))
-    else:
-        d = tl.exp(lq) - tl.exp(lp)
-    d = g * (d * slopes(x, b_hi, b_lo, slope, MODE))
     out_ptr += row_offset(row, T, out_batch_stride, out_row_stride, VEC)
-    d = tl.where(keep, d, 0.0)
-    tl.store(out_ptr + column, d, mask=group < groups, eviction_policy=LAST_USE)
+
+    read = tl.where(keep, groups, 0)
+    x = load_tile(policy_ptr, tile, read, 0.0, VEC, REPEATS, LANES)
+    y = load_tile(ref_ptr, tile, read, 0.0, VEC, REPEATS, LANES)
+    for r in tl.static_range(REPEATS):
+        dx = scores(x[r], a_hi, a_lo, b_hi, b_lo, MODE) - cx
+        dy = scores(y[r], a_hi, a_lo, b_hi, b_lo, MODE) - cy
+        if DIRECTION == _POLICY_REF:
+            d = prob(dx, sx) * (log_ratio(dx, dy) - center)
+        elif DIRECTION == _JS:
+            q, _, log_mq, _ = js_terms(
+                dx, dy, sx, sy, js_beta, rest, k2, k3, k4, k5, k6, AT_END, LG2
+            )
+            d = q * (log_mq + center)
+        else:
+            d = prob(dx, sx) - prob(dy, sy)
+        d = times_slope(d, x[r], g, b_hi, b_lo, MODE)
+        group = block_groups(tile, r, REPEATS, LANES)
+        at = out_ptr + columns(group, VEC)
+        tl.store(at, d, mask=group < groups, eviction_policy=LAST_USE)
 
 
 def token_kl_fwd(
@@ -290,7 +314,7 @@ def token_kl_fwd(
         launch(
             "token_js_fwd", _token_js_fwd, t, t.rows,
             policy, ref, valid, kl, norm_policy, norm_ref, center, t.T, t.groups, *t.strides,
-            js_beta, 1.0 - js_beta, *scalars, MODE=mode,
+            js_beta, 1.0 - js_beta, *scalars, **js_modes(js_beta, t), MODE=mode,
         )  # fmt: skip
         return kl, norm_policy, norm_ref, center
     sides = [(policy, norm_policy), (ref, norm_ref)]
@@ -322,7 +346,7 @@ def token_js_parts(
     launch(
         "token_js_parts", _token_js_parts, t, t.rows,
         policy, ref, valid, norm_policy, norm_ref, policy_part, ref_part, t.T, t.groups,
-        *t.strides, js_beta, 1.0 - js_beta, *scalars, MODE=mode,
+        *t.strides, js_beta, 1.0 - js_beta, *scalars, **js_modes(js_beta, t), MODE=mode,
     )  # fmt: skip
     return policy_part, ref_part
 
@@ -346,7 +370,8 @@ def token_kl_bwd(
     launch(
         "token_kl_bwd", _token_kl_bwd, t, t.rows * t.tiles,
         policy, ref, grad, valid, norm_policy, norm_ref, center, out, t.T, t.groups, grad.stride(0),
-        t.tiles, *t.strides, js_beta, 1.0 - js_beta, *scalars, DIRECTION=direction, MODE=mode,
+        t.tiles, *t.strides, js_beta, 1.0 - js_beta, *scalars, DIRECTION=direction,
+        **js_modes(js_beta if direction == JS else 0.5, t), MODE=mode,
     )  # fmt: skip
 
 

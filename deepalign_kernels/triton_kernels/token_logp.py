@@ -12,19 +12,20 @@ from deepalign_kernels.triton_kernels._launch import (
 )
 from deepalign_kernels.triton_kernels._rows import (
     LAST_USE,
-    NAN,
     NEG_INF,
+    block_groups,
     columns,
     expm1_neg,
     load_score,
     load_scores,
+    load_tile,
     log_prob,
+    prob,
     row_offset,
     scores,
-    slopes,
     softmax_end,
     softmax_step,
-    tile_groups,
+    times_slope,
 )
 
 
@@ -54,13 +55,12 @@ def _token_logp_fwd(
     m = tl.full([LANES], NEG_INF, tl.float32)
     d = tl.zeros([LANES], tl.float32)
     for tile in range(0, tl.cdiv(groups, REPEATS * LANES)):
-        group = tile_groups(tile, REPEATS, LANES)
-        z = load_scores(row_ptr, group, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC)
-        m, d = softmax_step(z, m, d)
+        z = load_scores(row_ptr, tile, groups, a_hi, a_lo, b_hi, b_lo, MODE, VEC, REPEATS, LANES)
+        m, d = softmax_step(z, m, d, REPEATS)
 
     c, total = softmax_end(m, d)
     s = tl.log(total)
-    logp = tl.where(inside, log_prob(picked, c, s), NAN)
+    logp = tl.where(inside, log_prob(picked, c, s), float("nan"))
     tl.store(logp_ptr + row, tl.where(keep, logp, 0.0))
     tl.store(norm_ptr + 2 * row, tl.where(keep, c, 0.0))
     tl.store(norm_ptr + 2 * row + 1, tl.where(keep, s, 0.0))
@@ -90,26 +90,34 @@ def _token_logp_bwd(
     row, tile = (backwards // tiles).to(tl.int64), backwards % tiles
     target = tl.load(target_ptr + row)
     keep = target != ignore_index
-    g = tl.load(grad_ptr + row * grad_stride).to(tl.float32)
-    g = tl.where((target >= 0) & (target < groups * VEC), g, NAN)
+    g = tl.load(grad_ptr + row * grad_stride).to(tl.float32) * slope
+    g = tl.where((target >= 0) & (target < groups * VEC), g, float("nan"))
+    g = tl.where(keep, g, 0.0)
     c = tl.load(norm_ptr + 2 * row)
     s = tl.load(norm_ptr + 2 * row + 1)
-
-    group = tile_groups(tile, REPEATS, LANES)
-    column = columns(group, VEC)
     row_ptr = logits_ptr + row_offset(row, T, batch_stride, row_stride, VEC)
-    x = tl.load(row_ptr + column, mask=keep & (group < groups), other=0.0).to(tl.float32)
-    lp = (scores(x, a_hi, a_lo, b_hi, b_lo, MODE) - c) - s
-    p = tl.exp(lp)
-    d = -p
-    start = tile * (REPEATS * LANES * VEC)
-    if (target >= start) & (target < start + REPEATS * LANES * VEC):
-        # 1 - p would lose the digits of a confident token; min(., 0) is log_prob's.
-        d = tl.where(column == target, -expm1_neg(-tl.minimum(lp, 0.0), p), d)
-    d = g * (d * slopes(x, b_hi, b_lo, slope, MODE))
     out_ptr += row_offset(row, T, out_batch_stride, out_row_stride, VEC)
-    d = tl.where(keep, d, 0.0)
-    tl.store(out_ptr + column, d, mask=group < groups, eviction_policy=LAST_USE)
+
+    start, width = tile * (REPEATS * LANES * VEC), REPEATS * LANES * VEC
+    here = keep & (target >= start) & (target < start + width)
+    read = tl.where(keep, groups, 0)
+    xs = load_tile(row_ptr, tile, read, 0.0, VEC, REPEATS, LANES)
+    own = 0.0
+    if here:
+        # 1 - p would lose the digits of a confident token. Never above 0 is log_prob's; NaN stays
+        # NaN, which `tl.minimum` would lose.
+        picked = load_score(row_ptr, target, here, a_hi, a_lo, b_hi, b_lo, MODE) - c
+        lp = picked - s
+        own = -expm1_neg(tl.where(lp > 0.0, 0.0, -lp), prob(picked, s))
+    tl.debug_barrier()  # in place: all threads have read the target's logit, now it may go
+    for r in tl.static_range(REPEATS):
+        group = block_groups(tile, r, REPEATS, LANES)
+        column = columns(group, VEC)
+        d = -prob(scores(xs[r], a_hi, a_lo, b_hi, b_lo, MODE) - c, s)
+        if here:
+            d = tl.where(column == target, own, d)
+        d = times_slope(d, xs[r], g, b_hi, b_lo, MODE)
+        tl.store(out_ptr + column, d, mask=group < groups, eviction_policy=LAST_USE)
 
 
 def token_logp_fwd(
