@@ -73,6 +73,12 @@ def backend(device):
 
 
 @pytest.fixture
+def interpreted(device, backend):
+    """Triton kernels run in Triton's interpreter, at some 100 columns a millisecond."""
+    return backend == "triton" and device.type == "cpu"
+
+
+@pytest.fixture
 def one_thread():
     """More threads than a shared machine has free cores wait for each other at every op."""
     before = torch.get_num_threads()
