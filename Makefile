@@ -19,11 +19,11 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format build clean
+.PHONY: help demo test test-fast matrix bench lint format build clean
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "TORCH=$(TORCH) TRITON=$(TRITON)   versions to install (TORCH may carry +cpu, +cu130, +rocm...)"
 	@echo "PYTHON=python3.12             interpreter for a new .venv"
@@ -35,6 +35,12 @@ demo: build ## the whole method end to end on a toy model, into demo_output/
 
 test: lint ## all checks: build, lint, pytest
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: build ## pytest without the slow tests: under two minutes on two idle cores
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+matrix: ## test-fast in environments of other versions (docs/versions.md); MATRIX="oldest gpu" chooses
+	@python3 .ci/matrix --workers $(WORKERS) $(MATRIX)
 
 bench: build ## microbenchmarks
 	$(PY) -m benchmarks $(BENCH_ARGS)
@@ -53,6 +59,6 @@ build: ## .venv with torch and the tools, then the native libraries
 	@$(PY) setup.py --quiet build_ext --inplace
 
 clean: ## remove what the targets made, except .venv
-	rm -rf build dist demo_output deepalign_kernels.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist demo_output .matrix deepalign_kernels.egg-info .pytest_cache .ruff_cache .benchmarks
 	rm -f deepalign_kernels/_native_*
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ Without a GPU, Triton kernels run in the interpreter; the variable must be set b
 imported.
 """
 
+import importlib.util
 import os
 from unittest import mock
 
@@ -18,7 +19,29 @@ from deepalign_kernels import backends, use_backend
 DEVICES = ("cpu", *["cuda"] * torch.cuda.is_available())
 
 
+def patch_triton_once():
+    """A launch in the interpreter patches `triton.language`, and Triton does it again at each call
+    of a device function: half of its time. Once for each module and launch is enough."""
+    from triton.runtime import interpreter
+
+    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(fn):
+        if fn.__module__ not in done:
+            done.add(fn.__module__)
+            return patch(fn)
+
+    def launch_anew(self, *args, **kwargs):
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
+
 def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        patch_triton_once()
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     config.addinivalue_line(
@@ -47,6 +70,12 @@ def device(request):
 @pytest.fixture
 def backend(device):
     return backends.selected("token_kl_fwd", device.type)
+
+
+@pytest.fixture
+def interpreted(device, backend):
+    """Triton kernels run in Triton's interpreter, at some 100 columns a millisecond."""
+    return backend == "triton" and device.type == "cpu"
 
 
 @pytest.fixture

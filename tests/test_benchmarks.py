@@ -59,6 +59,7 @@ def test_every_linear_op_gets_finite_numbers():
         assert row.ideal_flops > 0
 
 
+@pytest.mark.slow
 def test_compile_is_timed_after_its_compilation():
     if any(p.name == "compile" for p in available(*cell("token_logp"), "compile")[1]):
         pytest.skip("no C++ compiler")
@@ -165,6 +166,7 @@ def test_a_planted_wrong_kernel_gets_no_number(planted, said):
     finite(eager)
 
 
+@pytest.mark.slow
 def test_large_gradients_are_checked_in_slices_and_chunks(monkeypatch):
     """One wrong entry of the head's gradient, in its last slice; the truth is a sum over chunks."""
     monkeypatch.setattr(gate, "SLICE", 100)

@@ -134,6 +134,7 @@ def test_our_bound_is_the_budget():
         gcg.held((truth * (1 + 2.2e-4)).float(), truth, eager, None)
 
 
+@pytest.mark.slow
 def test_largest_batch():
     """CUDA only in earnest: here memory ends where the function says so."""
 
@@ -216,6 +217,7 @@ def test_no_logits_of_ignored_positions():
     assert extra["dak"] < 2 * 3 * tile
 
 
+@pytest.mark.slow
 def test_from_a_shell():
     command = [sys.executable, "-m", "benchmarks.gcg", "--model", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

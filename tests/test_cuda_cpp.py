@@ -58,6 +58,7 @@ def test_rows_of_real_vocabularies_stay_on_the_chip():
     assert cuda_cpp.plan(h200, 128256, 2, 2).blocks == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     cuda_on_host.why_not() is not None, reason=f"cuda_on_host: {cuda_on_host.why_not()}"
 )

@@ -298,6 +298,7 @@ def test_activation_checkpointing(reentrant):
     assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.clean_memory
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -69,6 +69,7 @@ COMPILED = [(n, r, torch.float32) for n, r in EVERY if not n.endswith("ref_logp"
 COMPILED += [("linear_constrained_loss/kl", "mean", torch.float16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,reduction,dtype", COMPILED, ids=str)
 def test_compiles_to_one_graph_for_every_length(name, reduction, dtype):
     """F27, F32: fullgraph with a dynamic N; a new token count does not recompile."""

@@ -126,6 +126,7 @@ def test_gradcheck(op, options):
     assert torch.autograd.gradcheck(fn, r.policy.requires_grad_(), eps=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", CASES)
 def test_compiles_to_one_graph_for_every_length(op, device):
     """F27, F32: fullgraph with a dynamic T; a new token count does not recompile."""
@@ -138,7 +139,7 @@ def test_compiles_to_one_graph_for_every_length(op, device):
 
     compiled, compiled_once = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter), 0
     first = make(5, 65)
-    for T in (5, 9, 17, 33):
+    for T in (5, 2, 7):
         r = make(T, 65).to(device, torch.float32)
         grads = []
         for fn in (loss, compiled):

@@ -376,6 +376,7 @@ def test_a_flat_kl_profile_fails():
     assert [c.holds for c in claims.check(_rows(), [1.0] * 20)].count(False) == 1
 
 
+@pytest.mark.slow
 def test_demo_fails_with_its_exit_code_and_writes_everything(tmp_path, monkeypatch, capsys):
     """Two training steps show nothing: the demo has to say so, and still leave its files."""
     pytest.importorskip("matplotlib")

@@ -74,6 +74,7 @@ def interrupted(out, how="in a callback", at=4, **options):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ("in a callback", "Ctrl-C", "in a forward"))
 @pytest.mark.parametrize("log_every", (1, 4))
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, how, log_every):
@@ -97,6 +98,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, how, log_every):
     assert events == ["start", "resume", "end"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     (

@@ -78,6 +78,7 @@ class Run:
         ]
 
 
+@jobs.one_thread()
 def run_seed(world: World, recipes: Recipes, out: Path, workers: int = 1) -> dict[str, Any]:
     """Everything for one seed, as in the JSON; prints one line per stage."""
     run = Run(world, recipes, out)
@@ -120,7 +121,7 @@ def machine() -> dict[str, str]:
             if line.startswith("model name")
         ]
         cpu = names[0].strip() if names else cpu
-    facts = {"cpu": cpu, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    facts = {"cpu": cpu, "threads": "1 per process", "torch": torch.__version__}
     facts["python"] = platform.python_version()
     try:
         command = ["git", "rev-parse", "--short=12", "HEAD"]
