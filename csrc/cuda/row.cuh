@@ -312,15 +312,28 @@ struct ExpSum {
   }
 };
 
-// A sum of e^(x - cx) ((x - cx) - (y - cy)) after its shifts moved: scale = e^(old cx - new cx),
-// delta = (old cx - new cx) - (old cy - new cy). An infinite sum stays so.
+// Terms e^dx t of a sum, with t = dx or dx - dy. A column that x masks has e^dx = 0 and must add 0,
+// but t is -inf there, NaN if y masks it too, or finite and huge (masks of torch.finfo.min):
+// `no_less` leaves a finite t, so that the product is 0. Where y alone masks it with -inf, t is
+// +inf, the term +inf, or NaN if e^dx underflowed: `divergence` takes either for what it is.
+__device__ inline float no_less(float t) { return fmaxf(t, -largest); }
+
+// Where y alone masks it with finfo.min, t is as large as fp32 goes; with all e^dx 2^-24 of what they
+// are, a sum of up to 2^24 columns does not overflow.
+inline constexpr float headroom = 24.0f, room = 16777216.0f;  // 2^24
+
+// Such a sum after its shifts moved: scale = e^(old cx - new cx), `delta` is what each t gained, d
+// the sum of the e^dx. Between a mask of finfo.min and a logit lies more than fp32 holds.
 __device__ inline float rescale(float a, float d, float scale, float delta) {
-  return a == inf ? inf : scale * fmaf(delta, d, a);
+  if (!(fabsf(a) < inf)) return a;
+  return scale == 0.0f ? 0.0f : scale * fmaf(delta, d, a);
 }
 
-// e^dx (dx - dy) with ex = e^dx: 0 where dx = -inf; +inf where only dy is, even if ex underflowed.
-__device__ inline float kl_term(float dx, float dy, float ex) {
-  return dx == -inf ? 0.0f : fmaxf(ex, tiny) * (dx - dy);
+// The mean of t under x, from the sum of its terms and the two models' sums of e^dx: +inf if y is 0
+// in a column that x can produce. A row of only -inf, or with NaN, has no positive sum: NaN.
+__device__ inline float divergence(float cross, float sum_x, float sum_y) {
+  float mean = cross / sum_x;
+  return mean != mean && sum_x > 0.0f && sum_y > 0.0f ? inf : mean;
 }
 
 // A row that is left out: gradient 0, nothing read.
