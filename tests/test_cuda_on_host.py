@@ -121,6 +121,24 @@ def test_stats(gpu, options):
                 )
                 for i in range(8):
                     assert_in_budget(f"row {i} {kind} {dtype}", got[i], base[i], gold[i])
+                if options[0] > 0:  # the divergence of either model from the mixture
+                    found, base, gold = (_js_parts(r, d, options) for d in (None, *ACCURATE))
+                    for i in range(2):
+                        assert_in_budget(f"part {i} {kind} {dtype}", found[i], base[i], gold[i])
+
+
+ACCURATE = (torch.float32, torch.float64)
+
+
+def _js_parts(r, dtype, options):
+    """token_js_parts on the shard [100, 1201) of the columns; `dtype` for the specification."""
+    x, y, valid = r.policy[None], r.ref[None], r.target != -100
+    _, *norms, _ = native("token_kl_fwd")(x, y, valid, 2, *options)
+    x, y, op = x[..., 100:1201], y[..., 100:1201], native("token_js_parts")
+    if dtype is not None:
+        x, y, norms = x.to(dtype), y.to(dtype), [n.to(dtype) for n in norms]
+        op = spec_kl.token_js_parts
+    return op(x, y, valid, *norms, *options)
 
 
 @OP
@@ -150,6 +168,12 @@ def test_rows_are_laid_over_the_blocks_that_hold_them(order):
         assert gpu.host_last_cluster() == 1
         native("token_kl_fwd")(x.float(), y.float(), None, 0, 0.5, 1.0, 0.0)
         assert gpu.host_last_cluster() == 16
+        # The limit of shared memory fits every call, whatever other threads launch in between, and
+        # a shape seen before asks the driver nothing.
+        asked = gpu.host_queries()
+        native("token_logp_fwd")(x[..., :32000], target, *PLAIN)
+        native("token_kl_fwd")(x.float(), y.float(), None, 0, 0.5, 1.0, 0.0)
+        assert gpu.host_queries() == asked and gpu.host_dynamic_limit() == 227 << 10
     with pretend(major=12, ptx=80) as gpu:
         native("token_logp_fwd")(x, target, *PLAIN)
         assert gpu.host_last_cluster() == 1

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(threads, 3) kl_rows(const __grid_constant__ Kl
   KlSum s;
   tiles.sweep([&](int first, int count) {
     const uint4 *x = buffer(a.r.plan, own), *y = buffer(a.r.plan, 1 - own);
-    Top tops[2] = {top_of<T>(x, first, count), top_of<T>(y, first, count)};
+    Top tops[2] = {top_of<T>(x, first, count), top_value_of<T>(y, count)};
     block_tops(tops, turn);
     s.add<T, Cap>(c, part, x, y, first, count, tops);
   });
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(threads, 2) js_rows(const __grid_constant__ Kl
   ExpSum x, y;
   int turn = 0;
   tiles.sweep([&](int first, int count) {
-    Top tops[2] = {top_of<T>(own, first, count), top_of<T>(other, first, count)};
+    Top tops[2] = {top_value_of<T>(own, count), top_value_of<T>(other, count)};
     block_tops(tops, turn);
     x.add<T, Cap>(c, part, own, first, count, tops[0].value);
     y.add<T, Cap>(c, part, other, first, count, tops[1].value);
