@@ -315,8 +315,8 @@ def test_targets_that_are_not_there_and_rows_that_are_left_out():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", ["policy", "ref", "both"])
 def test_masks_of_finite_numbers(dtype, masked):
-    """A column, the likeliest one, whole lanes or nearly a whole row at -inf or a number that stands
-    for it: KLs, gradients, entropies as in fp64."""
+    """A column, the likeliest one, whole lanes or nearly a whole row at -inf or at a number that
+    stands for it: KLs, gradients, entropies as in fp64."""
     for value in (-torch.inf, torch.finfo(dtype).min, -1e30, -1e9):
         r = make(6, 1003)
         policy, ref = r.policy.clone(), r.ref.clone()
