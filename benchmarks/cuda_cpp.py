@@ -21,7 +21,8 @@ LIBRARY = pathlib.Path(deepalign_kernels.__file__).parent / "_native_cuda.so"
 THREADS = 256
 SCRATCH = 640  # bytes of shared memory beside the rows: sizeof(Scratch), rounded up
 CHUNK = 16
-MATRICES = {"kl_rows": 2, "js_rows": 2, "stats_rows": 2, "logp_rows": 2}  # rows held, at most
+# rows held, at most
+MATRICES = dict.fromkeys(("kl_rows", "js_rows", "parts_rows", "stats_rows", "logp_rows"), 2)
 # (cluster, blocks per multiprocessor), best first
 CHOICES = (
     (1, 3),
@@ -114,7 +115,7 @@ def kernels(library: pathlib.Path = LIBRARY) -> list[Kernel] | str:
     command = [tool, "-res-usage", str(library)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found, arch = [], ""
-    name = r"Function \S*?\d(\w+?)I(f|NS0_4bf16E|NS0_3f16E)(?:Lb([01]))?E\S*:"
+    name = r"Function \S*?\d(\w+?)I(f|NS0_4bf16E|NS0_3f16E)(?:Lb([01])E)?(?:Li\dE)?\S*:"
     usage = r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     types = {"f": "fp32", "NS0_4bf16E": "bf16", "NS0_3f16E": "fp16"}
     pattern = rf"^arch = (\w+)|{name}\s*{usage}"
@@ -123,7 +124,7 @@ def kernels(library: pathlib.Path = LIBRARY) -> list[Kernel] | str:
             arch = m[1]
             continue
         numbers = {k: int(m[i]) for i, k in enumerate(("registers", "stack", "shared", "local"), 5)}
-        short = re.sub(r"^\w*?(?=(?:logp|kl|js|stats|scale)_(?:rows|grad)$)", "", m[2])
+        short = re.sub(r"^\w*?(?=(?:logp|kl|js|parts|stats|scale)_(?:rows|grad)$)", "", m[2])
         found.append(Kernel(arch, short, types[m[3]], m[4] == "1", **numbers))
     return found
 

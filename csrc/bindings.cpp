@@ -5,7 +5,6 @@ STABLE_TORCH_LIBRARY(deepalign_native, m) { dak::define(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(deepalign_native, CPU, m) {
   dak::implement(m);
-  m.impl("token_js_parts", TORCH_BOX(&dak::token_js_parts));
   m.impl("large_pages", TORCH_BOX(&dak::large_pages));
   m.impl("bf16_mm", TORCH_BOX(&dak::bf16_mm));
 }

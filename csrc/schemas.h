@@ -44,11 +44,11 @@ void define(Library& m) {
       "token_stats_fwd(Tensor policy, Tensor ref, Tensor? target, Tensor? valid, int ignore_index,"
       " float js_beta, float temperature, float softcap) -> Tensor");
   m.def("scale_grad(Tensor(a!) grad, Tensor factor) -> ()");
-  // On the CPU alone.
   m.def(
       "token_js_parts(Tensor policy, Tensor ref, Tensor? valid, Tensor norm_policy,"
       " Tensor norm_ref, float js_beta, float temperature, float softcap)"
       " -> (Tensor policy_part, Tensor ref_part)");
+  // On the CPU alone.
   m.def("large_pages(Tensor fresh) -> ()");
   m.def("has_bf16_gemm() -> bool");
   m.def("bf16_mm(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) scratch, bool add) -> ()");
@@ -62,6 +62,7 @@ void implement(Library& m) {
   m.impl("token_kl_fwd", TORCH_BOX(&token_kl_fwd));
   m.impl("token_kl_bwd", TORCH_BOX(&token_kl_bwd));
   m.impl("token_kl_fused", TORCH_BOX(&token_kl_fused));
+  m.impl("token_js_parts", TORCH_BOX(&token_js_parts));
   m.impl("constrained_loss_fwd", TORCH_BOX(&constrained_loss_fwd));
   m.impl("constrained_loss_fused", TORCH_BOX(&constrained_loss_fused));
   m.impl("token_stats_fwd", TORCH_BOX(&token_stats_fwd));

@@ -1,17 +1,18 @@
 """The compiled CUDA C++ kernels, without a GPU: every architecture, no spills, room for several
 blocks on a multiprocessor. They run in test_cuda_on_host.py, and in test_gpu.py where a GPU is."""
 
+import json
 import shutil
 
 import cuda_on_host
 import pytest
 import torch
 
-from benchmarks import cuda_cpp
+from benchmarks import cuda_cpp, sass
 from deepalign_kernels import backends
 
 ARCHS = ("sm_80", "sm_90a", "sm_100")
-ROW_KERNELS = ("logp_rows", "kl_rows", "js_rows", "stats_rows")
+ROW_KERNELS = ("logp_rows", "kl_rows", "js_rows", "parts_rows", "stats_rows")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_every_kernel_is_compiled_and_none_spills(kernels, arch):
 
 
 def test_several_blocks_hide_each_others_waiting(kernels):
-    wanted = {"logp_rows": 3, "kl_rows": 3, "js_rows": 2, "stats_rows": 2}
+    wanted = {"logp_rows": 3, "kl_rows": 3, "js_rows": 2, "parts_rows": 2, "stats_rows": 2}
     for k in kernels:
         assert cuda_cpp.by_registers(k.registers) >= wanted.get(k.name, 4), k
 
@@ -45,6 +46,18 @@ def test_the_report_has_a_line_for_every_kernel(kernels):
     assert sum(line.startswith("sm_90a") for line in lines) == sum(
         k.arch == "sm_90a" for k in kernels
     )
+
+
+def test_instructions_per_column_stay_as_few_as_recorded(kernels):
+    """Jensen-Shannon and token_stats are bound by them, not by memory."""
+    found = sass.counts(cuda_cpp.LIBRARY)
+    assert isinstance(found, dict), found
+    record = json.loads(sass.RECORD.read_text())
+    assert found.keys() == sass.OPS.keys() == record["counts"].keys()
+    assert found["token_kl/js/fwd"] <= 60 and found["token_kl/js/bwd"] <= 50
+    more = {op: (record["counts"][op], n) for op, n in found.items()
+            if n > 1.05 * record["counts"][op]}  # fmt: skip
+    assert not more or record["compiler"] != sass.compiler(), more
 
 
 def test_rows_of_real_vocabularies_stay_on_the_chip():

@@ -19,6 +19,7 @@ from cases import (
 from cuda_on_host import pretend
 
 from deepalign_kernels import backends
+from deepalign_kernels.reference import token_kl as spec_kl
 from deepalign_kernels.reference import token_stats as spec_stats
 from deepalign_kernels.testing import assert_in_budget
 
@@ -120,6 +121,24 @@ def test_stats(gpu, options):
                 )
                 for i in range(8):
                     assert_in_budget(f"row {i} {kind} {dtype}", got[i], base[i], gold[i])
+                if options[0] > 0:  # the divergence of either model from the mixture
+                    found, base, gold = (_js_parts(r, d, options) for d in (None, *ACCURATE))
+                    for i in range(2):
+                        assert_in_budget(f"part {i} {kind} {dtype}", found[i], base[i], gold[i])
+
+
+ACCURATE = (torch.float32, torch.float64)
+
+
+def _js_parts(r, dtype, options):
+    """token_js_parts on the shard [100, 1201) of the columns; `dtype` for the specification."""
+    x, y, valid = r.policy[None], r.ref[None], r.target != -100
+    _, *norms, _ = native("token_kl_fwd")(x, y, valid, 2, *options)
+    x, y, op = x[..., 100:1201], y[..., 100:1201], native("token_js_parts")
+    if dtype is not None:
+        x, y, norms = x.to(dtype), y.to(dtype), [n.to(dtype) for n in norms]
+        op = spec_kl.token_js_parts
+    return op(x, y, valid, *norms, *options)
 
 
 @OP
@@ -149,6 +168,12 @@ def test_rows_are_laid_over_the_blocks_that_hold_them(order):
         assert gpu.host_last_cluster() == 1
         native("token_kl_fwd")(x.float(), y.float(), None, 0, 0.5, 1.0, 0.0)
         assert gpu.host_last_cluster() == 16
+        # The limit of shared memory fits every call, whatever other threads launch in between, and
+        # a shape seen before asks the driver nothing.
+        asked = gpu.host_queries()
+        native("token_logp_fwd")(x[..., :32000], target, *PLAIN)
+        native("token_kl_fwd")(x.float(), y.float(), None, 0, 0.5, 1.0, 0.0)
+        assert gpu.host_queries() == asked and gpu.host_dynamic_limit() == 227 << 10
     with pretend(major=12, ptx=80) as gpu:
         native("token_logp_fwd")(x, target, *PLAIN)
         assert gpu.host_last_cluster() == 1
@@ -277,8 +302,59 @@ def test_targets_that_are_not_there_and_rows_that_are_left_out():
         grad = torch.tensor([torch.nan, 1.0, 1.0])
         native("token_logp_bwd")(grad, x, target, norm, *PLAIN, out)
         assert not out[0, 0].any() and out[0, 1].isnan().all() and torch.isfinite(out[0, 2]).all()
+        for poison in (torch.nan, -torch.inf):
+            x[0, 2, slice(3, 4) if poison != poison else slice(None)] = poison
+            logp, norm = native("token_logp_fwd")(x, target, *PLAIN)
+            native("token_logp_bwd")(grad, x, target, norm, *PLAIN, out)
+            assert logp[2].isnan() and out[0, 2].isnan().all()
+        x[0, 2] = 1.0
         rows = stats(x, x.clone(), target, 0.5, 1.0, 0.0)
         assert not rows[:, 0].any() and rows[:2, 1].isnan().all() and (rows[2:5, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", ["policy", "ref", "both"])
+def test_masks_of_finite_numbers(dtype, masked):
+    """A column, the likeliest one, whole lanes or nearly a whole row at -inf or at a number that
+    stands for it: KLs, gradients, entropies as in fp64."""
+    for value in (-torch.inf, torch.finfo(dtype).min, -1e30, -1e9):
+        r = make(6, 1003)
+        policy, ref = r.policy.clone(), r.ref.clone()
+        for x in (policy,) * (masked != "ref") + (ref,) * (masked != "policy"):
+            x[0, 7], x[1, r.policy[1].argmax()], x[2, :512] = value, value, value
+            x[3, 5:], x[4, -64:], x[5, ::2] = value, value, value
+        policy, ref = policy.to(dtype)[None], ref.to(dtype)[None]
+        golds, bases = (
+            _spec_of_masks(policy.to(d), ref.to(d)) for d in (torch.float64, torch.float32)
+        )
+        for gpu in ("whole", "clusters", "read_again"):
+            with pretend(**GPUS[gpu]):
+                ours = _spec_of_masks(policy, ref, native)
+            for name, gold in golds.items():
+                # Row by row: a KL of 1e37 must not widen the budget of its neighbours, but its own
+                # gradient cannot be nearer than the KL's rounding, which it subtracts.
+                for i, o, b, g in zip(range(6), ours[name], bases[name], gold, strict=True):
+                    kl = golds["value 0"][i].item()
+                    size = kl if 1 < kl < torch.inf and name == "gradient 0" else 1.0
+                    assert_in_budget(f"{name} {value} {gpu} row {i}", o / size, b / size, g / size)
+
+
+def _spec_of_masks(policy, ref, op=None):
+    """{what: [6, ...]} of token_kl and token_stats, from `op` or the specification."""
+    spec = {"token_stats_fwd": spec_stats, "token_kl_fwd": spec_kl, "token_kl_bwd": spec_kl}
+    op = op or (lambda name: getattr(spec[name], name))
+    found, grad = {}, torch.ones(6, dtype=torch.float32)
+    for d in range(3):
+        o = (d, 0.3, 1.0, 0.0)
+        value, *saved = op("token_kl_fwd")(policy, ref, None, *o)
+        out, fused_out = torch.empty_like(policy), torch.empty_like(policy)
+        op("token_kl_bwd")(grad, policy, ref, None, *saved, *o, out)
+        found |= {f"value {d}": value, f"gradient {d}": out[0]}
+        if op is native:
+            found[f"value {d}"] = op("token_kl_fused")(grad, policy, ref, None, *o, fused_out)
+            torch.testing.assert_close(fused_out, out, rtol=1e-2, atol=1e-5, equal_nan=True)
+    rows = op("token_stats_fwd")(policy, ref, None, None, -100, 0.3, 1.0, 0.0)
+    return found | {"stats": rows.T}
 
 
 @pytest.mark.parametrize("beta", [0.0, 2.0])

@@ -1,7 +1,7 @@
 // Gradients from saved normalisers, and scale_grad: nothing is summed up, every block takes a piece
 // of a row. Pieces run from the end of the tensor backwards: what was touched last is in L2.
+#include "cuda/mixture.cuh"
 #include "cuda/plan.h"
-#include "cuda/row.cuh"
 
 namespace dak::gpu {
 namespace {
@@ -18,9 +18,10 @@ struct Piece {
   int lead, first, columns;
 
   __device__ Piece(const Rows& r, const Matrix& m) : columns(r.columns) {
-    unsigned pieces = unsigned(r.plan.cluster);
-    unsigned backwards = unsigned(r.rows) * pieces - 1 - blockIdx.x;
-    row = backwards / pieces, batch = row / r.tokens, token = row % r.tokens;
+    // Numbers of blocks and rows are below 2^31; a 64-bit division is a hundred instructions.
+    unsigned pieces = unsigned(r.plan.cluster), tokens = unsigned(r.tokens);
+    unsigned backwards = unsigned(r.rows) * pieces - 1 - blockIdx.x, at_row = backwards / pieces;
+    row = at_row, batch = at_row / tokens, token = at_row % tokens;
     lead = int(reinterpret_cast<uintptr_t>(at(m)) / sizeof(T) % vec<T>);
     first = int(backwards % pieces) * piece + int(threadIdx.x);
   }
@@ -84,41 +85,21 @@ __global__ void __launch_bounds__(threads) logp_grad(const __grid_constant__ Log
       g[k] = by * exp2_fast((z - anchor.top) * c.exponent) * slope;
       // 1 - p would lose the digits of a confident token.
       if (has_target && from + k == y) {
-        g[k] = -expm1f(fminf(anchor.log_prob(c, z), 0.0f)) * factor * slope;
+        float logp = anchor.log_prob(c, z);
+        g[k] = -expm1f(logp > 0.0f ? 0.0f : logp) * factor * slope;  // fminf would lose a NaN
       }
     }
     out.store(from, g);
   }
 }
 
-template <class T, bool Cap, int D>
-__device__ inline float kl_column(const KlGradArgs& a, const Anchor& q, const Anchor& p, float zq,
-                                  float zp, float center, float per_q, float per_p) {
-  const Score& c = a.r.score;
-  if constexpr (D == ref_policy) {
-    float pq = __fmul_rn(exp2_fast((zq - q.top) * c.exponent), per_q);
-    return pq - __fmul_rn(exp2_fast((zp - p.top) * c.exponent), per_p);
-  }
-  float lq = q.log_prob(c, zq), lp = p.log_prob(c, zp), d;
-  if constexpr (D == policy_ref) {
-    d = ((lq - lp) - center) * (exp2_fast((zq - q.top) * c.exponent) * per_q);
-  } else {
-    JsTerms t(lq, lp, a.js_beta, a.rest);
-    d = a.rest * t.q * (-t.log_mq - center);
-  }
-  return zq == -inf ? 0.0f : d;
-}
-
-template <class T, bool Cap, int D>
-__device__ inline void kl_grad_of(const KlGradArgs& a, const Piece<T>& part) {
+// f(policy score, reference score): the gradient with respect to the policy's score.
+template <class T, bool Cap, class Fn>
+__device__ inline void write_pairs(const KlGradArgs& a, const Piece<T>& part, const Fn& f) {
   const Score& c = a.r.score;
   uint4 x[each], y[each];
   part.load(part.at(a.policy), x);
   part.load(part.at(a.ref), y);
-  Anchor q(c, a.norm_policy, part.row), p(c, a.norm_ref, part.row);
-  float center = a.center.at(part.row), factor = a.grad.at(part.row) * c.inverse_hi;
-  if (D == policy_ref && !(center < inf)) factor = nan_value;
-  float per_q = expf(-q.log_sum), per_p = expf(-p.log_sum);
   OutRow<T> out = part.out(a.out);
 #pragma unroll
   for (int n = 0; n < each; n++) {
@@ -127,23 +108,37 @@ __device__ inline void kl_grad_of(const KlGradArgs& a, const Piece<T>& part) {
     unpack<T>(y[n], zp);
 #pragma unroll
     for (int k = 0; k < vec<T>; k++) {
-      float slope, zq = score_of<Cap>(c, g[k], slope), r = score_of<Cap>(c, zp[k]);
-      g[k] = factor * kl_column<T, Cap, D>(a, q, p, zq, r, center, per_q, per_p) * slope;
+      float slope, zq = score_of<Cap>(c, g[k], slope);
+      g[k] = f(zq, score_of<Cap>(c, zp[k])) * slope;
     }
     out.store(part.column(n), g);
   }
 }
 
-template <class T, bool Cap>
+template <class T, bool Cap, int D>
 __global__ void __launch_bounds__(threads) kl_grad(const __grid_constant__ KlGradArgs a) {
+  const Score& c = a.r.score;
   Piece<T> part(a.r, a.policy);
   if (a.valid && !a.valid[part.row]) return part.fill_zero(a.out);
-  if (a.direction == policy_ref) {
-    kl_grad_of<T, Cap, policy_ref>(a, part);
-  } else if (a.direction == ref_policy) {
-    kl_grad_of<T, Cap, ref_policy>(a, part);
+  Anchor q(c, a.norm_policy, part.row), p(c, a.norm_ref, part.row);
+  float center = a.center.at(part.row), factor = a.grad.at(part.row) * c.inverse_hi;
+  float per_q = expf(-q.log_sum), per_p = expf(-p.log_sum);
+  auto exp_of = [&](const Anchor& x, float z) { return exp2_fast((z - x.top) * c.exponent); };
+  if constexpr (D == policy_ref) {
+    float scale = center < inf ? factor * per_q : nan_value;
+    write_pairs<T, Cap>(a, part, [&](float zq, float zp) {
+      return no_less((q.log_prob(c, zq) - p.log_prob(c, zp)) - center) * (exp_of(q, zq) * scale);
+    });
+  } else if constexpr (D == ref_policy) {
+    write_pairs<T, Cap>(a, part, [&](float zq, float zp) {
+      return factor * (__fmul_rn(exp_of(q, zq), per_q) - __fmul_rn(exp_of(p, zp), per_p));
+    });
   } else {
-    kl_grad_of<T, Cap, js>(a, part);
+    Log2Prob log_q(c, q), log_p(c, p);
+    factor *= a.mix.rest;
+    write_pairs<T, Cap>(a, part, [&](float zq, float zp) {
+      return js_slope(log_q(zq), log_p(zp), a.mix, center, factor);
+    });
   }
 }
 
@@ -191,7 +186,11 @@ cudaError_t run(const LogpGradArgs& args, cudaStream_t stream) {
 cudaError_t run(const KlGradArgs& args, cudaStream_t stream) {
   Type type = args.policy.type;
   return with_type<float, bf16, f16>(type, args.r.score, [&](auto of, auto cap) {
-    auto kernel = kl_grad<decltype(of), decltype(cap)::value>;
+    using T = decltype(of);
+    constexpr bool capped = decltype(cap)::value;
+    auto kernel = args.direction == policy_ref   ? kl_grad<T, capped, policy_ref>
+                  : args.direction == ref_policy ? kl_grad<T, capped, ref_policy>
+                                                 : kl_grad<T, capped, js>;
     return launch_pieces<KlGradArgs>(kernel, args, type, stream);
   });
 }

@@ -48,6 +48,19 @@ struct Plan {
   int cluster = 1, share = 0, tile = 0;
 };
 
+// Weights of Jensen-Shannon, m = b p + rest q, and the polynomial of mixture.cuh.
+struct Mixture {
+  float b = 0.0f, rest = 0.0f, near[4] = {};
+};
+inline Mixture mixture_of(double js_beta) {
+  double b = js_beta, rest = 1.0 - b, l = 0.6931471805599453, both = b * rest;
+  float least = 1.17549435e-38f;  // so that no weight is 0
+  return {float(b) > least ? float(b) : least,
+          float(rest),
+          {float(b), float(both * l / 2), float(both * (rest - b) * l * l / 6),
+           float(both * (1 - 6 * both) * l * l * l / 24)}};
+}
+
 struct Rows {
   int64_t rows, tokens;
   int columns;
@@ -78,8 +91,18 @@ struct KlArgs {
   const bool* valid;
   Vector grad;
   int direction;
-  float js_beta, rest;  // rest = 1 - js_beta
+  Mixture mix;
   float *kl, *norm_policy, *norm_ref, *center;
+};
+
+// token_js_parts: the sums of Jensen-Shannon under given normalisers.
+struct JsPartsArgs {
+  Rows r;
+  Matrix policy, ref;
+  const bool* valid;
+  const float *norm_policy, *norm_ref;
+  Mixture mix;
+  float *policy_part, *ref_part;
 };
 
 struct StatsArgs {
@@ -88,7 +111,8 @@ struct StatsArgs {
   const int64_t* target;
   const bool* valid;
   int64_t ignore_index;
-  float js_beta, rest;
+  bool with_js;
+  Mixture mix;
   float* stats;  // [8, N]
 };
 
@@ -110,7 +134,7 @@ struct KlGradArgs {
   const float *norm_policy, *norm_ref;
   Vector center;
   int direction;
-  float js_beta, rest;
+  Mixture mix;
 };
 
 struct ScaleArgs {
@@ -122,6 +146,7 @@ struct ScaleArgs {
 // Launch on `stream` of the current device; nothing waits. rows > 0.
 cudaError_t run(LogpArgs args, cudaStream_t stream);
 cudaError_t run(KlArgs args, cudaStream_t stream);
+cudaError_t run(JsPartsArgs args, cudaStream_t stream);
 cudaError_t run(StatsArgs args, cudaStream_t stream);
 cudaError_t run(const LogpGradArgs& args, cudaStream_t stream);
 cudaError_t run(const KlGradArgs& args, cudaStream_t stream);

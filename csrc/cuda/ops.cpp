@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_kl_fwd(
   args.ref = call.matrix("ref", ref);
   args.valid = call.valid(valid);
   args.direction = int(direction);
-  args.js_beta = float(js_beta), args.rest = float(1.0 - js_beta);
+  args.mix = gpu::mixture_of(js_beta);
   args.kl = f32(kl), args.center = f32(center);
   args.norm_policy = f32(norm_policy), args.norm_ref = f32(norm_ref);
   call.run(args);
@@ -127,8 +127,28 @@ void token_kl_bwd(
   args.norm_ref = call.norms("norm_ref", norm_ref);
   args.center = call.vector("center", center);
   args.direction = int(direction);
-  args.js_beta = float(js_beta), args.rest = float(1.0 - js_beta);
+  args.mix = gpu::mixture_of(js_beta);
   call.run(args);
+}
+
+std::tuple<Tensor, Tensor> token_js_parts(
+    Tensor policy, Tensor ref, MaybeTensor valid, Tensor norm_policy, Tensor norm_ref,
+    double js_beta, double temperature, double softcap) {
+  check_direction(gpu::js, js_beta);
+  Call call("token_js_parts", "policy", policy, temperature, softcap);
+  int64_t n = call.rows().rows;
+  Tensor policy_part = call.new_f32({n}), ref_part = call.new_f32({n});
+  gpu::JsPartsArgs args{};
+  args.r = call.rows();
+  args.policy = call.logits();
+  args.ref = call.matrix("ref", ref);
+  args.valid = call.valid(valid);
+  args.norm_policy = call.norms("norm_policy", norm_policy);
+  args.norm_ref = call.norms("norm_ref", norm_ref);
+  args.mix = gpu::mixture_of(js_beta);
+  args.policy_part = f32(policy_part), args.ref_part = f32(ref_part);
+  call.run(args);
+  return {policy_part, ref_part};
 }
 
 Tensor token_kl_fused(
@@ -145,7 +165,7 @@ Tensor token_kl_fused(
   args.valid = call.valid(valid);
   args.grad = call.vector("grad", grad);
   args.direction = int(direction);
-  args.js_beta = float(js_beta), args.rest = float(1.0 - js_beta);
+  args.mix = gpu::mixture_of(js_beta);
   args.kl = f32(kl);
   call.run(args);
   return kl;
@@ -190,7 +210,8 @@ Tensor token_stats_fwd(
   if (target) args.target = call.targets(*target);
   args.valid = call.valid(valid);
   args.ignore_index = ignore_index;
-  args.js_beta = float(js_beta), args.rest = float(1.0 - js_beta);
+  args.with_js = js_beta > 0;
+  args.mix = gpu::mixture_of(js_beta);
   args.stats = f32(stats);
   call.run(args);
   return stats;

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "cuda/kernels.h"
 
@@ -18,9 +21,9 @@ struct Limits {
   int each(int blocks) const { return std::min(block_shared, sm_shared / blocks - reserved); }
 };
 
-inline cudaError_t limits_of_current_device(Limits& limits) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
+inline cudaError_t limits_of(int device, Limits& limits) {
+  int major = 0;
+  cudaError_t error = cudaSuccess;
   auto ask = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
   };
@@ -68,51 +71,83 @@ Plan make_plan(const Limits& limits, int chunks, int matrices, int scratch, cons
   return {cluster, share, std::min(tile, share)};
 }
 
-template <class Args>
-cudaError_t launch_rows(void (*kernel)(Args), Args args, int matrices, int scratch, Type type,
-                        cudaStream_t stream) {
+struct Launch {
+  cudaLaunchAttribute cluster_size{};
+  cudaLaunchConfig_t config{};
+  Launch(const Plan& plan, int64_t rows, size_t bytes, cudaStream_t stream) {
+    config.gridDim = dim3(unsigned(rows * plan.cluster));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    cluster_size.id = cudaLaunchAttributeClusterDimension;
+    cluster_size.val.clusterDim.x = unsigned(plan.cluster);
+    cluster_size.val.clusterDim.y = cluster_size.val.clusterDim.z = 1;
+    config.attrs = &cluster_size;
+    config.numAttrs = plan.cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;  // config points into it
+};
+
+// Makes `kernel` ready for any launch on this device, and plans rows of `chunks` chunks.
+template <class Kernel>
+cudaError_t prepare(Kernel kernel, int device, int chunks, int matrices, int scratch, Plan& plan) {
   Limits limits;
-  cudaError_t error = limits_of_current_device(limits);
+  cudaError_t error = limits_of(device, limits);
   // A GPU newer than this build runs the PTX for sm_80, which knows no clusters.
   cudaFuncAttributes compiled{};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, kernel);
   if (error != cudaSuccess) return error;
   limits.clusters &= compiled.ptxVersion >= 90;
-  int chunks = chunks_of(args.r.columns, type);
-  cudaLaunchAttribute cluster_size{};
-  cudaLaunchConfig_t config{};
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &cluster_size;
-  auto prepare = [&](const Plan& plan, size_t bytes) {
-    config.gridDim = dim3(unsigned(args.r.rows * plan.cluster));
-    config.dynamicSmemBytes = bytes;
-    cluster_size.id = cudaLaunchAttributeClusterDimension;
-    cluster_size.val.clusterDim.x = unsigned(plan.cluster);
-    cluster_size.val.clusterDim.y = cluster_size.val.clusterDim.z = 1;
-    config.numAttrs = plan.cluster > 1 ? 1 : 0;
-    auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    cudaError_t error = cudaFuncSetAttribute(kernel, most, int(bytes));
-    if (error != cudaSuccess) return error;
-    // Left alone, the driver may keep only as much of it as one block needs.
-    auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
-    return cudaFuncSetAttribute(kernel, carveout, int(cudaSharedmemCarveoutMaxShared));
-  };
-  auto fits = [&](const Plan& plan, size_t bytes) {
-    if (plan.cluster <= 8) return true;
+  // As much as there is, not what this call needs: another thread may be about to launch the
+  // kernel on longer rows.
+  auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  error = cudaFuncSetAttribute(kernel, most, limits.block_shared);
+  if (error != cudaSuccess) return error;
+  // Left alone, the driver may keep only as much of it as one block needs.
+  auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
+  error = cudaFuncSetAttribute(kernel, carveout, int(cudaSharedmemCarveoutMaxShared));
+  if (error != cudaSuccess) return error;
+  auto fits = [&](const Plan& candidate, size_t bytes) {
+    if (candidate.cluster <= 8) return true;
     int found = 0;
+    Launch launch(candidate, 1, bytes, nullptr);
     auto big = cudaFuncAttributeNonPortableClusterSizeAllowed;
     bool allowed = cudaFuncSetAttribute(kernel, big, 1) == cudaSuccess &&
-                   prepare(plan, bytes) == cudaSuccess &&
-                   cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess;
+                   cudaOccupancyMaxActiveClusters(&found, kernel, &launch.config) == cudaSuccess;
     if (!allowed) (void)cudaGetLastError();  // this GPU has no such clusters; not an error
     return allowed && found > 0;
   };
-  args.r.plan = make_plan(limits, chunks, matrices, scratch, fits);
-  int64_t blocks = args.r.rows * args.r.plan.cluster;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  error = prepare(args.r.plan, shared_bytes(args.r.plan.tile, matrices, scratch));
-  return error == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, args) : error;
+  plan = make_plan(limits, chunks, matrices, scratch, fits);
+  return cudaSuccess;
+}
+
+// The plan, kept for each kernel, device and length: a vocabulary comes back in every step, and
+// asking the driver costs more than the launch.
+template <class Kernel>
+cudaError_t plan_of(Kernel kernel, int chunks, int matrices, int scratch, Plan& plan) {
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  static std::mutex mutex;
+  static std::map<std::tuple<Kernel, int, int, int>, Plan> plans;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto key = std::make_tuple(kernel, device, chunks, matrices);
+  if (auto found = plans.find(key); found != plans.end()) return plan = found->second, cudaSuccess;
+  cudaError_t error = prepare(kernel, device, chunks, matrices, scratch, plan);
+  if (plans.size() >= 1024) plans.clear();
+  if (error == cudaSuccess) plans[key] = plan;
+  return error;
+}
+
+template <class Args>
+cudaError_t launch_rows(void (*kernel)(Args), Args args, int matrices, int scratch, Type type,
+                        cudaStream_t stream) {
+  Plan& plan = args.r.plan;
+  int chunks = chunks_of(args.r.columns, type);
+  cudaError_t error = plan_of(kernel, chunks, matrices, scratch, plan);
+  if (error != cudaSuccess) return error;
+  if (args.r.rows * plan.cluster > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  Launch launch(plan, args.r.rows, shared_bytes(plan.tile, matrices, scratch), stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, args);
 }
 
 // Calls f(a value of the type of logits, Flag<there is a softcap>).

@@ -156,8 +156,8 @@ struct Part {
 
   __device__ Part(const Rows& r, const Matrix& policy)
       : row(blockIdx.x / unsigned(r.plan.cluster)),
-        batch(row / r.tokens),
-        token(row % r.tokens),
+        batch(unsigned(row) / unsigned(r.tokens)),
+        token(unsigned(row) % unsigned(r.tokens)),
         rank(int(blockIdx.x % unsigned(r.plan.cluster))),
         columns(r.columns) {
     lead = int(reinterpret_cast<uintptr_t>(at(policy)) / sizeof(T) % vec<T>);
@@ -169,30 +169,35 @@ struct Part {
     return static_cast<const T*>(m.data) + (batch * m.batch_stride + token * m.row_stride);
   }
   __device__ int column(int chunk) const { return chunk * vec<T> - lead; }
-  __device__ bool whole(int chunk) const {
-    return column(chunk) >= 0 && column(chunk) + vec<T> <= columns;
-  }
   __device__ bool writes() const { return rank == 0 && threadIdx.x == 0; }
   __device__ OutRow<T> out(const Matrix& m) const { return {m, batch, token, lead, columns}; }
 
   // Chunks [first, first + count) of `row` into shared memory; -inf in columns that the row lacks.
+  // Whole chunks, all but one at either end, are copied asynchronously where they lie on 16 bytes.
   __device__ void load(const T* row, uint4* to, int first, int count) const {
     bool aligned = (reinterpret_cast<uintptr_t>(row) / sizeof(T) - unsigned(lead)) % vec<T> == 0;
-    for (int i = int(threadIdx.x); i < count; i += threads) {
-      int from = column(first + i);
-      if (aligned && whole(first + i)) {
-        __pipeline_memcpy_async(to + i, row + from, chunk_bytes);
-      } else {
-        uint32_t words[4] = {};
-#pragma unroll
-        for (int k = 0; k < vec<T>; k++) {
-          uint32_t bits = minus_inf_bits<T>();
-          if (unsigned(from + k) < unsigned(columns)) bits = bits_of(row[from + k]);
-          words[k * int(sizeof(T)) / 4] |= bits << (k * int(sizeof(T)) % 4 * 8);
-        }
-        to[i] = make_uint4(words[0], words[1], words[2], words[3]);
-      }
+    int me = int(threadIdx.x), low = min(lead, 1 - min(first, 1));
+    int high = aligned ? min(count, (columns + lead) / vec<T> - first) : 0;
+    const T* from = row + column(first);
+#pragma unroll 4
+    for (int i = me < low ? me + threads : me; i < high; i += threads) {
+      __pipeline_memcpy_async(to + i, from + int64_t(i) * vec<T>, chunk_bytes);
     }
+    // What is left: the ends, or all of a row that lies otherwise.
+    int step = aligned ? max(count - 1, 1) : threads;
+    for (int i = aligned ? 0 : me; i < count; i += step) {
+      if (i % threads == me && (i < low || i >= high)) to[i] = gather(row, column(first + i));
+    }
+  }
+  __device__ uint4 gather(const T* row, int from) const {
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int k = 0; k < vec<T>; k++) {
+      uint32_t bits = minus_inf_bits<T>();
+      if (unsigned(from + k) < unsigned(columns)) bits = bits_of(row[from + k]);
+      words[k * int(sizeof(T)) / 4] |= bits << (k * int(sizeof(T)) % 4 * 8);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
   }
   __device__ static uint32_t bits_of(T x) {
     if constexpr (same<T, float>) {
@@ -249,6 +254,15 @@ __device__ inline Top top_of(const uint4* chunks, int first, int count) {
     if (value > top.value) top.value = value, top.chunk = first + i;
   }
   return top;
+}
+
+// The same without its place, which costs half as much.
+template <class T>
+__device__ inline Top top_value_of(const uint4* chunks, int count) {
+  uint4 top = chunk_of_minus_inf<T>();
+#pragma unroll 4
+  for (int i = int(threadIdx.x); i < count; i += threads) top = larger<T>(top, chunks[i]);
+  return {chunk_max<T>(top), no_chunk};
 }
 
 // Scores of one chunk; -inf in columns that the row lacks.
@@ -312,15 +326,28 @@ struct ExpSum {
   }
 };
 
-// A sum of e^(x - cx) ((x - cx) - (y - cy)) after its shifts moved: scale = e^(old cx - new cx),
-// delta = (old cx - new cx) - (old cy - new cy). An infinite sum stays so.
+// Terms e^dx t of a sum, with t = dx or dx - dy. A column that x masks has e^dx = 0 and must add 0,
+// but t is -inf there, NaN if y masks it too, or finite and huge (masks of torch.finfo.min):
+// `no_less` leaves a finite t, so that the product is 0. Where y alone masks it with -inf, t is
+// +inf, the term +inf, or NaN if e^dx underflowed: `divergence` takes either for what it is.
+__device__ inline float no_less(float t) { return fmaxf(t, -largest); }
+
+// Where y alone masks it with finfo.min, t is as large as fp32 goes; with all e^dx 2^-24 of what they
+// are, a sum of up to 2^24 columns does not overflow.
+inline constexpr float headroom = 24.0f, room = 16777216.0f;  // 2^24
+
+// Such a sum after its shifts moved: scale = e^(old cx - new cx), `delta` is what each t gained, d
+// the sum of the e^dx. Between a mask of finfo.min and a logit lies more than fp32 holds.
 __device__ inline float rescale(float a, float d, float scale, float delta) {
-  return a == inf ? inf : scale * fmaf(delta, d, a);
+  if (!(fabsf(a) < inf)) return a;
+  return scale == 0.0f ? 0.0f : scale * fmaf(delta, d, a);
 }
 
-// e^dx (dx - dy) with ex = e^dx: 0 where dx = -inf; +inf where only dy is, even if ex underflowed.
-__device__ inline float kl_term(float dx, float dy, float ex) {
-  return dx == -inf ? 0.0f : fmaxf(ex, tiny) * (dx - dy);
+// The mean of t under x, from the sum of its terms and the two models' sums of e^dx: +inf if y is 0
+// in a column that x can produce. A row of only -inf, or with NaN, has no positive sum: NaN.
+__device__ inline float divergence(float cross, float sum_x, float sum_y) {
+  float mean = cross / sum_x;
+  return mean != mean && sum_x > 0.0f && sum_y > 0.0f ? inf : mean;
 }
 
 // A row that is left out: gradient 0, nothing read.

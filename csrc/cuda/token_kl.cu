@@ -1,6 +1,6 @@
 // token_kl: divergence of one row between two models, and its gradient in the same launch if asked.
+#include "cuda/mixture.cuh"
 #include "cuda/plan.h"
-#include "cuda/row.cuh"
 
 namespace dak::gpu {
 namespace {
@@ -20,22 +20,30 @@ struct Results {
   }
 };
 
-// Sums of KL(x || y), with cx, cy, ct = shift(x.top), shift(y.top), shift(anchor):
+// Sums of KL(x || y), with cx, cy = shift(x.top), shift(y.top) and ct = base():
 //   x, y  sums of e^(x - cx), e^(y - cy);   cross = sum e^(x - cx) ((x - cx) - (y - ct))
 // The anchor is y where x has its maximum, so that the likeliest column adds 0 to `cross`. With
-// scores in units of the temperature, KL = cross / x.sum + (log(y.sum / x.sum) - (anchor - cy)).
+// scores in units of the temperature, KL = cross / x.sum + (log(y.sum / x.sum) - (ct - cy)).
 // The bracket is the log-ratio of the likeliest column. Equal rows give exactly 0: every term of
-// `cross` is 0, the sums are equal and the anchor is cy.
+// `cross` is 0, the sums are equal and ct is cy.
+// While they grow, all three sums are 1 / room of that.
 struct KlSum {
+  // A score that far below the top is a mask, no anchor: against it the other columns' t would
+  // lose their digits, and the likeliest column may have little of the sum.
+  static constexpr float deep = 30000.0f;
   ExpSum x, y;
-  float anchor = -inf, cross = 0.0f;
+  float anchor = -inf, cross = 0.0f, mean = 0.0f;
 
+  __device__ float base() const {
+    float cy = shift(y.top);
+    return anchor >= cy - deep ? anchor : cy;
+  }
   __device__ void raise(const Score& c, float top_x, float top_y, float new_anchor) {
-    float moved = (shift(x.top) - shift(top_x)) - (shift(anchor) - shift(new_anchor));
+    float moved = shift(x.top) - shift(top_x), old_base = base();
     float old = x.sum, sunk = x.raise(c, top_x);
-    cross = rescale(cross, old, sunk, moved);
-    anchor = new_anchor;
     y.raise(c, top_y);
+    anchor = new_anchor;
+    cross = rescale(cross, old, sunk, moved - (old_base - base()));
   }
   template <class T, bool Cap>
   __device__ void add(const Score& c, const Part<T>& part, const uint4* own, const uint4* other,
@@ -52,7 +60,7 @@ struct KlSum {
       }
     }
     raise(c, fmaxf(x.top, top_x), fmaxf(y.top, top_y), new_anchor);
-    float cx = shift(x.top), cy = shift(y.top), ct = shift(anchor);
+    float cx = shift(x.top), cy = shift(y.top), ct = base();
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < count; i += threads) {
       float zx[vec<T>], zy[vec<T>];
@@ -61,10 +69,10 @@ struct KlSum {
       float more_x = 0.0f, more_y = 0.0f, more = 0.0f;
 #pragma unroll
       for (int k = 0; k < vec<T>; k++) {
-        float dx = zx[k] - cx, ex = exp2_fast(dx * c.exponent);
+        float dx = zx[k] - cx, ex = exp2_fast(fmaf(dx, c.exponent, -headroom));
         more_x += ex;
-        more_y += exp2_fast((zy[k] - cy) * c.exponent);
-        more += kl_term(dx, zy[k] - ct, ex);
+        more_y += exp2_fast(fmaf(zy[k] - cy, c.exponent, -headroom));
+        more = fmaf(ex, no_less(dx - (zy[k] - ct)), more);
       }
       x.sum += more_x, y.sum += more_y, cross += more;
     }
@@ -74,17 +82,19 @@ struct KlSum {
     float top = warp_max(x.top);
     unsigned who = __ballot_sync(all_lanes, x.top == top);
     raise(c, top, warp_max(y.top), __shfl_sync(all_lanes, anchor, __ffs(int(who)) - 1));
-    x.sum = warp_sum(x.sum), y.sum = warp_sum(y.sum), cross = warp_sum(cross);
+    x.sum = warp_sum(x.sum), y.sum = warp_sum(y.sum);
+    mean = divergence(warp_sum(cross), x.sum, y.sum);
+    x.sum *= room, y.sum *= room;
   }
   // A large log-ratio is rounded as token_kl_bwd rounds it, so that the two cancel in the gradient
   // of the likeliest column; a small one loses less by dividing the sums.
   __device__ float kl(const Score& c, const Norm& nx, const Norm& ny) const {
-    float log_ratio = logf(y.sum / x.sum) - (anchor - shift(y.top)) * c.inverse_hi;
+    float ct = base(), log_ratio = logf(y.sum / x.sum) - (ct - shift(y.top)) * c.inverse_hi;
     if (fabsf(log_ratio) > 0.5f && log_ratio < inf) {
       Anchor ax(c, nx.m, nx.s), ay(c, ny.m, ny.s);
-      log_ratio = ax.log_prob(c, x.top) - ay.log_prob(c, anchor);
+      log_ratio = ax.log_prob(c, x.top) - ay.log_prob(c, ct);
     }
-    return cross / x.sum * c.inverse_hi + log_ratio;
+    return mean * c.inverse_hi + log_ratio;
   }
 };
 
@@ -119,11 +129,11 @@ __device__ inline void kl_gradient(const KlArgs& a, const Part<T>& part, Tiles<T
   float factor = a.grad.at(part.row) * c.inverse_hi;
   float cx = shift(s.x.top), cy = shift(s.y.top), per_x = 1.0f / s.x.sum, per_y = 1.0f / s.y.sum;
   if (a.direction == policy_ref) {
-    float ct = shift(s.anchor), mean = s.cross * per_x, scale = per_x * c.inverse_hi;
+    float ct = s.base(), scale = per_x * c.inverse_hi;
     if (!(kl < inf)) factor = nan_value;
     write_gradient<T, Cap>(a, part, tiles, [&](float x, float y) {
-      float dx = x - cx, d = ((dx - (y - ct)) - mean) * (exp2_fast(dx * c.exponent) * scale);
-      return factor * (x == -inf ? 0.0f : d);
+      float dx = x - cx, t = no_less((dx - (y - ct)) - s.mean);
+      return factor * (t * (exp2_fast(dx * c.exponent) * scale));
     });
   } else {  // x is the reference
     write_gradient<T, Cap>(a, part, tiles, [&](float x, float y) {
@@ -148,7 +158,7 @@ __global__ void __launch_bounds__(threads, 3) kl_rows(const __grid_constant__ Kl
   KlSum s;
   tiles.sweep([&](int first, int count) {
     const uint4 *x = buffer(a.r.plan, own), *y = buffer(a.r.plan, 1 - own);
-    Top tops[2] = {top_of<T>(x, first, count), top_of<T>(y, first, count)};
+    Top tops[2] = {top_of<T>(x, first, count), top_value_of<T>(y, count)};
     block_tops(tops, turn);
     s.add<T, Cap>(c, part, x, y, first, count, tops);
   });
@@ -185,7 +195,7 @@ __global__ void __launch_bounds__(threads, 2) js_rows(const __grid_constant__ Kl
   ExpSum x, y;
   int turn = 0;
   tiles.sweep([&](int first, int count) {
-    Top tops[2] = {top_of<T>(own, first, count), top_of<T>(other, first, count)};
+    Top tops[2] = {top_value_of<T>(own, count), top_value_of<T>(other, count)};
     block_tops(tops, turn);
     x.add<T, Cap>(c, part, own, first, count, tops[0].value);
     y.add<T, Cap>(c, part, other, first, count, tops[1].value);
@@ -198,41 +208,36 @@ __global__ void __launch_bounds__(threads, 2) js_rows(const __grid_constant__ Kl
   x.merge_lanes(c);
   y.merge_lanes(c);
 
-  float cx = shift(x.top), cy = shift(y.top), sx = logf(x.sum), sy = logf(y.sum);
-  float parts[2] = {};  // KL(policy || m), KL(ref || m)
-  tiles.sweep_back([&](int first, int count) {
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < count; i += threads) {
-      float zx[vec<T>], zy[vec<T>], more_x = 0.0f, more_y = 0.0f;
-      scores_of<T, Cap>(c, part, first + i, own[i], zx);
-      scores_of<T, Cap>(c, part, first + i, other[i], zy);
-#pragma unroll
-      for (int k = 0; k < vec<T>; k++) {
-        float lq = fmaf(zx[k] - cx, c.inverse_hi, -sx), lp = fmaf(zy[k] - cy, c.inverse_hi, -sy);
-        JsTerms t(lq, lp, a.js_beta, a.rest);
-        more_x += lq == -inf ? 0.0f : -t.q * t.log_mq;
-        more_y += lp == -inf ? 0.0f : -t.p * t.log_mp;
-      }
-      parts[0] += more_x, parts[1] += more_y;
-    }
-  });
-  block_sums(parts);
+  Log2Prob log_q(c, shift(x.top), log2f(x.sum)), log_p(c, shift(y.top), log2f(y.sum));
+  JsSums js = js_sums<T, Cap>(a.r, part, tiles, log_q, log_p, a.mix);
   leave_cluster(a.r.plan);
-  exchange(a.r.plan, parts, {0.0f, 0.0f});
+  js = js_of_cluster(a.r.plan, js);
   Results results;
-  results.center = warp_sum(parts[0]);
-  results.kl = a.js_beta * warp_sum(parts[1]) + a.rest * results.center;
+  results.center = js.q;
+  results.kl = a.mix.b * js.p + a.mix.rest * js.q;
   results.put(Norm(c, x.top, x.sum), Norm(c, y.top, y.sum));
   if (part.writes()) results.write(a, part.row);
   if (a.out.data) {
-    float factor = a.grad.at(part.row) * c.inverse_hi * a.rest;
-    write_gradient<T, Cap>(a, part, tiles, [&](float zx, float zy) {
-      float lq = fmaf(zx - cx, c.inverse_hi, -sx), lp = fmaf(zy - cy, c.inverse_hi, -sy);
-      JsTerms t(lq, lp, a.js_beta, a.rest);
-      return factor * (lq == -inf ? 0.0f : t.q * (-t.log_mq - results.center));
+    float factor = a.grad.at(part.row) * c.inverse_hi * a.mix.rest;
+    write_gradient<T, Cap>(a, part, tiles, [&](float zq, float zp) {
+      return js_slope(log_q(zq), log_p(zp), a.mix, js.q, factor);
     });
   }
   leave_cluster(a.r.plan);
+}
+
+template <class T, bool Cap>
+__global__ void __launch_bounds__(threads, 2) parts_rows(const __grid_constant__ JsPartsArgs a) {
+  const Score& c = a.r.score;
+  Part<T> part(a.r, a.policy);
+  JsSums js{0.0f, 0.0f};
+  if (!a.valid || a.valid[part.row]) {
+    Tiles<T> tiles{a.r.plan, part, {part.at(a.policy), part.at(a.ref)}, 2};
+    Log2Prob log_q(c, Anchor(c, a.norm_policy, part.row)), log_p(c, Anchor(c, a.norm_ref, part.row));
+    js = js_of_cluster(a.r.plan, js_sums<T, Cap>(a.r, part, tiles, log_q, log_p, a.mix));
+    leave_cluster(a.r.plan);
+  }
+  if (part.writes()) a.policy_part[part.row] = js.q, a.ref_part[part.row] = js.p;
 }
 
 }  // namespace
@@ -244,6 +249,14 @@ cudaError_t run(KlArgs args, cudaStream_t stream) {
     auto kernel = args.direction == js ? js_rows<decltype(of), capped>
                                        : kl_rows<decltype(of), capped>;
     return launch_rows<KlArgs>(kernel, args, 2, scratch_bytes, type, stream);
+  });
+}
+
+cudaError_t run(JsPartsArgs args, cudaStream_t stream) {
+  Type type = args.policy.type;
+  return with_type<float, bf16, f16>(type, args.r.score, [&](auto of, auto cap) {
+    auto kernel = parts_rows<decltype(of), decltype(cap)::value>;
+    return launch_rows<JsPartsArgs>(kernel, args, 2, scratch_bytes, type, stream);
   });
 }
 

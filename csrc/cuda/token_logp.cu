@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(threads, 3) logp_rows(const __grid_constant__ 
   ExpSum x, r;
   int turn = 0;
   tiles.sweep([&](int first, int count) {
-    Top tops[2] = {top_of<T>(buffer(a.r.plan, 0), first, count), {}};
-    if (two) tops[1] = top_of<T>(buffer(a.r.plan, 1), first, count);
+    Top tops[2] = {top_value_of<T>(buffer(a.r.plan, 0), count), {}};
+    if (two) tops[1] = top_value_of<T>(buffer(a.r.plan, 1), count);
     block_tops(tops, turn);
     x.add<T, Cap>(c, part, buffer(a.r.plan, 0), first, count, tops[0].value);
     if (two) r.add<T, Cap>(c, part, buffer(a.r.plan, 1), first, count, tops[1].value);

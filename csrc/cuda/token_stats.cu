@@ -1,13 +1,14 @@
 // token_stats of one row: everything but Jensen-Shannon in one sweep, that in a second one over the
 // same tiles.
+#include "cuda/mixture.cuh"
 #include "cuda/plan.h"
-#include "cuda/row.cuh"
 
 namespace dak::gpu {
 namespace {
 
 // With ex = e^(x - cx) and ey alike: cross = sum ex ((x - cx) - (y - cy)), back = sum ey (...) the
-// other way round, self = sum ex (x - cx) for the entropy.
+// other way round, self = sum ex (x - cx) for the entropy. While they grow, all sums are 1 / room
+// of that; in the end the last four are means.
 struct StatSum {
   ExpSum x, y;
   float cross = 0.0f, back = 0.0f, self_x = 0.0f, self_y = 0.0f;
@@ -18,8 +19,8 @@ struct StatSum {
     float sunk_x = x.raise(c, top_x), sunk_y = y.raise(c, top_y);
     cross = rescale(cross, old_x, sunk_x, moved_x - moved_y);
     back = rescale(back, old_y, sunk_y, moved_y - moved_x);
-    self_x = sunk_x * fmaf(moved_x, old_x, self_x);
-    self_y = sunk_y * fmaf(moved_y, old_y, self_y);
+    self_x = rescale(self_x, old_x, sunk_x, moved_x);
+    self_y = rescale(self_y, old_y, sunk_y, moved_y);
   }
   template <class T, bool Cap>
   __device__ void add(const Score& c, const Part<T>& part, const uint4* own, const uint4* other,
@@ -35,11 +36,11 @@ struct StatSum {
 #pragma unroll
       for (int k = 0; k < vec<T>; k++) {
         float dx = zx[k] - cx, dy = zy[k] - cy;
-        float ex = exp2_fast(dx * c.exponent), ey = exp2_fast(dy * c.exponent);
+        float ex = exp2_fast(fmaf(dx, c.exponent, -headroom));
+        float ey = exp2_fast(fmaf(dy, c.exponent, -headroom)), t = dx - dy;
         more[0] += ex, more[1] += ey;
-        more[2] += kl_term(dx, dy, ex), more[3] += kl_term(dy, dx, ey);
-        more[4] += dx == -inf ? 0.0f : ex * dx;
-        more[5] += dy == -inf ? 0.0f : ey * dy;
+        more[2] = fmaf(ex, no_less(t), more[2]), more[3] = fmaf(ey, no_less(-t), more[3]);
+        more[4] = fmaf(ex, no_less(dx), more[4]), more[5] = fmaf(ey, no_less(dy), more[5]);
       }
       x.sum += more[0], y.sum += more[1], cross += more[2], back += more[3];
       self_x += more[4], self_y += more[5];
@@ -48,8 +49,10 @@ struct StatSum {
   __device__ void merge_lanes(const Score& c) {
     raise(c, warp_max(x.top), warp_max(y.top));
     x.sum = warp_sum(x.sum), y.sum = warp_sum(y.sum);
-    cross = warp_sum(cross), back = warp_sum(back);
-    self_x = warp_sum(self_x), self_y = warp_sum(self_y);
+    cross = divergence(warp_sum(cross), x.sum, y.sum);
+    back = divergence(warp_sum(back), y.sum, x.sum);
+    self_x = warp_sum(self_x) / x.sum, self_y = warp_sum(self_y) / y.sum;
+    x.sum *= room, y.sum *= room;
   }
 };
 
@@ -64,32 +67,6 @@ __device__ inline int first_column(const Part<T>& part, const T* row, Top top) {
     if (there && to_float(row[from + k]) == top.value) return from + k;
   }
   return 0;
-}
-
-template <class T, bool Cap>
-__device__ inline float js_part(const StatsArgs& a, const Part<T>& part, Tiles<T>& tiles,
-                                const StatSum& s) {
-  const Score& c = a.r.score;
-  const uint4 *own = buffer(a.r.plan, 0), *other = buffer(a.r.plan, 1);
-  float cx = shift(s.x.top), cy = shift(s.y.top), sum = 0.0f;
-  float sx = logf(s.x.sum), sy = logf(s.y.sum);
-  tiles.sweep_back([&](int first, int count) {
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < count; i += threads) {
-      float zx[vec<T>], zy[vec<T>], more = 0.0f;
-      scores_of<T, Cap>(c, part, first + i, own[i], zx);
-      scores_of<T, Cap>(c, part, first + i, other[i], zy);
-#pragma unroll
-      for (int k = 0; k < vec<T>; k++) {
-        float lq = fmaf(zx[k] - cx, c.inverse_hi, -sx), lp = fmaf(zy[k] - cy, c.inverse_hi, -sy);
-        JsTerms t(lq, lp, a.js_beta, a.rest);
-        more += a.rest * (lq == -inf ? 0.0f : -t.q * t.log_mq);
-        more += a.js_beta * (lp == -inf ? 0.0f : -t.p * t.log_mp);
-      }
-      sum += more;
-    }
-  });
-  return sum;
 }
 
 template <class T, bool Cap>
@@ -130,19 +107,19 @@ __global__ void __launch_bounds__(threads, 2) stats_rows(const __grid_constant__
     best[m] = warp_top(best[m]);
   }
   float js = 0.0f;
-  if (a.js_beta > 0.0f) {
-    float sum[1] = {js_part<T, Cap>(a, part, tiles, s)};
-    block_sums(sum);
+  if (a.with_js) {
+    Log2Prob log_q(c, shift(s.x.top), log2f(s.x.sum)), log_p(c, shift(s.y.top), log2f(s.y.sum));
+    JsSums mine = js_sums<T, Cap>(a.r, part, tiles, log_q, log_p, a.mix);
     leave_cluster(a.r.plan);
-    exchange(a.r.plan, sum, {0.0f});
-    js = warp_sum(sum[0]);
+    JsSums all = js_of_cluster(a.r.plan, mine);
+    js = a.mix.b * all.p + a.mix.rest * all.q;
   }
   if (part.writes()) {
     float inverse = c.inverse_hi, dx = s.x.sum, dy = s.y.sum;
     float out[8] = {0.0f, 0.0f,
-                    s.cross / dx * inverse + logf(dy / dx),
-                    s.back / dy * inverse + logf(dx / dy), js,
-                    logf(dx) - s.self_x / dx * inverse, logf(dy) - s.self_y / dy * inverse, 0.0f};
+                    s.cross * inverse + logf(dy / dx),
+                    s.back * inverse + logf(dx / dy), js,
+                    logf(dx) - s.self_x * inverse, logf(dy) - s.self_y * inverse, 0.0f};
     bool agree = first_column(part, policy, best[0]) == first_column(part, ref, best[1]);
     out[7] = agree ? 1.0f : 0.0f;
     if (a.target) {

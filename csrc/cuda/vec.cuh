@@ -90,6 +90,24 @@ __device__ inline uint32_t max2(uint32_t a, uint32_t b) {
   return a;
 }
 
+// The larger of two chunks' numbers, place by place, NaN left out.
+template <class T>
+__device__ inline uint4 larger(uint4 a, uint4 b) {
+  auto one = [](uint32_t x, uint32_t y) {
+    if constexpr (same<T, float>) {
+      return __float_as_uint(fmaxf(__uint_as_float(x), __uint_as_float(y)));
+    } else {
+      return max2<T>(x, y);
+    }
+  };
+  return make_uint4(one(a.x, b.x), one(a.y, b.y), one(a.z, b.z), one(a.w, b.w));
+}
+template <class T>
+__device__ inline uint4 chunk_of_minus_inf() {
+  uint32_t x = minus_inf_bits<T>(), word = same<T, float> ? x : x << 16 | x;
+  return make_uint4(word, word, word, word);
+}
+
 // The largest of a chunk, NaN left out; -inf if nothing else is there.
 template <class T>
 __device__ inline float chunk_max(uint4 chunk) {

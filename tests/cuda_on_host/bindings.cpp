@@ -23,11 +23,14 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
 // The pretended device, set by the tests.
 void host_device(int block_shared, int sm_shared, int major, int ptx, int cluster16, int order) {
   host::Device& d = host::device();
+  d.number++;
   d.block_shared = block_shared, d.sm_shared = sm_shared, d.major = major;
   d.ptx = ptx, d.cluster16 = cluster16, d.order = order;
 }
 unsigned host_last_cluster() { return host::device().last_cluster; }
 uint64_t host_last_bytes() { return host::device().last_bytes; }
+int64_t host_queries() { return host::device().queries; }
+int64_t host_dynamic_limit() { return host::device().dynamic_limit; }
 int64_t host_launches() { return host::device().launches; }
 #pragma GCC visibility pop
 }

@@ -42,7 +42,9 @@ struct Device {
   int ptx = 90;       // what the kernels count as compiled for
   int cluster16 = 1;  // whether clusters of 16 blocks are to be had
   int order = 0;      // of the warps: 0 ascending, 1 descending, else a seed
-  int64_t launches = 0;
+  int64_t launches = 0, queries = 0;  // queries: calls that a driver answers slowly
+  int number = 0;                     // another one for every pretended GPU
+  int64_t dynamic_limit = 48 << 10;   // of shared memory, until a kernel asks for more
   unsigned last_cluster = 0;
   uint64_t last_bytes = 0;
 };
@@ -111,6 +113,10 @@ template <class A>
 A min(A a, A b) {
   return b < a ? b : a;
 }
+template <class A>
+A max(A a, A b) {
+  return a < b ? b : a;
+}
 
 template <class T>
 T __ldcs(const T* p) {
@@ -134,9 +140,12 @@ enum cudaDeviceAttr {
   cudaDevAttrReservedSharedMemoryPerBlock,
   cudaDevAttrComputeCapabilityMajor
 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = host::device().number, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  const host::Device& d = host::device();
+  host::Device& d = host::device();
+  d.queries++;
   const int values[] = {d.block_shared, d.sm_shared, 1 << 10, d.major};
   return *value = values[which], cudaSuccess;
 }
@@ -150,14 +159,17 @@ struct cudaFuncAttributes {
 };
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, Kernel) {
+  host::device().queries++;
   return found->ptxVersion = host::device().ptx, cudaSuccess;
 }
 enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute which, int value) {
-  bool fits = which != cudaFuncAttributeMaxDynamicSharedMemorySize ||
-              value <= host::device().block_shared;
-  return fits ? cudaSuccess : cudaErrorInvalidValue;
+  host::Device& d = host::device();
+  d.queries++;
+  if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value > d.block_shared) return cudaErrorInvalidValue;
+  return d.dynamic_limit = value, cudaSuccess;
 }
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
@@ -177,6 +189,7 @@ struct cudaLaunchConfig_t {
 };
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* found, Kernel, const cudaLaunchConfig_t*) {
+  host::device().queries++;
   return *found = host::device().cluster16, cudaSuccess;
 }
 template <class Args>

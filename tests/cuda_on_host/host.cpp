@@ -33,7 +33,8 @@ struct Fiber {
   bool begun = false, done = false;
   int64_t* waits = nullptr;  // a barrier's count of completions, until it passes `seen`
   int64_t seen = 0;
-  uint64_t given = 0;
+  uint64_t given[2] = {};  // to the other lanes: at this exchange and at the one before
+  unsigned turn = 0;
   int64_t cluster_seen = 0;
   bool arrived = false;
   std::vector<Copy> copies;
@@ -65,12 +66,15 @@ thread_local jmp_buf scheduler;
   abort();
 }
 
+// A fiber outlives the kernel, ready for the next one: starting it takes system calls.
 void run_fiber() {
-  (*body)();
-  if (fiber->arrived) fail("a thread ended between arriving at the cluster's barrier and waiting");
-  for (const Copy& copy : fiber->copies) (void)copy, fail("a thread ended before its copies");
-  fiber->done = true;
-  longjmp(scheduler, 1);
+  for (;;) {
+    (*body)();
+    if (fiber->arrived) fail("a thread ended between arriving at the cluster's barrier and waiting");
+    if (!fiber->copies.empty()) fail("a thread ended before its copies");
+    fiber->done = true;
+    if (!setjmp(fiber->at)) longjmp(scheduler, 1);
+  }
 }
 
 void pass(Barrier& barrier, int64_t seen) {
@@ -106,9 +110,9 @@ void prepare(Cluster& c, unsigned first_block, unsigned size, unsigned threads, 
   for (unsigned i = 0; i < c.fibers.size(); i++) {
     Fiber& f = c.fibers[i];
     f.thread = {dim3(i % threads), dim3(first_block + i / threads), i / threads};
-    f.begun = f.done = f.arrived = false;
+    f.done = false;
     f.waits = nullptr;
-    f.copies.clear();
+    if (f.begun) continue;
     getcontext(&f.start);
     f.start.uc_stack.ss_sp = f.stack.get();
     f.start.uc_stack.ss_size = stack_bytes;
@@ -165,21 +169,20 @@ void cluster_wait() {
   fiber->arrived = false;
   pass(cluster->whole, fiber->cluster_seen);
 }
+// One barrier per exchange: a lane that is at the next one writes to the other place.
+const Fiber* give(uint64_t value) {
+  fiber->given[fiber->turn ^= 1] = value;
+  barrier(Scope::warp);
+  return &cluster->fibers[index() / 32 * 32];
+}
 uint64_t exchange(uint64_t value, unsigned lane) {
-  fiber->given = value;
-  barrier(Scope::warp);
-  uint64_t got = cluster->fibers[index() / 32 * 32 + lane].given;
-  barrier(Scope::warp);
-  return got;
+  const Fiber* warp = give(value);
+  return warp[lane].given[fiber->turn];
 }
 uint32_t ballot(bool yes) {
-  fiber->given = yes;
-  barrier(Scope::warp);
+  const Fiber* warp = give(yes);
   uint32_t all = 0;
-  for (unsigned k = 0; k < 32; k++) {
-    all |= uint32_t(cluster->fibers[index() / 32 * 32 + k].given & 1) << k;
-  }
-  barrier(Scope::warp);
+  for (unsigned k = 0; k < 32; k++) all |= uint32_t(warp[k].given[fiber->turn]) << k;
   return all;
 }
 char* shared_of(unsigned rank) {
