@@ -14,7 +14,10 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEASURED = ("deepalign_kernels", "csrc", "benchmarks")  # what a commit must hold to repeat a run
-PACKAGES = ("triton", "numpy", "liger_kernel", "trl", "quack-kernels", "flash_attn")
+PACKAGES = tuple(
+    "triton numpy liger_kernel trl quack-kernels cut-cross-entropy flash_attn".split()
+)
+COMMIT = "DEEPALIGN_COMMIT"  # says it where a copy of the tree has no git history
 
 
 def default_device() -> str:
@@ -36,12 +39,13 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": os.environ.get(COMMIT) or _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", *MEASURED)),
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
         facts["gpu"] = {"name": p.name, "sms": p.multi_processor_count, "bytes": p.total_memory}
+        facts["gpu"]["capability"] = f"sm_{p.major}{p.minor}"
         facts["cuda"] = torch.version.cuda or torch.version.hip
     return facts
 

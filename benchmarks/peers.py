@@ -110,6 +110,11 @@ def _trl_linear_kl(beta: float) -> Callable[[Inputs], Tensor]:
 LIGER_JSD = "liger_kernel.ops:LigerJSDFunction"
 LIGER_CE = "liger_kernel.transformers.functional:liger_cross_entropy"
 LIGER_LINEAR_CE = "liger_kernel.transformers.functional:liger_fused_linear_cross_entropy"
+LIGER_SM90_CE = (
+    "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90"
+    ":liger_fused_linear_cross_entropy_sm90"
+)
+LIGER_SCALED_CE = "liger_kernel.ops:LigerFusedLinearScaledCrossEntropyFunction"
 LIGER_LINEAR_JSD = "liger_kernel.transformers.functional:liger_fused_linear_jsd"
 LIGER_CHUNKED_JSD = "liger_kernel.chunked_loss:LigerFusedLinearJSDLoss"
 
@@ -128,6 +133,25 @@ def _liger_ce(x: Inputs) -> Tensor:
 
 def _liger_linear_ce(x: Inputs) -> Tensor:
     return -_get(LIGER_LINEAR_CE)(x["hidden"], x["weight"], x["target"], ignore_index=IGNORE)
+
+
+def _liger_chunked_ce(x: Inputs) -> Tensor:
+    """Chunks 16 times its default, which gives GEMMs of 256 rows; scores of 2 GB instead of 0.1."""
+    kw = {"ignore_index": IGNORE, "chunk_mem_const": 16}
+    return -_get(LIGER_LINEAR_CE)(x["hidden"], x["weight"], x["target"], **kw)
+
+
+def _liger_sm90_ce(x: Inputs) -> Tensor:
+    return -_get(LIGER_SM90_CE)(x["hidden"], x["weight"], x["target"], ignore_index=IGNORE)
+
+
+def _liger_scaled(x: Inputs) -> Tensor:
+    nll = _get(LIGER_SCALED_CE).apply(x["hidden"], x["weight"], x["target"], 1.0, IGNORE)
+    return trained(x, -nll)
+
+
+def _liger_scaled_constrained(x: Inputs) -> Tensor:
+    return plain.constrained(x, _liger_scaled(x), x["ref_logp"])
 
 
 def _liger_linear_jsd(beta: float) -> Callable[[Inputs], Tensor]:
@@ -154,6 +178,7 @@ def _liger_chunked_jsd(beta: float) -> Callable[[Inputs], Tensor]:
 
 # QuACK (CuTe), flash-attention's Triton cross-entropy, cut-cross-entropy, torch's own chunked
 # linear loss.
+QUACK_LINEAR = "quack.linear_cross_entropy:chunked_linear_cross_entropy"
 QUACK_CE = "quack.cross_entropy:cross_entropy"
 FLASH_CE = "flash_attn.ops.triton.cross_entropy:cross_entropy_loss"
 CCE = "cut_cross_entropy:linear_cross_entropy"
@@ -162,6 +187,11 @@ TORCH_OPTIONS = "torch.nn:LinearCrossEntropyOptions"
 
 def _quack_logp(x: Inputs) -> Tensor:
     return -_get(QUACK_CE)(x["policy"], x["target"], reduction="none", ignore_index=IGNORE)
+
+
+def _quack_linear(x: Inputs) -> Tensor:
+    kw = {"ignore_index": IGNORE, "tuned": False}  # tuning takes minutes; on sm_90 it is not used
+    return -_get(QUACK_LINEAR)(x["hidden"], x["weight"], x["target"], **kw)
 
 
 def _flash_logp(x: Inputs) -> Tensor:
@@ -238,6 +268,34 @@ ALL = (
         scalar=True,
     ),
     Peer(
+        "liger-flce-16",
+        LIGER_LINEAR_CE,
+        {
+            "linear_token_logp": _liger_chunked_ce,
+            "linear_token_logp/frozen_head": _liger_chunked_ce,
+        },
+        device="cuda",
+        scalar=True,
+        note="chunk_mem_const=16",
+    ),
+    Peer(
+        "liger-flce-sm90",
+        LIGER_SM90_CE,
+        {"linear_token_logp": _liger_sm90_ce},
+        device="cuda",
+        scalar=True,
+    ),
+    Peer(
+        "liger-flsce",
+        LIGER_SCALED_CE,
+        {
+            "linear_token_logp": _liger_scaled,
+            "linear_constrained_loss": _mean(_liger_scaled_constrained),
+        },
+        device="cuda",
+        note="per token; a kernel of its own on sm_90, chunks in torch elsewhere",
+    ),
+    Peer(
         "liger-fljsd",
         LIGER_LINEAR_JSD,
         {
@@ -257,6 +315,13 @@ ALL = (
         scalar=True,
     ),
     Peer("quack", QUACK_CE, {"token_logp": _quack_logp}, device="cuda"),
+    Peer(
+        "quack-linear",
+        QUACK_LINEAR,
+        {"linear_token_logp": _quack_linear, "linear_token_logp/frozen_head": _quack_linear},
+        device="cuda",
+        scalar=True,
+    ),
     Peer("flash-attn", FLASH_CE, {"token_logp": _flash_logp}, device="cuda"),
     Peer(
         "cce",
