@@ -17,7 +17,7 @@ MEASURED = ("deepalign_kernels", "csrc", "benchmarks")  # what a commit must hol
 PACKAGES = tuple(
     "triton numpy liger_kernel trl quack-kernels cut-cross-entropy flash_attn".split()
 )
-COMMIT = "DEEPALIGN_COMMIT"  # says it where a copy of the tree has no git history
+COMMIT = "DEEPALIGN_COMMIT"  # says it where a copy of the tree has no git history; a + at its end: with changes
 
 
 def default_device() -> str:
@@ -26,6 +26,7 @@ def default_device() -> str:
 
 def describe(device: str) -> dict[str, Any]:
     """JSON-able facts about machine, software and state; nothing that names a user or a host."""
+    told = os.environ.get(COMMIT, "")
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": device,
@@ -39,8 +40,8 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
-        "commit": os.environ.get(COMMIT) or _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", *MEASURED)),
+        "commit": told.rstrip("+") or _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": told.endswith("+") or bool(_git("status", "--porcelain", "--", *MEASURED)),
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)

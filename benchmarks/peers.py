@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Peer:
 def _probe(needs: str) -> str | None:
     module, _, attribute = needs.partition(":")
     try:
-        found = importlib.import_module(module)
+        found = _import(module)
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     except Exception as error:  # a peer may fail to import in any way, and the others must run
@@ -59,7 +60,15 @@ def _probe(needs: str) -> str | None:
 @functools.cache
 def _get(needs: str) -> Any:
     module, _, attribute = needs.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(_import(module), attribute)
+
+
+def _import(module: str) -> Any:
+    if module.startswith("quack"):
+        # 0.6.5 fingerprints all that its epilogues refer to, and does not import where a logger is
+        # among it, as with nvidia-cutlass-dsl 4.7.0; this is the hook that its message asks for.
+        logging.Logger.__quack_semantic_key__ = lambda self: self.name  # type: ignore[attr-defined]
+    return importlib.import_module(module)
 
 
 # TRL: torch on the CPU, its Triton kernel on a GPU.
