@@ -107,7 +107,7 @@ CONFORMANCE = _split(
     " tests/test_token_kl.py tests/test_token_logp.py tests/test_token_stats.py"
     " tests/test_constrained_loss.py"
 )
-TINY = "--device cpu --dtypes fp32 --seconds 0.01 --rounds 2"
+TINY = "--quick --device cpu --dtypes fp32 --seconds 0.01 --rounds 2"
 CALLS = (
     Call(1, "right", (
         Step("environment", 15, 40, ("-m", "benchmarks.gpu", "environment"),

@@ -102,7 +102,7 @@ def run(
     rows: list[Row] = []
     absent: dict[tuple[str, str], list[str]] = {}
 
-    def who() -> list[dict]:
+    def missed() -> list[dict]:
         return [{"provider": n, "why": w, "ops": sorted({*ops})} for (n, w), ops in absent.items()]
 
     stop = time.monotonic() + plan.limit
@@ -123,15 +123,15 @@ def run(
             ruler = None if case.linear else rulers["copy" if phase == "fwd_bwd" else "read"]
             rows += _cell(plan, case, shape, dtype, phase, found, sets, ruler)
             if keep:
-                keep(rows, who())
+                keep(rows, missed())
             spent = time.monotonic() - started
             say(f"{case.name} {phase} {shape} {dtype}: {len(found)} providers, {spent:.1f} s")
         del rulers
         _rulers(ceilings, plan, sets[0], dtype)
         del sets
     if keep:
-        keep(rows, who())
-    return rows, who()
+        keep(rows, missed())
+    return rows, missed()
 
 
 def _input_sets(plan: Plan, shape: Shape, dtype: str) -> list[Inputs]:
