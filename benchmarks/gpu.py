@@ -1,5 +1,5 @@
-"""`benchmarks/gpu.sh [--dry-run | --rehearse | --wheels] [OUT [CALL ...]]`: all there is to measure on
-one GPU, as five calls (or those named) of under ten minutes.
+"""`benchmarks/gpu.sh [--dry-run | --rehearse | --wheels] [OUT [CALL ...]]`: all there is to measure
+on one GPU, as five calls (or those named) of under ten minutes.
 
 --dry-run   what each call does, its predicted seconds, what must travel with it, what is missing
 --wheels    fetch the peers' wheels into wheels/ (where there is a network; the GPU needs none)
@@ -7,8 +7,8 @@ one GPU, as five calls (or those named) of under ten minutes.
             torch, the sanitizers by the script alone, ncu by nothing
 
 OUT gets, written as each part ends so that an interrupted call leaves what it has: call-N.json,
-log-N.txt, tests-N.jsonl, logits.json, compile.json, linear.json, chunks.json, plans.json, ncu-*.csv.
-`python -m benchmarks harvest OUT` says what follows from them. Exit status 1 where a step failed.
+log-N.txt, tests-N.jsonl, logits.json, compile.json, linear.json, chunks.json, plans.json and
+ncu-*.csv. `python -m benchmarks harvest OUT` says what follows from them. Exit status 1 where a step failed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LIBRARIES = [
 ]
 SITE = pathlib.Path(os.environ.get("DEEPALIGN_PEERS", tempfile.gettempdir())) / "deepalign-peers"
 INTERRUPT, KILL = 10, 5  # seconds that a stopped step gets to write what it has; and to end
-STARTED: list[subprocess.Popen[bytes]] = []
+STARTED: list[subprocess.Popen[Any]] = []
 
 
 # --- what travels ---------------------------------------------------------------------------------
@@ -66,18 +66,24 @@ def dry_run() -> int:
     where, tree, wrong = machine.describe("cpu"), tree_bytes(), []
     commit = where["commit"] + "+" * where["dirty"]
     total = gpu_plan.START_SECONDS + sum(call.seconds for call in CALLS)
-    print(f"one GPU for {gpu_plan.TOTAL_SECONDS} s; predicted {total} s, {gpu_plan.START_SECONDS} s")
+    print(
+        f"one GPU for {gpu_plan.TOTAL_SECONDS} s; predicted {total} s, {gpu_plan.START_SECONDS} s"
+    )
     print(f"of them for its start. The tree itself has {report.mib(tree)} MiB.")
     if total > gpu_plan.TOTAL_SECONDS:
         wrong.append(f"the calls take {total} s")
     for call in CALLS:
         files = carried(call)
         size = tree + sum(map(size_of, files))
-        print(f"\ncall {call.number}, {call.name}: {call.seconds} s predicted, {call.limit} s at most")
+        print(
+            f"\ncall {call.number}, {call.name}: {call.seconds} s predicted, {call.limit} s at most"
+        )
         print(f"  {machine.COMMIT}={commit} benchmarks/gpu.sh OUT {call.number}")
         for step in call.steps:
             print(f"  {step.seconds:4d} s  {step.name}: {' '.join(_shown(step))}")
-        print(f"  carry {report.mib(size)} MiB: {' '.join(str(f.relative_to(ROOT)) for f in files)}")
+        print(
+            f"  carry {report.mib(size)} MiB: {' '.join(str(f.relative_to(ROOT)) for f in files)}"
+        )
         gone = [f"{f.relative_to(ROOT)} is not there" for f in files if not size_of(f)]
         wrong += [f"call {call.number}: {what}" for what in gone]
         if size > gpu_plan.CARRY_BYTES:
@@ -204,7 +210,7 @@ def run_call(call: Call, out: pathlib.Path, rehearse: bool) -> bool:
 
 
 def run_step(step: Step, out: pathlib.Path, rehearse: bool, log: Any) -> str:
-    """"ok", "failed (status)", "stopped after N s", or why it could not be run."""
+    """ "ok", "failed (status)", "stopped after N s", or why it could not be run."""
     argv = step.rehearsal if rehearse else step.command
     if argv is None:
         return "not played"
@@ -231,7 +237,7 @@ def run_step(step: Step, out: pathlib.Path, rehearse: bool, log: Any) -> str:
     return "ok" if status == 0 else f"failed ({status})"
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[Any]) -> None:
     """End a step and all it started: by SIGINT, at which pytest still sums up, then by SIGKILL."""
     for number, patience in ((signal.SIGINT, INTERRUPT), (signal.SIGKILL, KILL)):
         try:

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.sh` does: the calls, their steps, the peers' wheels, and what they answer."""
+"""What `benchmarks/gpu.sh` does: calls, their steps, the peers' wheels, and what they answer."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ class Found:
         files = [f for d in dirs for f in sorted(pathlib.Path(d).rglob("*")) if f.is_file()]
         self.files = {f.name: f for f in files}
         if not any(name.startswith("call-") for name in self.files):
-            raise ValueError(f"DIR: expected the results of benchmarks/gpu.sh, found none in {dirs}")
+            raise ValueError(
+                f"DIR: expected the results of benchmarks/gpu.sh, found none in {dirs}"
+            )
         self.calls = [self.json(f"call-{c.number}.json") for c in gpu_plan.CALLS]
         self.steps = {s["step"]: s for call in self.calls for s in call.get("steps", ())}
         self.rehearsal = any(call.get("rehearsal") for call in self.calls)
@@ -156,7 +158,7 @@ def entries(plans: Lines) -> dict[str, tuple[list[int], float]]:
     for kernel, cells in times.items():
         table, shares = tables.get(kernel), {}
         everywhere = set.intersection(*map(set, cells.values()))
-        if table not in everywhere:
+        if table is None or table not in everywhere:
             continue
         for plan in everywhere - {table}:
             logs = [math.log(cell[plan] / cell[table]) for cell in cells.values()]
@@ -181,7 +183,9 @@ def _table(found: Found, plans: Lines) -> str:
         f"  # {share:.2f} of the time of the entry before"
         for k, (plan, share) in sorted(entries(plans).items())
     ]
-    failed = [f"{x['call']} {x['backend']} {x['plan']}: {x['failed']}" for x in plans if x["failed"]]
+    failed = [
+        f"{x['call']} {x['backend']} {x['plan']}: {x['failed']}" for x in plans if x["failed"]
+    ]
     body = told or (["no plan beats its entry by 3 %"] if plans else [])
     title = f'triton_kernels/_launch.py, TABLE["{arch}"]'
     return _titled(title, *body, *([f"failed: {f}" for f in failed]))

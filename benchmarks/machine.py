@@ -14,10 +14,9 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEASURED = ("deepalign_kernels", "csrc", "benchmarks")  # what a commit must hold to repeat a run
-PACKAGES = tuple(
-    "triton numpy liger_kernel trl quack-kernels cut-cross-entropy flash_attn".split()
-)
-COMMIT = "DEEPALIGN_COMMIT"  # says it where a copy of the tree has no git history; a + at its end: with changes
+PACKAGES = tuple("triton numpy liger_kernel trl quack-kernels cut-cross-entropy flash_attn".split())
+# Says the commit where a copy of the tree has no git history; a + at its end: with changes.
+COMMIT = "DEEPALIGN_COMMIT"
 
 
 def default_device() -> str:

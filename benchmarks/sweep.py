@@ -29,6 +29,7 @@ from benchmarks import cases, each_op, machine, measure, report
 from benchmarks.cases import DTYPES, Shape
 from benchmarks.ceilings import Ceilings
 from benchmarks.linear_cases import LINEAR
+from benchmarks.plain import Inputs
 from deepalign_kernels import backends
 
 PLANS = "DEEPALIGN_TRITON_PLAN"
@@ -151,32 +152,39 @@ def _differs(made: list[Tensor], gold: list[Tensor]) -> str | None:
 
 def chunks(args: argparse.Namespace, out: Result) -> None:
     """Rows of scores held at a time follow from the workspace: the engine's own rule decides."""
-    case = LINEAR["linear_constrained_loss"]
+    budgets = (None, *map(int, args.workspaces.split(",")))
     for shape in map(Shape.parse, args.shapes.split(",")):
-        x = cases.for_case(case, cases.make_inputs(shape, DTYPES[args.dtype], args.device))
-        leaves = [x[name] for name in case.leaves]
-        work = cases.work_of(case, shape, DTYPES[args.dtype].itemsize, "fwd_bwd")
-        for mib in (None, *map(int, args.workspaces.split(","))):
+        x = cases.make_inputs(shape, DTYPES[args.dtype], args.device)
+        for mib in budgets:
             if time.monotonic() > args.stop:
-                out.skipped.append(f"{case.name} {shape} {mib} MiB")
-                continue
-            budget = None if mib is None else mib * MIB
-            kw = {"beta": x["beta"], "ref_logp": x["ref_logp"], "max_workspace_bytes": budget}
+                out.skipped.append(f"{shape} {mib} MiB")
+            else:
+                out.add([_one_budget(shape, x, mib, args)])
 
-            def step(kw: dict[str, Any] = kw) -> tuple[Tensor, ...]:
-                loss = dak.linear_constrained_loss(x["hidden"], x["weight"], x["target"], **kw)
-                return torch.autograd.grad(loss, leaves)
 
-            line: dict[str, Any] = {"op": case.name, "T": shape.T, "H": shape.H, "V": shape.V}
-            line |= {"dtype": args.dtype, "workspace_mib": mib, "ms": None, "failed": None}
-            line["flops"] = work.flops
-            try:
-                step()
-                laps = measure.laps_of(step, args.device, 5)[1:]
-                line["ms"] = 1e3 * measure.summarise(laps).median
-            except Exception as error:  # a budget may be too small for a row
-                line["failed"] = f"{type(error).__name__}: {str(error)[:150]}"
-            out.add([line])
+def _one_budget(
+    shape: Shape, inputs: Inputs, mib: int | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    case = LINEAR["linear_constrained_loss"]
+    x = cases.for_case(case, inputs)
+    kw: dict[str, Any] = {"beta": x["beta"], "ref_logp": x["ref_logp"]}
+    kw["max_workspace_bytes"] = None if mib is None else mib * MIB
+    line: dict[str, Any] = {"op": case.name, "T": shape.T, "H": shape.H, "V": shape.V}
+    line |= {"dtype": args.dtype, "workspace_mib": mib, "ms": None, "failed": None}
+    line["flops"] = cases.work_of(case, shape, DTYPES[args.dtype].itemsize, "fwd_bwd").flops
+
+    def step() -> tuple[Tensor, ...]:
+        loss = dak.linear_constrained_loss(x["hidden"], x["weight"], x["target"], **kw)
+        assert isinstance(loss, Tensor)
+        return torch.autograd.grad(loss, [x[name] for name in case.leaves])
+
+    try:
+        step()
+        laps = measure.laps_of(step, args.device, 6)[1:]
+        line["ms"] = 1e3 * measure.summarise(laps).median
+    except Exception as error:  # a budget may be too small for a row
+        line["failed"] = f"{type(error).__name__}: {str(error)[:150]}"
+    return line
 
 
 class Result:

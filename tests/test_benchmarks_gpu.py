@@ -142,7 +142,11 @@ def test_the_gpu_sleeps_for_as_long_as_the_host_queues_laps(monkeypatch):
 
 @pytest.mark.parametrize(
     "gpu_name,limit,met",
-    [("NVIDIA H200", "1.65", False), ("NVIDIA H100 80GB HBM3", "2.37", True), ("other", "3.3", True)],
+    [
+        ("NVIDIA H200", "1.65", False),
+        ("NVIDIA H100 80GB HBM3", "2.37", True),
+        ("other", "3.3", True),
+    ],
 )
 def test_a_limit_is_that_of_the_card(gpu_name, limit, met):
     parts = dict(op="token_logp", phase="fwd_bwd", T=8192, V=128256, dtype="bf16")

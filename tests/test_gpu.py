@@ -41,7 +41,11 @@ def raw(op):
     def run(x, y, target, beta, temperature=1.0):
         x, y, target = x.detach().flatten(0, 1)[None], y.flatten(0, 1)[None], target.flatten()
         grad, out = torch.linspace(0.1, 1, len(target), device=x.device), torch.zeros_like(x)
-        call, valid, tail = backends.choose(op, x.device.type, x.dtype), target != -100, (temperature, 0.0)
+        call, valid, tail = (
+            backends.choose(op, x.device.type, x.dtype),
+            target != -100,
+            (temperature, 0.0),
+        )
         if op == "token_logp_fused":
             return call(grad, x, target, -100, *tail, out).sum(), out
         if op == "token_js_parts":
@@ -67,9 +71,7 @@ OPS = {
         ("constrained_loss_fwd", "constrained_loss_fused", "scale_grad"),
     ),
     "token_stats": (token_stats, ("token_stats_fwd",)),
-    **{
-        op: (raw(op), (op,)) for op in ("token_logp_fused", "token_kl_fused", "token_js_parts")
-    },
+    **{op: (raw(op), (op,)) for op in ("token_logp_fused", "token_kl_fused", "token_js_parts")},
 }
 
 
