@@ -8,7 +8,8 @@ on one GPU, as five calls (or those named) of under ten minutes.
 
 OUT gets, written as each part ends so that an interrupted call leaves what it has: call-N.json,
 log-N.txt, tests-N.jsonl, logits.json, compile.json, linear.json, chunks.json, plans.json and
-ncu-*.csv. `python -m benchmarks harvest OUT` says what follows from them. Exit status 1 where a step failed.
+ncu-*.csv. `python -m benchmarks harvest OUT` says what follows from them. Exit status 1 where a
+step failed.
 """
 
 from __future__ import annotations
