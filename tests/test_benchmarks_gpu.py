@@ -9,9 +9,9 @@ import sys
 import time
 
 import pytest
-import test_gpu
 import torch
 from bench_runs import SHAPE, _row, cell, small_rulers  # noqa: F401
+from gpu_ops import OPS
 
 from benchmarks import (
     ceilings,
@@ -116,7 +116,7 @@ def test_a_peer_that_cannot_run_is_played_in_a_rehearsal_alone(monkeypatch):
 
 def test_every_op_is_tested_as_itself_on_a_gpu():
     """An op that a backend lacks must keep no other from being tested."""
-    needed = [set(ops) for _, ops in test_gpu.OPS.values()]
+    needed = [set(ops) for _, ops in OPS.values()]
     assert set.union(*needed) == set(backends.OPS)
     assert {"token_js_parts"} in needed and sum("token_js_parts" in ops for ops in needed) == 1
 
