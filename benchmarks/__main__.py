@@ -1,5 +1,5 @@
-"""`python -m benchmarks COMMAND`: run (the default), linear, growth, memory, offline, instructions,
-compare, readme.
+"""`python -m benchmarks COMMAND`: run (the default), linear, growth, offline, instructions,
+compare, readme, harvest.
 
 Exit status 0, unless one of this library's own kernels was refused by the correctness gate (run,
 linear) or something got worse (compare, instructions).
@@ -42,10 +42,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--providers", default="ours,eager")
     p.add_argument("--ops", default="token_kl/policy_ref,token_logp,constrained_loss/ref_logits")
     p.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
-    p = commands.add_parser("memory", help="longest batch under a memory cap (CUDA)")
-    p.add_argument("--cap-gib", type=float, default=16.0, help="what torch may allocate")
-    p.add_argument("--model", default="4096x128256", metavar="HxV")
-    p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("offline", help="compile report and predicted times, without a GPU")
     p.add_argument("--measured", metavar="FILE", help="result file of a GPU run, to stand beside")
     p.add_argument("--arch", action="append", default=[], help="sm_90, gfx942, ...; default all")
@@ -57,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="default 0.1 = 10 %%")
     p = commands.add_parser("readme", help="markdown tables from a result file")
     p.add_argument("file", metavar="FILE.json")
+    p = commands.add_parser("harvest", help="what follows from the files of gpu.sh")
+    p.add_argument("dirs", nargs="+", metavar="DIR")
     return top
 
 
@@ -128,14 +126,15 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     plan, started = plan_of(args), time.perf_counter()
     where, warning = machine.describe(args.device), machine.load_warning()
+    gpu = where.get("gpu", {}).get("name", "")
     if warning:
         say(warning)
     rulers = ceilings.Ceilings()
 
     def keep(rows: list[harness.Row], absent: list[dict]) -> None:
-        """Also after every shape: a run that is cut off leaves what it has."""
+        """Also after every cell: a run that is cut off leaves what it has."""
         if args.json:
-            header, lines = verdict.judge(rows, rulers, args.device)
+            header, lines = verdict.judge(rows, rulers, args.device, gpu)
             judged = {"header": header, "lines": lines}
             asked = {k: v for k, v in vars(args).items() if k != "json"}
             parts = {"absent": absent, "asked": asked, "verdict": judged}
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         print(report.absent_text(absent), "\n")
     if args.command == "run" and args.device == "cpu" and not args.quick and not args.ops:
         print_offline()
-    print(report.table(*verdict.judge(rows, rulers, args.device)), "\n")
+    print(report.table(*verdict.judge(rows, rulers, args.device, gpu)), "\n")
     if args.quick:
         print("note: --quick tries the harness; the targets are about full-size shapes")
     over = {r.provider for r in rows if (part := report.achieved(r, rulers)) and part[1] > 1.02}
@@ -173,7 +172,7 @@ def print_offline() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    commands = tuple("run linear growth memory offline instructions compare readme".split())
+    commands = tuple("run linear growth offline instructions compare readme harvest".split())
     if not argv or (argv[0] not in commands and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
     args = parser().parse_args(argv)
@@ -196,10 +195,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from benchmarks import growth
 
         return growth.main(args.ops, args.providers, args.device, args.out, args.quick, say)
-    if args.command == "memory":
-        from benchmarks import capped
+    if args.command == "harvest":
+        from benchmarks import harvest
 
-        return capped.main(args.cap_gib, args.model, args.json, say)
+        return harvest.main(args.dirs)
     if args.command == "instructions":
         from benchmarks import instructions
 

@@ -98,11 +98,13 @@ Keep = Callable[[list[Row], list[dict]], None]
 def run(
     plan: Plan, ceilings: Ceilings, say: Callable[[str], None], keep: Keep | None = None
 ) -> tuple[list[Row], list[dict]]:
-    """All cells of the plan; (rows, who was absent and why). `keep` gets both after every shape and
-    dtype.
-    """
+    """All cells of the plan; (rows, who was absent and why). `keep` gets both after every cell."""
     rows: list[Row] = []
     absent: dict[tuple[str, str], list[str]] = {}
+
+    def missed() -> list[dict]:
+        return [{"provider": n, "why": w, "ops": sorted({*ops})} for (n, w), ops in absent.items()]
+
     stop = time.monotonic() + plan.limit
     for shape, dtype in itertools.product(plan.shapes, plan.dtypes):
         table = [c for c in plan.table if shape == plan.shapes[0] or c.name not in plan.once]
@@ -120,15 +122,16 @@ def run(
                 absent.setdefault((who.name, who.why), []).append(case.name)
             ruler = None if case.linear else rulers["copy" if phase == "fwd_bwd" else "read"]
             rows += _cell(plan, case, shape, dtype, phase, found, sets, ruler)
+            if keep:
+                keep(rows, missed())
             spent = time.monotonic() - started
             say(f"{case.name} {phase} {shape} {dtype}: {len(found)} providers, {spent:.1f} s")
         del rulers
         _rulers(ceilings, plan, sets[0], dtype)
         del sets
-        who = [{"provider": n, "why": w, "ops": sorted({*ops})} for (n, w), ops in absent.items()]
-        if keep:
-            keep(rows, who)
-    return rows, who
+    if keep:
+        keep(rows, missed())
+    return rows, missed()
 
 
 def _input_sets(plan: Plan, shape: Shape, dtype: str) -> list[Inputs]:

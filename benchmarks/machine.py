@@ -14,7 +14,9 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEASURED = ("deepalign_kernels", "csrc", "benchmarks")  # what a commit must hold to repeat a run
-PACKAGES = ("triton", "numpy", "liger_kernel", "trl", "quack-kernels", "flash_attn")
+PACKAGES = tuple("triton numpy liger_kernel trl quack-kernels cut-cross-entropy flash_attn".split())
+# Says the commit where a copy of the tree has no git history; a + at its end: with changes.
+COMMIT = "DEEPALIGN_COMMIT"
 
 
 def default_device() -> str:
@@ -23,6 +25,7 @@ def default_device() -> str:
 
 def describe(device: str) -> dict[str, Any]:
     """JSON-able facts about machine, software and state; nothing that names a user or a host."""
+    told = os.environ.get(COMMIT, "")
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": device,
@@ -36,12 +39,13 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "packages": {name: v for name in PACKAGES if (v := _version(name))},
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", *MEASURED)),
+        "commit": told.rstrip("+") or _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": told.endswith("+") or bool(_git("status", "--porcelain", "--", *MEASURED)),
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
         facts["gpu"] = {"name": p.name, "sms": p.multi_processor_count, "bytes": p.total_memory}
+        facts["gpu"]["capability"] = f"sm_{p.major}{p.minor}"
         facts["cuda"] = torch.version.cuda or torch.version.hip
     return facts
 

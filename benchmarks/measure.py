@@ -2,8 +2,8 @@
 
 Every call gets the next of several input sets, which together are larger than the last-level cache.
 Times are seconds; results are dropped outside the clock. CUDA laps are device events: the stream is
-first given a millisecond of idle work, so that launches queue up and the gaps between them are not
-measured.
+first given idle work for longer than the host takes to queue the laps, so that the gaps between
+launches are not measured, however slow the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-SLEEP_CYCLES = 2_000_000  # about a millisecond
+CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about: 1.98 GHz on an H100
+FIRST_SLEEP, LONGEST_SLEEP = 1e-3, 0.05  # seconds; a call that waits for the GPU itself gains none
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,16 @@ def laps_of(fn: Callable[[], object], device: str, n: int) -> list[float]:
         return laps
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
     torch.cuda.synchronize()
-    torch.cuda._sleep(SLEEP_CYCLES)
-    for start, end in pairs:
+    wanted = FIRST_SLEEP
+    for k, (start, end) in enumerate(pairs):
+        if k < 2:
+            torch.cuda._sleep(int(CYCLES_PER_SECOND * wanted))
+        began = time.perf_counter()
         start.record()
         fn()
         end.record()
+        # The first lap tells how long the host needs for one; the others wait for all of them.
+        wanted = min(LONGEST_SLEEP, 1.5 * n * (time.perf_counter() - began))
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1e-3 for start, end in pairs]
 

@@ -15,11 +15,16 @@ FORMAT = 1
 
 
 def save(path: str, where: dict, ceilings: Ceilings, rows: Iterable[Row], **more: Any) -> None:
-    """Write a result file; `more` are further JSON-able parts (absent, verdict, plan)."""
+    """Write a result file; `more` are further JSON-able parts (absent, verdict, plan). Whoever is
+    stopped meanwhile leaves the old file or the new one, whole.
+    """
     file = pathlib.Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     parts = {"format": FORMAT, "machine": where, "ceilings": asdict(ceilings), **more}
-    file.write_text(json.dumps({**parts, "rows": [as_json(r) for r in rows]}, indent=1) + "\n")
+    text = json.dumps({**parts, "rows": [as_json(r) for r in rows]}, indent=1) + "\n"
+    new = file.with_name(file.name + ".new")
+    new.write_text(text)
+    new.replace(file)
 
 
 def load(path: str) -> tuple[dict, Ceilings, list[Row], dict]:

@@ -4,8 +4,11 @@ Without a GPU, Triton kernels run in the interpreter; the variable must be set b
 imported.
 """
 
+import collections
 import importlib.util
+import json
 import os
+import pathlib
 from unittest import mock
 
 import pytest
@@ -16,6 +19,7 @@ if not torch.cuda.is_available():
 
 from deepalign_kernels import backends, use_backend
 
+REHEARSAL = bool(os.environ.get("DEEPALIGN_GPU_REHEARSAL"))  # of benchmarks/gpu.sh, without a GPU
 DEVICES = ("cpu", *["cuda"] * torch.cuda.is_available())
 
 
@@ -44,6 +48,9 @@ def pytest_configure(config):
         patch_triton_once()
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    if torch.cuda.is_available() or REHEARSAL:
+        config.pluginmanager.register(Outcomes(config), "outcomes")
+    config.addinivalue_line("markers", "rehearsed: of the GPU tests, those a CPU can play")
     config.addinivalue_line(
         "markers", "clean_memory: torch.empty is left alone (see poisoned_memory)"
     )
@@ -52,15 +59,45 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            played = REHEARSAL and "rehearsed" in item.keywords
+            if "gpu" in item.keywords and not played:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+class Outcomes:
+    """What a run on a GPU leaves: a line of JSON per test as it ends, in the file that
+    DEEPALIGN_TEST_LOG names, so that a run which is stopped leaves what it has; and, last of all
+    that is printed, how many tests were skipped, and why."""
+
+    def __init__(self, config):
+        worker = hasattr(config, "workerinput")  # its reports reach the main process as well
+        self.file = None if worker else os.environ.get("DEEPALIGN_TEST_LOG")
+        self.skipped = collections.Counter()
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.outcome == "passed":
+            return
+        why = report.longrepr[2] if report.skipped and type(report.longrepr) is tuple else ""
+        if report.skipped:
+            self.skipped[why.removeprefix("Skipped: ")] += 1
+        if self.file:
+            line = {"id": report.nodeid, "outcome": report.outcome, "why": why}
+            with pathlib.Path(self.file).open("a") as file:
+                file.write(json.dumps(line | dict(report.user_properties)) + "\n")
+
+    def pytest_unconfigure(self, config):
+        if self.skipped and not hasattr(config, "workerinput"):
+            whys = "; ".join(f"{n} x {why}" for why, n in self.skipped.most_common(9))
+            print(f"SKIPPED {self.skipped.total()} tests: {whys}")
+
+
 @pytest.fixture(params=[(d, b) for d in DEVICES for b in backends.BACKENDS], ids="-".join)
-def device(request):
+def device(request, record_property):
     """Device to run on, with one backend forced; every op of a test runs on that backend or
     raises."""
     where, name = request.param
+    record_property("device", where)
+    record_property("backend", name)
     if why := backends.unavailable(name, "token_kl_fwd", where):
         pytest.skip(f"{name} on {where}: {why}")
     with use_backend(name):

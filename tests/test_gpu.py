@@ -1,8 +1,11 @@
 """Triton and CUDA C++ kernels on a GPU: compiled once, no waiting, CUDA graphs, streams, a second
 device. Their numbers: test_conformance.py, which runs every backend that a device has."""
 
+import itertools
+
 import pytest
 import torch
+from gpu_ops import DIRECTIONS, OPS
 
 import deepalign_kernels as dak
 from deepalign_kernels import backends, use_backend
@@ -10,44 +13,44 @@ from deepalign_kernels import backends, use_backend
 pytestmark = [pytest.mark.gpu, pytest.mark.clean_memory]
 
 V = 4096
-DIRECTIONS = ("policy_ref", "ref_policy", "js")
+EVERY = list(itertools.product(("triton", "native"), OPS))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter in a rehearsal
 
 
-@pytest.fixture(autouse=True, params=["triton", "native"])
-def backend(request):
-    for op in backends.OPS:
-        if why := backends.unavailable(request.param, op, "cuda"):
-            pytest.skip(f"{request.param}: {why}")
-    with use_backend(request.param):
-        yield request.param
+@pytest.fixture(autouse=True, params=EVERY, ids="-".join)
+def backend(request, record_property):
+    name, op = request.param
+    record_property("backend", name)
+    record_property("device", DEVICE)
+    record_property("ops", OPS[op][1])
+    for needed in OPS[op][1]:
+        if why := backends.unavailable(name, needed, DEVICE):
+            pytest.skip(f"{name} {needed}: {why}")
+    with use_backend(name):
+        yield name
 
 
-def batch(T, dtype=torch.bfloat16, device="cuda", vocab=V):
+@pytest.fixture
+def run(request):
+    """(x, y, target, beta, temperature) -> (value, gradient by x) of the op under test."""
+    fn = OPS[request.node.callspec.params["backend"][1]][0]
+
+    def value_and_grad(x, y, target, beta=0.5, temperature=1.0):
+        made = fn(x, y, target, beta, temperature=temperature)
+        if isinstance(made, tuple):
+            return made
+        return made.detach(), torch.autograd.grad(made, x)[0]
+
+    return value_and_grad
+
+
+def batch(T, dtype=torch.bfloat16, vocab=V):
     g = torch.Generator().manual_seed(T)
     x, y = (3 * torch.randn(2, T, vocab, generator=g) for _ in range(2))
     target = torch.randint(0, vocab, (2, T), generator=g)
     target[:, 0] = -100
-    x, y, target = x.to(device, dtype), y.to(device, dtype), target.to(device)
+    x, y, target = x.to(DEVICE, dtype), y.to(DEVICE, dtype), target.to(DEVICE)
     return x.requires_grad_(), y, target
-
-
-def total(x, y, target, beta=0.5, temperature=1.0):
-    """Every op once, as one scalar."""
-    options = {"temperature": temperature}
-    valid = target != -100
-    loss = dak.token_logp(x, target, **options).sum()
-    for direction in DIRECTIONS:
-        loss = loss + dak.token_kl(x, y, direction=direction, valid=valid, **options).sum()
-    each = dak.constrained_loss(x, target, beta=beta, ref_logits=y, reduction="none", **options)
-    mean = dak.constrained_loss(x, target, beta=beta, ref_logits=y, **options)
-    stats = dak.token_stats(x, y, target, **options)
-    return loss + each.sum() + mean + stats.entropy.sum()
-
-
-def value_and_grad(*inputs):
-    loss = total(*inputs)
-    (grad,) = torch.autograd.grad(loss, inputs[0])
-    return loss.detach(), grad
 
 
 def compiled_kernels():
@@ -66,70 +69,80 @@ def compiled_kernels():
     return count
 
 
-def test_another_token_count_or_scalar_compiles_nothing(backend):
-    if backend != "triton":
-        pytest.skip("compiled before")
-    value_and_grad(*batch(8), 0.5, 0.7)
+def only(*pairs):
+    return pytest.mark.parametrize("backend", pairs, indirect=True, ids="-".join)
+
+
+@only(*(pair for pair in EVERY if pair[0] == "triton"))
+def test_another_token_count_or_scalar_compiles_nothing(run):
+    run(*batch(8), 0.5, 0.7)
     before = compiled_kernels()
     assert before > 0
     for T, beta, temperature in ((1, 0.1, 0.9), (2, 2.0, 0.5), (16, 0.3, 3.0), (33, 0.5, 0.7)):
-        value_and_grad(*batch(T), beta, temperature)
+        run(*batch(T), beta, temperature)
     assert compiled_kernels() == before
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(run):
     inputs = batch(8)
-    value_and_grad(*inputs)
+    run(*inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        value_and_grad(*inputs)
+        run(*inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_captured_graph_replays_what_eager_computes():
+def test_a_captured_graph_replays_what_eager_computes(run):
     x, y, target = batch(8)
     other = batch(9)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            value_and_grad(x, y, target)
+            run(x, y, target)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss, grad = value_and_grad(x, y, target)
+        loss, grad = run(x, y, target)
     with torch.no_grad():
         x.copy_(other[0][:, :8])
         y.copy_(other[1][:, :8])
         target.copy_(other[2][:, :8])
     graph.replay()
-    expected = value_and_grad(x, y, target)
+    expected = run(x, y, target)
     torch.testing.assert_close((loss, grad), expected, rtol=0, atol=0)
 
 
-def test_a_stream_of_ones_own():
+def test_a_stream_of_ones_own(run):
     inputs = batch(8)
-    expected = value_and_grad(*inputs)
+    expected = run(*inputs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        result = value_and_grad(*inputs)
+        result = run(*inputs)
     side.synchronize()
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
-def test_results_repeat_bit_by_bit_and_rows_do_not_touch_each_other():
+@pytest.mark.rehearsed
+def test_results_repeat_bit_by_bit(run):
     x, y, target = batch(8, vocab=V + 1)
-    first = value_and_grad(x, y, target)
+    first = run(x, y, target)
     for _ in range(5):
-        torch.testing.assert_close(value_and_grad(x, y, target), first, rtol=0, atol=0)
+        torch.testing.assert_close(run(x, y, target), first, rtol=0, atol=0)
+
+
+@only(("triton", "token_kl"), ("native", "token_kl"))
+def test_rows_do_not_touch_each_other():
+    x, y, _ = batch(8, vocab=V + 1)
     whole = dak.token_kl(x, y)
     alone = dak.token_kl(x[:, 3:4], y[:, 3:4])
     torch.testing.assert_close(alone, whole[:, 3:4], rtol=0, atol=0)
 
 
+@only(("triton", "token_logp"), ("native", "token_logp"))
 def test_offsets_pass_31_bits():
     rows, vocab = 17_000, 131_072
     free, _ = torch.cuda.mem_get_info()
@@ -147,6 +160,7 @@ def test_offsets_pass_31_bits():
     assert grad[0, -1, 7] > 0 and not grad[0, :-1].any()
 
 
+@only(("triton", "token_kl"), ("native", "token_kl"))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_device_that_is_not_current(direction):
     if torch.cuda.device_count() < 2:
@@ -158,14 +172,15 @@ def test_a_device_that_is_not_current(direction):
     torch.testing.assert_close(there.cpu(), kl.cpu(), rtol=0, atol=0)
 
 
+@pytest.mark.rehearsed
 @pytest.mark.parametrize("vocab", [4096, 32768, 50257, 128256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_both_gpu_backends_agree(backend, vocab, dtype):
+def test_both_gpu_backends_agree(vocab, dtype, run):
     """Rows in one block, in clusters of every size, and starting off a 16-byte boundary."""
     inputs = batch(6, dtype, vocab=vocab)
-    loss, grad = value_and_grad(*inputs)
+    loss, grad = run(*inputs)
     with use_backend("eager"):
-        expected, gold = value_and_grad(*inputs)
+        expected, gold = run(*inputs)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     near = 1e-5 if dtype == torch.float32 else 1.6e-2
     torch.testing.assert_close(grad, gold, rtol=near, atol=1e-5)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import deepalign_kernels as dak
+from deepalign_kernels import backends
 from deepalign_kernels.ops import _linear_ops, _linear_shard
 from deepalign_kernels.ops._register import _LIB
 from deepalign_kernels.ops._vocab_shard import Shard
@@ -108,6 +109,8 @@ def test_opcheck(op, dtype, device, backend):
     every op there is: a new one needs sample inputs above."""
     if dtype == torch.float64 and backend != "eager":
         pytest.skip("fp64 logits run on the eager backend only")
+    if op in backends.OPS and (why := backends.unavailable(backend, op, device.type, dtype)):
+        pytest.skip(f"{backend} {op}: {why}")
     linear = op.startswith("linear")
     if linear and op != "linear_shard" and dtype != torch.float32:
         pytest.skip("its other dtypes and modes: tests/test_linear_torch.py")
