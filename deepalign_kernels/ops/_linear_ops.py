@@ -251,8 +251,8 @@ torch.library.register_autograd("deepalign::linear_kept", _backward_kept, setup_
 
 
 def _setup_unit(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    # `unit` stays differentiable, so that a second derivative reaches linear_row_scale and raises
     ctx.save_for_backward(output[1], _call(inputs)[1].valid)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -278,7 +278,8 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
     grads = [g if w else None for g, w in zip(output[2:], ctx.wanted, strict=True)]
     # hand_over scales all that is saved, so it gets a copy of the scale.
     ctx.save_for_backward(*grads, inputs[_N].clone().view(1, 1, 1) if ctx.late else None)
-    ctx.mark_non_differentiable(*output[1:])
+    unwanted = (g for g, w in zip(output[2:], ctx.wanted, strict=True) if not w)
+    ctx.mark_non_differentiable(output[1], *unwanted)  # the others: see hand_over
     ctx.set_materialize_grads(False)
 
 

@@ -90,7 +90,7 @@ def constrained_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or stride, a missing or doubled reference, one that
             requires grad, a negative beta; the message names the argument. RuntimeError: a scalar
-            reduction backpropagated twice.
+            reduction backpropagated twice, or a second derivative.
 
     Communication (`process_group`): one all-gather, 24 bytes per row from every other rank (12 with
         ref_logp; double for fp64), and none in backward.
@@ -216,8 +216,8 @@ torch.library.register_autograd("deepalign::constrained_loss_fwd", _backward, se
 
 
 def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(output[4])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[4])  # differentiable: see hand_over
+    ctx.mark_non_differentiable(*output[1:4])
     ctx.set_materialize_grads(False)
 
 
