@@ -47,6 +47,7 @@ class BetaSchedule:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions [...] int, 1-based, 0 = not in a response -> beta [...] fp32 (0: `rest`)."""
+        _check.tensor("positions", positions)
         if positions.is_floating_point() or positions.dtype == torch.bool:
             raise ValueError(
                 f"positions: expected an integer tensor, got {_check.describe(positions)}"
@@ -78,9 +79,13 @@ def response_positions(
     Raises:
         ValueError: labels that are not integer or not [T] or [B, T], position_ids of another shape.
     """
+    _check.tensor("labels", labels)
+    _check.index("ignore_index", ignore_index)
     if labels.dim() not in (1, 2) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected integers [T] or [B, T], got {_check.describe(labels)}")
-    if position_ids is not None and position_ids.shape != labels.shape:
+    if position_ids is not None and (
+        not isinstance(position_ids, Tensor) or position_ids.shape != labels.shape
+    ):
         raise ValueError(
             f"position_ids: expected the shape of labels, {tuple(labels.shape)}, "
             f"got {_check.describe(position_ids)}"
@@ -115,7 +120,10 @@ def reduce_tokens(
         ValueError: shapes that differ, a mask that is not bool, an unknown reduction, a wrong
             normalizer.
     """
-    if valid.shape != values.shape or valid.dtype != torch.bool:
+    _check.tensor("values", values)
+    if not values.is_floating_point():
+        raise ValueError(f"values: expected a float tensor, got {_check.describe(values)}")
+    if not isinstance(valid, Tensor) or valid.shape != values.shape or valid.dtype != torch.bool:
         raise ValueError(
             f"valid: expected bool {tuple(values.shape)}, got {_check.describe(valid)}"
         )

@@ -257,6 +257,9 @@ BAD = [
     (dict(softcap=0.0), "softcap: expected a finite number > 0"),
     (dict(max_workspace_bytes=0), "max_workspace_bytes: expected None or an int above 0"),
     (dict(max_workspace_bytes=10), "max_workspace_bytes: 10 bytes hold no row"),
+    (dict(logit_scale=1e30, temperature=1e-30), "temperature / logit_scale: .*that fp32 holds"),
+    (dict(compact="no"), "compact: expected True or False, got 'no'"),
+    (dict(ignore_index=None), "ignore_index: expected an int"),
     (dict(grad_weight_dtype=torch.float16), "grad_weight_dtype: expected torch.float32 or"),
     (dict(logits_dtype=torch.bfloat16), "logits_dtype: expected None, torch.float32"),
 ]

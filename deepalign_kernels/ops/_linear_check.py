@@ -139,7 +139,7 @@ def workspace(max_workspace_bytes: int | None) -> int:
     if (
         isinstance(max_workspace_bytes, bool)
         or not isinstance(max_workspace_bytes, int)
-        or max_workspace_bytes < 1
+        or not 0 < max_workspace_bytes < 2**63
     ):
         raise ValueError(
             f"max_workspace_bytes: expected None or an int above 0, got {max_workspace_bytes!r}"
@@ -195,7 +195,11 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
     compute = compute_dtype("hidden", hidden, "weight", weight)
     ref_rows, ref_weight, ref_compute = _reference(hidden, weight, head)
     computes = (compute,) if ref_rows is None else (compute, ref_compute)
-    if head.compact and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+    if (
+        _check.flag("compact", head.compact)
+        and hidden.is_cuda
+        and torch.cuda.is_current_stream_capturing()
+    ):
         raise ValueError(
             "compact: dropping ignored tokens waits for their number, which a CUDA graph cannot; "
             "pass compact=False"
@@ -221,8 +225,8 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
     )
     options = Options(
         # cap * tanh(s x / cap) / T is (cap/s) * tanh(x / (cap/s)) / (T/s): the scale costs nothing
-        temperature=temperature / scale,
-        softcap=softcap / scale,
+        temperature=_check.number("temperature / logit_scale", temperature / scale, above=0.0),
+        softcap=_check.number("softcap / logit_scale", softcap / scale, low=0.0),
         lora_scale=_check.number("lora_scale", head.lora_scale),
         js_beta=0.5,
         kl_coef=0.0,
@@ -231,7 +235,7 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
         direction=0,
         max_workspace_bytes=workspace(head.max_workspace_bytes),
         surrogate=False,
-        compact=bool(head.compact),
+        compact=head.compact,
         compute=compute,
         ref_compute=ref_compute,
         logits=logits_dtype(head.logits_dtype, computes),

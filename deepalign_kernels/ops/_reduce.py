@@ -37,6 +37,6 @@ def scale_of_sum(
         _check.must_be_frozen("normalizer", normalizer)
         count = normalizer.to(dtype)
     else:
-        _check.number("normalizer", normalizer, above=0.0)
-        return torch.full((), 1.0 / normalizer, dtype=dtype, device=valid.device)
+        divisor = _check.number("normalizer", normalizer, above=0.0)
+        return torch.full((), 1.0 / divisor, dtype=dtype, device=valid.device)
     return torch.where(count > 0, 1.0 / count, torch.zeros_like(count))
