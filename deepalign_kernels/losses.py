@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
-from deepalign_kernels.ops._reduce import scale_of_sum
+from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
+from deepalign_kernels.ops._register import accumulator
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,12 @@ def reduce_tokens(
             the token count over all accumulation steps and ranks. Without a valid token the result
             is 0, not NaN.
 
+    Returns:
+        [...] as `values` for "none", else 0-d fp32 (fp64 for fp64 values), counted and summed in
+        that dtype.
+
     Raises:
-        ValueError: shapes that differ, a mask that is not bool, an unknown reduction, a wrong
+        ValueError: no tensors, shapes that differ, a mask that is not bool, an unknown reduction, a wrong
             normalizer.
     """
     _check.tensor("values", values)
@@ -127,5 +132,6 @@ def reduce_tokens(
         raise ValueError(
             f"valid: expected bool {tuple(values.shape)}, got {_check.describe(valid)}"
         )
-    scale = scale_of_sum(valid, reduction, normalizer, values.dtype)
-    return values if reduction == "none" else values.sum() * scale
+    wide = accumulator(values.dtype)
+    scale = scale_of_sum(valid, reduction, normalizer, wide)
+    return values if reduction == "none" else scaled_sum(values.to(wide), scale)

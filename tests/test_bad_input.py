@@ -79,6 +79,7 @@ BAD = [
         {"normalizer": torch.ones(1)},
         "normalizer: expected a number or a 0-d tensor",
     ),
+    (constrained, good(), {"normalizer": torch.tensor(1j)}, "normalizer: expected a real number"),
     (stats, good(ref=x(T, V + 1)), {}, "ref_logits: expected the shape"),
     # wrong dtype
     (
@@ -234,6 +235,8 @@ def test_checked_mode_names_the_position():
             dak.constrained_loss(
                 policy, torch.zeros(2, 3, dtype=torch.long), beta=beta, ref_logits=ref
             )
+        with pytest.raises(ValueError, match="normalizer: expected a finite number >= 0, got -1.0"):
+            constrained(good(), normalizer=torch.tensor(-1.0))
         dak.token_logp(policy, target.clamp(0, V - 1))
     assert dak.token_logp(policy, target)[1, 1].isnan()  # and outside of it: poison, no error
 

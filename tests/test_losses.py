@@ -105,6 +105,12 @@ def test_reductions():
     assert dak.reduce_tokens(values, valid, normalizer=6).item() == 0.5
     assert dak.reduce_tokens(values, valid, normalizer=torch.tensor(6)).item() == 0.5
     assert dak.reduce_tokens(values * 0, ~valid & False).item() == 0
+    many = torch.ones(70_000, dtype=torch.float16)  # neither count nor sum fits fp16
+    for reduction, expected in (("mean", 1.0), ("sum", 70_000.0)):
+        result = dak.reduce_tokens(many, many > 0, reduction=reduction)
+        assert result.dtype == torch.float32 and result.item() == pytest.approx(expected, rel=1e-6)
+    large = torch.full((10,), 3e38)  # nor does this sum fit fp32
+    assert dak.reduce_tokens(large, large > 0).item() == pytest.approx(3e38, rel=1e-6)
     for wrong in (valid.float(), [True, True, False]):
         with pytest.raises(ValueError, match="valid"):
             dak.reduce_tokens(values, wrong)
