@@ -306,6 +306,33 @@ def test_bad_reference(changes, message):
         dak.linear_constrained_loss(*GOOD.values(), beta=0.5, **changes)
 
 
-def test_estimate_knows_its_ops():
-    with pytest.raises(ValueError, match="op: expected one of 'linear_token_logp'"):
-        dak.estimate_memory("token_logp", tokens=1, hidden_size=1, vocab_size=1)
+ESTIMATE = dict(op="linear_token_logp", tokens=9, hidden_size=4, vocab_size=8)
+BAD_ESTIMATE = [
+    (dict(op="token_logp"), "op: expected one of 'linear_token_logp'"),
+    (dict(tokens=-5), "tokens: expected an int >= 0, got -5"),
+    (dict(trained_tokens=10), "trained_tokens: expected an int >= 0 and <= 9, got 10"),
+    (dict(hidden_size=0), "hidden_size: expected an int >= 1, got 0"),
+    (dict(vocab_size=0), "vocab_size: expected an int >= 1, got 0"),
+    (dict(lora_rank=-1), "lora_rank: expected an int >= 0"),
+    (dict(dtype="bf16"), "dtype: expected torch's bf16, fp16, fp32 or fp64, got 'bf16'"),
+    (dict(autocast_dtype=torch.int8), "autocast_dtype: expected torch's"),
+    (dict(grad_weight_dtype=torch.float16), "grad_weight_dtype: expected torch.float32 or"),
+    (dict(device="tpu"), "device: expected 'cpu' or 'cuda', got 'tpu'"),
+    (dict(compact="no"), "compact: expected True or False"),
+    (dict(max_workspace_bytes=0), "max_workspace_bytes: expected None or an int above 0"),
+    (dict(reduction="mean"), "reduction: expected one of 'none', got 'mean'"),
+    (dict(ref_hidden_size=4), "ref_hidden_size, shared_head: linear_token_logp has no reference"),
+    (dict(shared_head=True), "ref_hidden_size, shared_head: linear_token_logp has no reference"),
+    (dict(op="linear_token_kl"), "ref_hidden_size, shared_head: linear_token_kl needs one"),
+    (dict(op="linear_constrained_loss", kl_coef=1.0), "kl_coef: a divergence needs"),
+    (
+        dict(op="linear_token_kl", ref_hidden_size=5, shared_head=True),
+        "ref_hidden_size: expected hidden_size, 4, with shared_head, got 5",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes,message", BAD_ESTIMATE, ids=[m for _, m in BAD_ESTIMATE])
+def test_estimate_refuses_what_no_call_could_have(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dak.estimate_memory(**{**ESTIMATE, **changes})

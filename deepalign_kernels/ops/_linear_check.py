@@ -147,12 +147,12 @@ def workspace(max_workspace_bytes: int | None) -> int:
     return max_workspace_bytes
 
 
-def accumulate_dtype(asked: torch.dtype, weight: Tensor) -> torch.dtype:
-    if weight.dtype == torch.float64:
+def accumulate_dtype(asked: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    if weight == torch.float64:
         return torch.float64
-    if asked not in (torch.float32, weight.dtype):
+    if asked not in (torch.float32, weight):
         raise ValueError(
-            f"grad_weight_dtype: expected torch.float32 or the dtype of weight, {weight.dtype}, "
+            f"grad_weight_dtype: expected torch.float32 or the dtype of weight, {weight}, "
             f"got {asked}"
         )
     return asked
@@ -239,7 +239,7 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
         compute=compute,
         ref_compute=ref_compute,
         logits=logits_dtype(head.logits_dtype, computes),
-        accumulate=accumulate_dtype(head.grad_weight_dtype, weight),
+        accumulate=accumulate_dtype(head.grad_weight_dtype, weight.dtype),
     )
     like = hidden.detach()[..., :1].expand(*hidden.shape[:-1], weight.shape[0])
     return Call(inputs, options, like)
