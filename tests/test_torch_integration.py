@@ -230,6 +230,26 @@ def test_second_derivative_is_refused(op, device):
     assert torch.equal(grad, again) and not again.requires_grad
 
 
+@pytest.mark.parametrize("op", [*CASES, "linear_token_logp"])
+def test_forward_mode_is_refused(op):
+    """Not a tangent of 0; under a dual level plain tensors go on as before."""
+    r = make(4, 33)
+    head = torch.randn(9, 33)
+
+    def run(x):
+        if op == "linear_token_logp":
+            return dak.linear_token_logp(x, head, r.target.clamp(max=8))
+        return CASES[op].ours(type(r)(x, r.ref, r.target, r.beta, r.grad))
+
+    with pytest.raises(NotImplementedError, match="(logits|hidden): carries a tangent"):
+        torch.func.jvp(run, (r.policy,), (r.policy,))
+    with torch.autograd.forward_ad.dual_level():
+        run(r.policy)
+        dual = torch.autograd.forward_ad.make_dual(r.policy, r.policy)
+        with pytest.raises(NotImplementedError, match="(logits|hidden): carries a tangent"):
+            run(dual)
+
+
 def test_gradient_reaches_only_what_asks_for_it(device):
     """F19: nothing is computed for a policy that needs no gradient."""
     r = make(4, 33).to(device, torch.float32)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -42,10 +43,20 @@ def checking() -> bool:
     return _checked and not torch.compiler.is_compiling()
 
 
+def no_tangent(name: str, x: Tensor) -> None:
+    """An op of torch.library drops the tangent of forward-mode AD without a word."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: carries a tangent, and the fused ops have no forward-mode derivative; use "
+            "reverse mode, or the formula in deepalign_kernels/reference"
+        )
+
+
 def logits3(name: str, x: Tensor) -> Tensor:
     """Validate logits [..., V]; a view [B, T, V] (above 3 dimensions a copy, if need be)."""
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise ValueError(f"{name}: expected a tensor [..., V], got {describe(x)}")
+    no_tangent(name, x)
     if hasattr(x, "full_tensor"):
         raise ValueError(
             f"{name}: is a DTensor. Sharded over the vocabulary: pass .to_local() and "

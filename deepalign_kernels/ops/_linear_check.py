@@ -30,6 +30,7 @@ def whole(name: str, x: Any) -> Tensor:
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")
     if not x.is_floating_point() or x.dtype not in _check.DTYPES:
         raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
+    _check.no_tangent(name, x)
     return x
 
 
