@@ -122,8 +122,8 @@ def reduce_tokens(
         that dtype.
 
     Raises:
-        ValueError: no tensors, shapes that differ, a mask that is not bool, an unknown reduction, a wrong
-            normalizer.
+        ValueError: no tensors, shapes that differ, a mask that is not bool, an unknown reduction, a
+            wrong normalizer.
     """
     _check.tensor("values", values)
     if not values.is_floating_point():

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from deepalign_kernels import backends
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -27,16 +29,21 @@ _checked = os.environ.get("DEEPALIGN_CHECKED", "0") == "1"
 def checked(on: bool = True) -> Iterator[None]:
     """Check values inside tensors: a target out of range or a negative beta raises ValueError.
 
-    Costs a device synchronisation per call; for debugging. Outside it, such a row is poisoned with
+    Costs a device synchronisation per call; for debugging. It holds for all threads; of blocks that
+    overlap the youngest counts. Outside it, such a row is poisoned with
     NaN. The environment variable DEEPALIGN_CHECKED=1 does the same for a whole process. Ignored
     under torch.compile.
     """
-    global _checked
-    old, _checked = _checked, on
-    try:
+    with backends.overlapping(_blocks, on, _set_checked):
         yield
-    finally:
-        _checked = old
+
+
+_blocks: list[list[Any]] = [[_checked]]
+
+
+def _set_checked(on: bool) -> None:
+    global _checked
+    _checked = on
 
 
 def checking() -> bool:
