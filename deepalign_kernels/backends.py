@@ -13,7 +13,9 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -164,21 +166,49 @@ def fresh_pages(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def overlapping(blocks: list[list[Any]], value: Any, assign: Callable[[Any], None]) -> Iterator:
+    """`assign(value)` in the block, for the whole process. Blocks of several threads may overlap:
+    the youngest one that is open counts, and after the last one what was there before the first.
+
+    Args:
+        blocks: [[what holds outside of all blocks]], and [value] of each one that is open.
+    """
+    mine = [value]
+    with _lock:
+        blocks.append(mine)
+        assign(value)
+    try:
+        yield
+    finally:
+        with _lock:
+            blocks[:] = [block for block in blocks if block is not mine]
+            assign(blocks[-1][0])
+
+
+_blocks: list[list[Any]] = [[_forced]]
+
+
+def _force(name: str) -> None:
+    global _forced
+    _forced = name
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend ("native", "triton", "eager"; "auto" undoes it) inside the block.
 
-    It holds for all threads. An op that this backend cannot run raises RuntimeError with the
-    reason; nothing falls back. DEEPALIGN_BACKEND in the environment does it for a whole process.
+    It holds for all threads; of blocks that overlap the youngest counts. An op that this backend
+    cannot run raises RuntimeError with the reason; nothing falls back. DEEPALIGN_BACKEND in the
+    environment does it for a whole process.
 
     Raises:
         ValueError: an unknown name.
     """
-    global _forced
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"name: expected one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
-    old, _forced = _forced, name
-    try:
+    with overlapping(_blocks, name, _force):
         yield
-    finally:
-        _forced = old

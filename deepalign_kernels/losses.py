@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops import _check
-from deepalign_kernels.ops._reduce import scale_of_sum
+from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
+from deepalign_kernels.ops._register import accumulator
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class BetaSchedule:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions [...] int, 1-based, 0 = not in a response -> beta [...] fp32 (0: `rest`)."""
+        _check.tensor("positions", positions)
         if positions.is_floating_point() or positions.dtype == torch.bool:
             raise ValueError(
                 f"positions: expected an integer tensor, got {_check.describe(positions)}"
@@ -78,9 +80,13 @@ def response_positions(
     Raises:
         ValueError: labels that are not integer or not [T] or [B, T], position_ids of another shape.
     """
+    _check.tensor("labels", labels)
+    _check.index("ignore_index", ignore_index)
     if labels.dim() not in (1, 2) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected integers [T] or [B, T], got {_check.describe(labels)}")
-    if position_ids is not None and position_ids.shape != labels.shape:
+    if position_ids is not None and (
+        not isinstance(position_ids, Tensor) or position_ids.shape != labels.shape
+    ):
         raise ValueError(
             f"position_ids: expected the shape of labels, {tuple(labels.shape)}, "
             f"got {_check.describe(position_ids)}"
@@ -111,13 +117,21 @@ def reduce_tokens(
             the token count over all accumulation steps and ranks. Without a valid token the result
             is 0, not NaN.
 
+    Returns:
+        [...] as `values` for "none", else 0-d fp32 (fp64 for fp64 values), counted and summed in
+        that dtype.
+
     Raises:
-        ValueError: shapes that differ, a mask that is not bool, an unknown reduction, a wrong
-            normalizer.
+        ValueError: no tensors, shapes that differ, a mask that is not bool, an unknown reduction, a
+            wrong normalizer.
     """
-    if valid.shape != values.shape or valid.dtype != torch.bool:
+    _check.tensor("values", values)
+    if not values.is_floating_point():
+        raise ValueError(f"values: expected a float tensor, got {_check.describe(values)}")
+    if not isinstance(valid, Tensor) or valid.shape != values.shape or valid.dtype != torch.bool:
         raise ValueError(
             f"valid: expected bool {tuple(values.shape)}, got {_check.describe(valid)}"
         )
-    scale = scale_of_sum(valid, reduction, normalizer, values.dtype)
-    return values if reduction == "none" else values.sum() * scale
+    wide = accumulator(values.dtype)
+    scale = scale_of_sum(valid, reduction, normalizer, wide)
+    return values if reduction == "none" else scaled_sum(values.to(wide), scale)

@@ -1,6 +1,7 @@
 """Bad input: a ValueError that names the argument, what came and what was expected; nothing else
 happens."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,7 @@ BAD = [
         {"normalizer": torch.ones(1)},
         "normalizer: expected a number or a 0-d tensor",
     ),
+    (constrained, good(), {"normalizer": torch.tensor(1j)}, "normalizer: expected a real number"),
     (stats, good(ref=x(T, V + 1)), {}, "ref_logits: expected the shape"),
     # wrong dtype
     (
@@ -154,7 +156,14 @@ BAD = [
     (constrained, good(beta=float("nan")), {}, "beta: expected a finite number"),
     (constrained, good(beta=float("inf")), {}, "beta: expected a finite number"),
     (constrained, good(beta="0.5"), {}, "beta: expected a finite number"),
+    (constrained, good(beta=1e39), {}, "beta: .*of a size that fp32 holds, 1.2e-38 to 3.4e.38"),
+    (kl, good(), {"temperature": 1e-39}, "temperature: .*of a size that fp32 holds"),
+    (kl, good(), {"softcap": 1e308}, "softcap: .*of a size that fp32 holds"),
     (constrained, good(), {"normalizer": 0}, "normalizer: expected a finite number > 0"),
+    (logp, good(), {"ignore_index": None}, "ignore_index: expected an int that int64 holds"),
+    (logp, good(), {"ignore_index": 1.5}, "ignore_index: expected an int that int64 holds"),
+    (stats, good(), {"ignore_index": "x"}, "ignore_index: expected an int that int64 holds"),
+    (constrained, good(), {"ignore_index": 2**70}, "ignore_index: expected an int that int64"),
     (
         constrained,
         good(),
@@ -226,6 +235,8 @@ def test_checked_mode_names_the_position():
             dak.constrained_loss(
                 policy, torch.zeros(2, 3, dtype=torch.long), beta=beta, ref_logits=ref
             )
+        with pytest.raises(ValueError, match="normalizer: expected a finite number >= 0, got -1.0"):
+            constrained(good(), normalizer=torch.tensor(-1.0))
         dak.token_logp(policy, target.clamp(0, V - 1))
     assert dak.token_logp(policy, target)[1, 1].isnan()  # and outside of it: poison, no error
 
@@ -234,6 +245,15 @@ def test_frozen_reference_inside_no_grad_is_accepted():
     leaf = x(T, V).requires_grad_()
     with torch.no_grad():
         assert torch.isfinite(dak.token_kl(x(T, V), leaf)).all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    a, half = good(), np.float32(0.5)
+    assert torch.equal(
+        kl(a, temperature=half, softcap=np.int64(3)), kl(a, temperature=0.5, softcap=3)
+    )
+    args = dict(beta=half, normalizer=half, ignore_index=np.int64(-100))
+    assert torch.equal(constrained(a, **args), constrained(a, beta=0.5, normalizer=0.5))
 
 
 def test_rows_up_to_vocabulary_edges():

@@ -153,6 +153,14 @@ def test_normalizer(normalizer, device):
     torch.testing.assert_close(g, grad / 3)
 
 
+@pytest.mark.parametrize("value", [-1.0, torch.inf, torch.nan])
+def test_a_normalizer_that_is_no_count_gives_nan(value, device):
+    """Not a loss of 0 and gradients of 0, with which training would go on and learn nothing."""
+    r = rows(device)
+    loss, grad = scalar(r, normalizer=torch.tensor(value, device=device))
+    assert loss.isnan() and grad[r.target != IGNORE].isnan().all()
+
+
 def test_accumulated_microbatches_equal_the_full_batch(device):
     """F16: with the global token count as normalizer, uneven micro-batches add up."""
     r = rows(device, T=10)

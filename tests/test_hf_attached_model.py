@@ -182,8 +182,13 @@ def test_verify_catches_a_wrong_transform():
 
 
 def test_models_that_are_refused():
-    with pytest.raises(TypeError, match="expected a transformers causal language model"):
-        hf.attach(nn.Linear(2, 2))
+    for wrong in (nn.Linear(2, 2), None, "gpt2"):
+        with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
+            hf.attach(wrong)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    bert = transformers.BertConfig(**size, num_attention_heads=2, vocab_size=32)
+    with pytest.raises(TypeError, match="BertForMaskedLM is a masked language model"):
+        hf.attach(transformers.BertForMaskedLM(bert))
     small = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small, d_kv=8))
     with pytest.raises(TypeError, match="encoder-decoder"):
@@ -248,6 +253,15 @@ def test_calls_that_are_refused():
         model(input_ids=ids, dak_loss=hf.TokenLogp())
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(**data, logits_to_keep=3, dak_loss=hf.TokenLogp())
+    # Too few labels are not those of the last tokens; prompt tuning alone: tests/test_hf_peft.py.
+    embeds = model.get_input_embeddings()(ids).detach()
+    for given in ({"input_ids": ids}, {"inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match=r"^labels: \(2, 5\) do not fit"):
+            model(**given, labels=labels[:, :5], dak_loss=hf.TokenLogp())
+    with pytest.raises(ValueError, match=r"^shift_labels: \(2, 5\) do not fit"):
+        model(ids, shift_labels=labels[:, 1:6], dak_loss=hf.TokenLogp())
+    with pytest.raises(TypeError, match="dak_loss: expected a callable that takes a Head, got 5"):
+        model(**data, dak_loss=5)
     with pytest.raises(ValueError, match="ref_logp"):
         model(**data, dak_loss=hf.ConstrainedLoss(beta=1.0, ref_logp=torch.zeros(2, 3)))
     with pytest.raises(ValueError, match="exactly one"):

@@ -72,7 +72,12 @@ def test_positions_against_a_loop():
 
 @pytest.mark.parametrize(
     "labels",
-    [torch.zeros(2, 2, 2, dtype=torch.long), torch.zeros(3), torch.zeros(3, dtype=torch.bool)],
+    [
+        torch.zeros(2, 2, 2, dtype=torch.long),
+        torch.zeros(3),
+        torch.zeros(3, dtype=torch.bool),
+        [1, 2],
+    ],
     ids=str,
 )
 def test_wrong_labels_are_refused(labels):
@@ -81,12 +86,15 @@ def test_wrong_labels_are_refused(labels):
 
 
 def test_wrong_position_arguments_are_refused():
-    with pytest.raises(ValueError, match="position_ids"):
-        dak.response_positions(
-            torch.zeros(3, dtype=torch.long), position_ids=torch.zeros(4, dtype=torch.long)
-        )
-    with pytest.raises(ValueError, match="positions"):
-        dak.BetaSchedule()(torch.zeros(3))
+    labels = torch.zeros(3, dtype=torch.long)
+    for position_ids in (torch.zeros(4, dtype=torch.long), [0, 1, 2]):
+        with pytest.raises(ValueError, match="position_ids"):
+            dak.response_positions(labels, position_ids=position_ids)
+    with pytest.raises(ValueError, match="ignore_index"):
+        dak.response_positions(labels, ignore_index="x")
+    for positions in (torch.zeros(3), [1, 2]):
+        with pytest.raises(ValueError, match="positions"):
+            dak.BetaSchedule()(positions)
 
 
 def test_reductions():
@@ -97,8 +105,18 @@ def test_reductions():
     assert dak.reduce_tokens(values, valid, normalizer=6).item() == 0.5
     assert dak.reduce_tokens(values, valid, normalizer=torch.tensor(6)).item() == 0.5
     assert dak.reduce_tokens(values * 0, ~valid & False).item() == 0
-    with pytest.raises(ValueError, match="valid"):
-        dak.reduce_tokens(values, valid.float())
+    many = torch.ones(70_000, dtype=torch.float16)  # neither count nor sum fits fp16
+    for reduction, expected in (("mean", 1.0), ("sum", 70_000.0)):
+        result = dak.reduce_tokens(many, many > 0, reduction=reduction)
+        assert result.dtype == torch.float32 and result.item() == pytest.approx(expected, rel=1e-6)
+    large = torch.full((10,), 3e38)  # nor does this sum fit fp32
+    assert dak.reduce_tokens(large, large > 0).item() == pytest.approx(3e38, rel=1e-6)
+    for wrong in (valid.float(), [True, True, False]):
+        with pytest.raises(ValueError, match="valid"):
+            dak.reduce_tokens(values, wrong)
+    for wrong in ([1.0, 2.0, 0.0], values.long()):
+        with pytest.raises(ValueError, match="values"):
+            dak.reduce_tokens(wrong, valid)
     with pytest.raises(ValueError, match="reduction"):
         dak.reduce_tokens(values, valid, reduction="avg")
 

@@ -82,6 +82,10 @@ def test_js_is_symmetric_bounded_and_tends_to_the_kls(device):
     assert dak.token_kl(far[:1], far[1:], direction="js").item() == pytest.approx(
         math.log(2), rel=1e-6
     )
+    for b in (1e-30, 1e-9, 1 - 1e-9):  # 1 - b or b itself is 1 in fp32
+        value, grad = kl_and_grad(far[:1], far[1:], direction="js", js_beta=b)
+        entropy = -b * math.log(b) - (1 - b) * math.log1p(-b)  # of the mixture's two parts
+        assert value.item() == pytest.approx(entropy, abs=1e-6) and grad.abs().max() <= 1e-6
     near, other = r.policy * 0.1, r.ref * 0.1
     for end, direction in ((1e-4, "ref_policy"), (1 - 1e-4, "policy_ref")):
         js = dak.token_kl(near, other, direction="js", js_beta=end) / min(end, 1 - end)

@@ -51,6 +51,7 @@ def op_inputs(device, dtype):
         "constrained_loss_fused": (policy, r.target, beta, None, logp, scale, *options),
         "token_stats_fwd": (detached, ref, r.target, valid, -100, 0.5, 1.0, 0.0),
         "scale_grad": (detached.clone(), scale),
+        "scaled_grad": (detached, scale),
     }
 
 
@@ -214,15 +215,42 @@ def test_autocast_leaves_the_ops_alone(op, device):
     assert hidden.grad is not None and torch.isfinite(hidden.grad).all()
 
 
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", [*CASES, "mean"])
 def test_second_derivative_is_refused(op, device):
-    """F18: a clear error instead of a missing term."""
+    """F18: a clear error instead of a missing term, also for a gradient that the forward wrote and
+    where the loss is linear in what follows, so that autograd alone would see constants."""
     r = make(4, 33).to(device, torch.float32)
     leaf = r.policy.detach().requires_grad_()
-    value = CASES[op].ours(type(r)(leaf, r.ref, r.target, r.beta, r.grad))
-    (grad,) = torch.autograd.grad(value.square().sum(), leaf, create_graph=True)
+    rows = type(r)(leaf.square(), r.ref, r.target, r.beta, r.grad)
+    if op == "mean":
+        value = dak.constrained_loss(rows.policy, r.target, beta=r.beta, ref_logits=r.ref)
+    else:
+        value = CASES[op].ours(rows).sum()
+    (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(grad.sum(), leaf)
+        torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)
+    (again,) = torch.autograd.grad(value, leaf)
+    assert torch.equal(grad, again) and not again.requires_grad
+
+
+@pytest.mark.parametrize("op", [*CASES, "linear_token_logp"])
+def test_forward_mode_is_refused(op):
+    """Not a tangent of 0; under a dual level plain tensors go on as before."""
+    r = make(4, 33)
+    head = torch.randn(9, 33)
+
+    def run(x):
+        if op == "linear_token_logp":
+            return dak.linear_token_logp(x, head, r.target.clamp(max=8))
+        return CASES[op].ours(type(r)(x, r.ref, r.target, r.beta, r.grad))
+
+    with pytest.raises(NotImplementedError, match="(logits|hidden): carries a tangent"):
+        torch.func.jvp(run, (r.policy,), (r.policy,))
+    with torch.autograd.forward_ad.dual_level():
+        run(r.policy)
+        dual = torch.autograd.forward_ad.make_dual(r.policy, r.policy)
+        with pytest.raises(NotImplementedError, match="(logits|hidden): carries a tangent"):
+            run(dual)
 
 
 def test_gradient_reaches_only_what_asks_for_it(device):

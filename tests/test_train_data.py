@@ -30,6 +30,9 @@ def messages(*pairs):
 
 WRONG = {  # what is in line 3 -> what the message must say
     '{"messages": [': "broken JSON, column",
+    '{"messages": ' + "[" * 100_000: "broken JSON: ",
+    '{"messages": ' + "1" * 5000 + "}": "broken JSON: ",
+    r'{"prompt": "hi", "completion": "\ud800"}': "message 1: half of a surrogate pair",
     "[1, 2]": "one JSON object per line, got a list",
     '"text"': "one JSON object per line, got a str",
     "{}": "got none",

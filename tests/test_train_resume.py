@@ -133,7 +133,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
         make(tmp_path / "parts", save_every=3, callbacks=[stop_after(8, kill)]).train()
     log = tmp_path / "parts" / "train_log.jsonl"
     with log.open("a") as file:
+        file.write('5\n{"step": 1}\n{"event": "step", "step": "x"}\n')  # damaged lines
         file.write('{"event": "step", "st')  # half a line
+    with log.open("ab") as file:
+        file.write(b"\n\xff\n")
     again = make(tmp_path / "parts", save_every=3)
     again.train(resume=True)
     assert same_weights(again.model, whole.model)
@@ -202,7 +205,7 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path):
     kept.write_bytes(content)
     newest = max((tmp_path / "out").glob("checkpoint-*.pt"))
     newest.write_bytes(b"nothing")
-    refused("is not a readable checkpoint")
+    refused(f"{newest.name} is not a readable checkpoint .remove it")
 
 
 def test_a_new_run_does_not_overwrite_another(tmp_path):

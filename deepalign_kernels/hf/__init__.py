@@ -19,9 +19,9 @@ PyTorch loop, and `model.loss_function = hf.LogitsLoss(...)` under the Hugging F
 
 Limits. The head's forward is swapped during a call, so threads that share a model must take turns,
 and `nn.DataParallel` does not work. A forward hook of one's own on the head sees the packed losses
-instead of logits. `torch.compile(model)` works, with graph breaks at the model's entry and at the
-head; where `fullgraph=True` is wanted, compile the decoder layers. Needs transformers
-(`pip install "deepalign_kernels[train]"`).
+instead of logits, and what it changes changes the loss (`verify` finds it). `torch.compile(model)`
+works, with graph breaks at the model's entry and at the head; where `fullgraph=True` is wanted,
+compile the decoder layers. Needs transformers (`pip install "deepalign_kernels[train]"`).
 """
 
 from deepalign_kernels.hf.attach import attach, attached, detach, verify

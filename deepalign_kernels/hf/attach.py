@@ -40,7 +40,9 @@ def attach(model: nn.Module) -> nn.Module:
             so multiply such a loss by their number (the Trainer does).
 
     Prompt tuning puts P virtual tokens in front. PEFT does so to `labels` as well, so logp then is
-    [B, P + T - 1], zeros first; `shift_labels` keep their shape.
+    [B, P + T - 1], zeros first; `shift_labels` keep their shape. As PEFT hands on embeddings, only
+    shift_labels beside `inputs_embeds` may be shorter than the input: they belong to its last
+    tokens. Elsewhere a label too few raises ValueError.
 
     Returns:
         `model`. Costs one forward of one token; where weights are on meta or sharded, or the model
@@ -172,6 +174,8 @@ class Forward:
             args = args[1:]  # accelerate's unwrap_model leaves types.MethodType(this, model)
         if dak_loss is None:
             return self.plain(*args, **kwargs)
+        if not callable(dak_loss):
+            raise TypeError(f"dak_loss: expected a callable that takes a Head, got {dak_loss!r}")
         return _forward_with_loss(self, dak_loss, args, kwargs)
 
 
@@ -181,6 +185,8 @@ def _forward_with_loss(
 ) -> LossOutput:
     model = attached.model
     target, shifted, num_items = _pop_targets(kwargs)
+    embedded = not args and kwargs.get("input_ids") is None and "inputs_embeds" in kwargs
+    virtual = embedded and not shifted  # as PEFT calls the model in prompt tuning
     kwargs.setdefault("use_cache", False)
     kwargs["return_dict"] = True
     if attached.transform is None:
@@ -195,7 +201,7 @@ def _forward_with_loss(
             raise TypeError(
                 f"the output head was called with more than hidden states: {more or extra}"
             )
-        seen = _head(attached, module, hidden, target, shifted, num_items)
+        seen = _head(attached, module, hidden, target, shifted, virtual, num_items)
         results.append(run_loss(loss, seen))
         return _pack(results[-1], hidden)
 
@@ -238,18 +244,21 @@ def _head(
     hidden: Tensor,
     target: Tensor,
     shifted: bool,
+    virtual: bool,
     num_items: Any,
 ) -> Head:
+    """`shifted`: the labels were, here. `virtual`: tokens without a label may stand in front."""
     assert attached.transform is not None
     scale, softcap, vocab = attached.transform
     rows, columns = target.shape
     length = columns + shifted
-    if hidden.dim() != 3 or hidden.shape[0] != rows or hidden.shape[1] < length:
+    start = hidden.shape[1] - length if hidden.dim() == 3 else -1
+    if hidden.dim() != 3 or hidden.shape[0] != rows or start < 0 or (start > 0 and not virtual):
         raise ValueError(
-            f"labels: {(rows, length)} do not fit the head's input, hidden states [B, T, H] of"
-            f" shape {tuple(hidden.shape)}; leave out logits_to_keep"
+            f"{'labels' if shifted else 'shift_labels'}: {(rows, length)} do not fit the head's"
+            f" input, hidden states [B, T, H] of shape {tuple(hidden.shape)}; give every token a"
+            f" label ({IGNORE} where it is not trained), and leave out logits_to_keep"
         )
-    start = hidden.shape[1] - length  # virtual tokens of prompt tuning stand in front
     return Head(
         hidden=hidden[:, start : start + columns],
         target=target.to(hidden.device),
@@ -292,6 +301,8 @@ def _autocast(device: str) -> torch.dtype | None:
 
 def _unwrap(model: Any) -> Any:
     """The Hugging Face model inside PEFT, DDP, FSDP1, DeepSpeed and torch.compile wrappers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers causal language model, got {model!r}")
     while not hasattr(type(model), "get_output_embeddings"):
         if hasattr(type(model), "get_base_model"):
             inner = model.get_base_model()
@@ -319,11 +330,24 @@ def _forward_of(model: nn.Module) -> Forward:
     return forward
 
 
+def _names(kind: str) -> set[str]:
+    """Classes that transformers knows as "CAUSAL" or "MASKED" language models."""
+    from transformers.models.auto import modeling_auto
+
+    return set(getattr(modeling_auto, f"MODEL_FOR_{kind}_LM_MAPPING_NAMES").values())
+
+
 def _check_model(model: Any) -> None:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if not hasattr(type(model), "get_output_embeddings") or config is None:
         raise TypeError(f"model: expected a transformers causal language model, got {name}")
+    classes = {c.__name__ for c in type(model).__mro__}
+    if classes & _names("MASKED") and not classes & _names("CAUSAL"):
+        raise TypeError(
+            f"model: {name} is a masked language model, whose position t does not predict t + 1;"
+            " load it with AutoModelForCausalLM"
+        )
     if config.is_encoder_decoder:
         raise TypeError(
             f"model: {name} is an encoder-decoder; only decoder-only language models work"

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from deepalign_kernels import backends
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _checked = os.environ.get("DEEPALIGN_CHECKED", "0") == "1"
 
 
@@ -23,26 +29,41 @@ _checked = os.environ.get("DEEPALIGN_CHECKED", "0") == "1"
 def checked(on: bool = True) -> Iterator[None]:
     """Check values inside tensors: a target out of range or a negative beta raises ValueError.
 
-    Costs a device synchronisation per call; for debugging. Outside it, such a row is poisoned with
+    Costs a device synchronisation per call; for debugging. It holds for all threads; of blocks that
+    overlap the youngest counts. Outside it, such a row is poisoned with
     NaN. The environment variable DEEPALIGN_CHECKED=1 does the same for a whole process. Ignored
     under torch.compile.
     """
-    global _checked
-    old, _checked = _checked, on
-    try:
+    with backends.overlapping(_blocks, on, _set_checked):
         yield
-    finally:
-        _checked = old
+
+
+_blocks: list[list[Any]] = [[_checked]]
+
+
+def _set_checked(on: bool) -> None:
+    global _checked
+    _checked = on
 
 
 def checking() -> bool:
     return _checked and not torch.compiler.is_compiling()
 
 
+def no_tangent(name: str, x: Tensor) -> None:
+    """An op of torch.library drops the tangent of forward-mode AD without a word."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: carries a tangent, and the fused ops have no forward-mode derivative; use "
+            "reverse mode, or the formula in deepalign_kernels/reference"
+        )
+
+
 def logits3(name: str, x: Tensor) -> Tensor:
     """Validate logits [..., V]; a view [B, T, V] (above 3 dimensions a copy, if need be)."""
     if not isinstance(x, Tensor) or x.dim() < 1:
         raise ValueError(f"{name}: expected a tensor [..., V], got {describe(x)}")
+    no_tangent(name, x)
     if hasattr(x, "full_tensor"):
         raise ValueError(
             f"{name}: is a DTensor. Sharded over the vocabulary: pass .to_local() and "
@@ -115,6 +136,7 @@ def targets(
     if target.dtype not in _INTEGERS:
         raise ValueError(f"{name}: expected int32 or int64, got {target.dtype}")
     same_device(name, target, "the logits", logits)
+    index("ignore_index", ignore_index)
     flat = target.reshape(-1).contiguous().to(torch.int64)
     if checking() and not shard:
         in_vocabulary(name, flat, logits.shape[-1], ignore_index, target)
@@ -159,33 +181,61 @@ def vector(
         if checking() and low > -math.inf:
             _first(name, flat < low, x, f"values >= {low:g}")
         return flat
-    number(name, x, low=low)
-    return torch.full((lead.numel(),), float(x), dtype=dtype, device=logits.device)
+    value = number(name, x, low=low)
+    return torch.full((lead.numel(),), value, dtype=dtype, device=logits.device)
 
 
 def number(
     name: str,
-    x: float,
+    x: Any,
     *,
     low: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
 ) -> float:
-    """A finite number in [low, inf), above `above` and below `below`."""
-    if (
-        isinstance(x, bool)
-        or not isinstance(x, (int, float))
-        or not (low <= x < math.inf and above < x < below)
-    ):
+    """A finite number in [low, inf), above `above` and below `below`, of a size that fp32 holds, in
+    which kernels compute: elsewhere it would arrive there as 0 or inf."""
+    if not isinstance(x, (int, float)) and isinstance(x, numbers.Real):
+        x = float(x)  # numpy's
+    known = isinstance(x, (int, float)) and not isinstance(x, bool)
+    held = known and (x == 0 or SMALLEST <= abs(x) <= LARGEST)
+    if not held or not (low <= x and above < x < below):
         bounds = (
             [f">= {low:g}"] * (low > -math.inf)
             + [f"> {above:g}"] * (above > -math.inf)
             + [f"< {below:g}"] * (below < math.inf)
         )
+        if known and not held and abs(x) < math.inf:  # false for NaN
+            bounds.append(f"of a size that fp32 holds, {SMALLEST:.2g} to {LARGEST:.2g}")
         raise ValueError(
             f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {x!r}"
         )
     return float(x)
+
+
+def index(name: str, x: Any) -> None:
+    """An integer that int64 holds."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name}: expected an int that int64 holds, got {x!r}")
+
+
+def count(name: str, x: Any, low: int, most: int | None = None) -> None:
+    """An integer >= low, and <= most."""
+    inside = isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= low
+    if not inside or (most is not None and x > most):
+        upper = "" if most is None else f" and <= {most}"
+        raise ValueError(f"{name}: expected an int >= {low}{upper}, got {x!r}")
+
+
+def flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool):
+        raise ValueError(f"{name}: expected True or False, got {x!r}")
+    return x
+
+
+def tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {x!r}")
 
 
 def score_options(temperature: float, softcap: float | None) -> tuple[float, float]:

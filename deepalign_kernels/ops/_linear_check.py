@@ -30,6 +30,7 @@ def whole(name: str, x: Any) -> Tensor:
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")
     if not x.is_floating_point() or x.dtype not in _check.DTYPES:
         raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
+    _check.no_tangent(name, x)
     return x
 
 
@@ -139,7 +140,7 @@ def workspace(max_workspace_bytes: int | None) -> int:
     if (
         isinstance(max_workspace_bytes, bool)
         or not isinstance(max_workspace_bytes, int)
-        or max_workspace_bytes < 1
+        or not 0 < max_workspace_bytes < 2**63
     ):
         raise ValueError(
             f"max_workspace_bytes: expected None or an int above 0, got {max_workspace_bytes!r}"
@@ -147,12 +148,12 @@ def workspace(max_workspace_bytes: int | None) -> int:
     return max_workspace_bytes
 
 
-def accumulate_dtype(asked: torch.dtype, weight: Tensor) -> torch.dtype:
-    if weight.dtype == torch.float64:
+def accumulate_dtype(asked: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    if weight == torch.float64:
         return torch.float64
-    if asked not in (torch.float32, weight.dtype):
+    if asked not in (torch.float32, weight):
         raise ValueError(
-            f"grad_weight_dtype: expected torch.float32 or the dtype of weight, {weight.dtype}, "
+            f"grad_weight_dtype: expected torch.float32 or the dtype of weight, {weight}, "
             f"got {asked}"
         )
     return asked
@@ -195,7 +196,11 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
     compute = compute_dtype("hidden", hidden, "weight", weight)
     ref_rows, ref_weight, ref_compute = _reference(hidden, weight, head)
     computes = (compute,) if ref_rows is None else (compute, ref_compute)
-    if head.compact and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+    if (
+        _check.flag("compact", head.compact)
+        and hidden.is_cuda
+        and torch.cuda.is_current_stream_capturing()
+    ):
         raise ValueError(
             "compact: dropping ignored tokens waits for their number, which a CUDA graph cannot; "
             "pass compact=False"
@@ -221,8 +226,8 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
     )
     options = Options(
         # cap * tanh(s x / cap) / T is (cap/s) * tanh(x / (cap/s)) / (T/s): the scale costs nothing
-        temperature=temperature / scale,
-        softcap=softcap / scale,
+        temperature=_check.number("temperature / logit_scale", temperature / scale, above=0.0),
+        softcap=_check.number("softcap / logit_scale", softcap / scale, low=0.0),
         lora_scale=_check.number("lora_scale", head.lora_scale),
         js_beta=0.5,
         kl_coef=0.0,
@@ -231,11 +236,11 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
         direction=0,
         max_workspace_bytes=workspace(head.max_workspace_bytes),
         surrogate=False,
-        compact=bool(head.compact),
+        compact=head.compact,
         compute=compute,
         ref_compute=ref_compute,
         logits=logits_dtype(head.logits_dtype, computes),
-        accumulate=accumulate_dtype(head.grad_weight_dtype, weight),
+        accumulate=accumulate_dtype(head.grad_weight_dtype, weight.dtype),
     )
     like = hidden.detach()[..., :1].expand(*hidden.shape[:-1], weight.shape[0])
     return Call(inputs, options, like)

@@ -23,6 +23,7 @@ from torch import Tensor
 from deepalign_kernels.ops import _linear_gemm, _linear_kept
 from deepalign_kernels.ops._linear import Engine
 from deepalign_kernels.ops._linear_types import KINDS, Inputs, Options
+from deepalign_kernels.ops._reduce import scaled_sum
 from deepalign_kernels.ops._register import _LIB, accumulator, no_double_backward
 from deepalign_kernels.ops.scale_grad import hand_over
 
@@ -125,7 +126,7 @@ def _fused_body(*arguments: Any) -> tuple[Tensor, ...]:
     engine = Engine(kind, x, o, early, tuple(arguments[_N + 1]))
     values = engine.run()
     grads = _stacked(_finish(engine, True), arguments[_N + 1])
-    return values[0].sum() * scale, values, *grads
+    return scaled_sum(values[0], scale), values, *grads
 
 
 def _row_scale_body(unit: Tensor, rows: Tensor) -> Tensor:
@@ -251,8 +252,8 @@ torch.library.register_autograd("deepalign::linear_kept", _backward_kept, setup_
 
 
 def _setup_unit(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    # `unit` stays differentiable, so that a second derivative reaches linear_row_scale and raises
     ctx.save_for_backward(output[1], _call(inputs)[1].valid)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -278,7 +279,8 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
     grads = [g if w else None for g, w in zip(output[2:], ctx.wanted, strict=True)]
     # hand_over scales all that is saved, so it gets a copy of the scale.
     ctx.save_for_backward(*grads, inputs[_N].clone().view(1, 1, 1) if ctx.late else None)
-    ctx.mark_non_differentiable(*output[1:])
+    unwanted = (g for g, w in zip(output[2:], ctx.wanted, strict=True) if not w)
+    ctx.mark_non_differentiable(output[1], *unwanted)  # the others: see hand_over
     ctx.set_materialize_grads(False)
 
 
@@ -320,7 +322,7 @@ def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Ten
         total, values, *_ = _fused(kind, *x, *o, scale, wanted)
         return total, values
     values = _fwd(kind, *x, *o)
-    return values[0].sum() * scale, values
+    return scaled_sum(values[0], scale), values
 
 
 # Over a process group (`_linear_shard.py`)

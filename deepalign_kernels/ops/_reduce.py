@@ -16,7 +16,9 @@ def scale_of_sum(
     """What the sum of the token losses is multiplied by, as a 0-d tensor on the device of `valid`.
 
     "mean": 1 / normalizer, or 1 / (number of valid tokens); 0 where that count is 0, so that a
-    batch without trained tokens gives loss 0 and gradients 0 instead of NaN. "sum" and "none": 1.
+    batch without trained tokens gives loss 0 and gradients 0 instead of NaN. A tensor's value is
+    not read: one that is negative, infinite or NaN makes loss and gradients NaN (a ValueError
+    inside `checked()`). "sum" and "none": 1.
 
     Raises:
         ValueError: an unknown reduction, a normalizer without "mean", not above 0, or not 0-d.
@@ -33,10 +35,21 @@ def scale_of_sum(
             raise ValueError(
                 f"normalizer: expected a number or a 0-d tensor, got {_check.describe(normalizer)}"
             )
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise ValueError(f"normalizer: expected a real number, got {normalizer.dtype}")
         _check.same_device("normalizer", normalizer, "the target", valid)
         _check.must_be_frozen("normalizer", normalizer)
+        if _check.checking():
+            _check.number("normalizer", normalizer.item(), low=0.0)
         count = normalizer.to(dtype)
+        inverse = torch.where((count > 0) & (count < torch.inf), 1.0 / count, torch.nan)
+        return torch.where(count == 0, 0.0, inverse)
     else:
-        _check.number("normalizer", normalizer, above=0.0)
-        return torch.full((), 1.0 / normalizer, dtype=dtype, device=valid.device)
+        divisor = _check.number("normalizer", normalizer, above=0.0)
+        return torch.full((), 1.0 / divisor, dtype=dtype, device=valid.device)
     return torch.where(count > 0, 1.0 / count, torch.zeros_like(count))
+
+
+def scaled_sum(values: Tensor, scale: Tensor) -> Tensor:
+    """scale * sum(values), multiplied first: the sum of losses near 1e38 would overflow."""
+    return (values * scale).sum()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deepalign_kernels.ops import _check
 from deepalign_kernels.ops import _vocab_merge as merge
-from deepalign_kernels.ops._reduce import scale_of_sum
+from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator, call, define, fake_grad, fake_rows
 from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, shard_of
 from deepalign_kernels.ops.scale_grad import hand_over
@@ -72,8 +72,10 @@ def constrained_loss(
         reduction: "mean" divides the sum by the number of targets that are not ignored, or by
             `normalizer`; "sum"; or "none".
         normalizer: for "mean": a number > 0 or a 0-d tensor, such as the token count of all
-            accumulation steps and ranks. With no trained token (or a 0 in the tensor) loss and
-            gradients are 0, never NaN.
+            accumulation steps and ranks. With no trained token loss and gradients are 0, not NaN;
+            a 0 in the tensor does the same where every token's loss is finite. A tensor that holds
+            a negative number, inf or NaN gives NaN, without a device sync; in `checked()` it
+            raises.
         objective: "exact", or "surrogate" (value w * NLL with w held fixed: what the authors' code
             computes, with min_weight=1e-3). The gradients are equal but for the floor.
         min_weight: floor of w, in [0, 2], with "surrogate" only.
@@ -90,7 +92,7 @@ def constrained_loss(
     Raises:
         ValueError: a wrong shape, dtype, device or stride, a missing or doubled reference, one that
             requires grad, a negative beta; the message names the argument. RuntimeError: a scalar
-            reduction backpropagated twice.
+            reduction backpropagated twice, or a second derivative.
 
     Communication (`process_group`): one all-gather, 24 bytes per row from every other rank (12 with
         ref_logp; double for fp64), and none in backward.
@@ -126,14 +128,14 @@ def constrained_loss(
         shard.compare_targets(flat, ignore_index, target)
         column = shard.column(flat, ignore_index, shard.starts_at(policy.device))
         loss, *rows = _sharded(policy, column, betas, ref, given, shard, *options[1:])
-        loss = loss.view(target.shape) if reduction == "none" else loss.sum() * scale
+        loss = loss.view(target.shape) if reduction == "none" else scaled_sum(loss, scale)
         return _with_parts(loss, rows, target) if return_parts else loss
     wants_grad = torch.is_grad_enabled() and policy.requires_grad
     if reduction != "none" and wants_grad and policy.dtype != torch.float16:
         loss, *rows = _fused(policy, flat, betas, ref, given, scale, *options)[:4]
     else:
         loss, *rows = _fwd(policy, flat, betas, ref, given, *options)[:4]
-        loss = loss.view(target.shape) if reduction == "none" else loss.sum() * scale
+        loss = loss.view(target.shape) if reduction == "none" else scaled_sum(loss, scale)
     if not return_parts:
         return loss
     return _with_parts(loss, rows, target)
@@ -173,7 +175,7 @@ def _fused_body(implementation: Any, policy: Tensor, *rest: Any) -> tuple:
     grad = torch.empty(policy.shape, dtype=policy.dtype, device=policy.device)
     loss, *parts = implementation(policy, *rest, grad)
     scale = rest[4]
-    return loss.sum() * scale, *parts, grad
+    return scaled_sum(loss, scale), *parts, grad
 
 
 _fused = define(
@@ -216,8 +218,8 @@ torch.library.register_autograd("deepalign::constrained_loss_fwd", _backward, se
 
 
 def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(output[4])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[4])  # differentiable: see hand_over
+    ctx.mark_non_differentiable(*output[1:4])
     ctx.set_materialize_grads(False)
 
 

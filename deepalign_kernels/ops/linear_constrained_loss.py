@@ -8,7 +8,7 @@ from torch import Tensor
 from deepalign_kernels.ops import _check, _linear_check, _linear_shard
 from deepalign_kernels.ops._linear_ops import per_token, summed
 from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
-from deepalign_kernels.ops._reduce import scale_of_sum
+from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops._vocab_shard import shard_of
 from deepalign_kernels.ops.constrained_loss import OBJECTIVES
@@ -145,7 +145,9 @@ def linear_constrained_loss(
     if shard is not None:
         token_loss, *rest = _linear_shard.constrained(inputs, options, shard, target)
         values = torch.stack([token_loss, *rest])
-        loss = token_loss.view(target.shape) if reduction == "none" else token_loss.sum() * scale
+        loss = (
+            token_loss.view(target.shape) if reduction == "none" else scaled_sum(token_loss, scale)
+        )
     elif reduction == "none":
         values = per_token(kind, inputs, options)
         loss = values[0].view(target.shape)
@@ -229,4 +231,4 @@ _OWN = ("constrained_loss_fwd", "constrained_loss_fused", "token_logp_bwd")
 KINDS["constrained"] = RowFunction(_rows, 4, _OWN, (2.0, 4.0))
 _BOTH = (*_OWN, "token_kl_fwd", "token_kl_fused")
 KINDS["constrained_kl"] = RowFunction(_rows_kl, 5, _BOTH, (5.0, 5.25))
-KINDS["constrained_js"] = RowFunction(_rows_kl, 5, _BOTH, (9.25, 9.25))
+KINDS["constrained_js"] = RowFunction(_rows_kl, 5, _BOTH, (8.5, 8.5))

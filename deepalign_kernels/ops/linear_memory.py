@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -90,11 +90,17 @@ def estimate_memory(
             the rest: as in the call.
 
     Raises:
-        ValueError: an unknown name, a budget too small for one row.
+        ValueError: an unknown name, an argument that no call of this op could have, a budget too
+            small for one row.
     """
     _check.one_of("op", op, OPS)
     for name in requires_grad:
         _check.one_of("requires_grad", name, TRAINED)
+    _check_sizes(tokens, trained_tokens, hidden_size, vocab_size, lora_rank)
+    _check_dtypes(dtype, weight_dtype, autocast_dtype, ref_dtype)
+    _check_reference(op, hidden_size, ref_hidden_size, shared_head, kl_coef)
+    _check.flag("compact", compact)
+    _linear_check.workspace(max_workspace_bytes)
     weight_dtype = weight_dtype or dtype
     compute = autocast_dtype or weight_dtype
     ref_size = hidden_size if shared_head else ref_hidden_size or 0
@@ -103,7 +109,7 @@ def estimate_memory(
         logits_dtype, (compute, ref_compute) if ref_size else (compute,)
     )
     kind = _kind(op, kl_coef, kl_direction)
-    device = torch.device(device).type
+    device = _device(device)
     sizes = Sizes(
         rows=tokens if trained_tokens is None or not compact else trained_tokens,
         tokens=tokens,
@@ -114,7 +120,7 @@ def estimate_memory(
         logits=logits,
         hidden_dtype=dtype,
         weight_dtype=weight_dtype,
-        accumulate=grad_weight_dtype,
+        accumulate=_linear_check.accumulate_dtype(grad_weight_dtype, weight_dtype),
         ref_hidden=ref_size,
         ref_compute=ref_compute,
         ref_dtypes=(ref_dtype or dtype, ref_dtype or dtype),
@@ -123,13 +129,54 @@ def estimate_memory(
         values=KINDS[kind].values,
         eager_copies=eager_copies(kind, device, logits, False),
     )
+    scalar = op in ("linear_constrained_loss", "linear_token_kl")  # has a reduction
     reduction = reduction or ("mean" if op == "linear_constrained_loss" else "none")
-    _check.one_of("reduction", reduction, REDUCTIONS)
-    wanted = tuple(name in requires_grad for name in TRAINED)
+    _check.one_of("reduction", reduction, REDUCTIONS if scalar else ("none",))
+    wanted = tuple(name in requires_grad and kind != "stats" for name in TRAINED)
     made = sizes._replace(
         gradients=True, wanted=wanted, eager_copies=eager_copies(kind, device, logits, True)
     )
     return _estimate(sizes, made, reduction != "none", max_workspace_bytes)
+
+
+def _check_sizes(tokens: Any, trained: Any, hidden: Any, vocab: Any, rank: Any) -> None:
+    _check.count("tokens", tokens, 0)
+    if trained is not None:
+        _check.count("trained_tokens", trained, 0, tokens)
+    _check.count("hidden_size", hidden, 1)
+    _check.count("vocab_size", vocab, 1)
+    _check.count("lora_rank", rank, 0)
+
+
+def _check_dtypes(dtype: Any, weight: Any, autocast: Any, ref: Any) -> None:
+    named = {"dtype": dtype, "weight_dtype": weight, "autocast_dtype": autocast, "ref_dtype": ref}
+    for name, x in named.items():
+        if x not in _check.DTYPES and (name == "dtype" or x is not None):
+            raise ValueError(f"{name}: expected torch's bf16, fp16, fp32 or fp64, got {x!r}")
+
+
+def _check_reference(op: str, hidden: int, ref: Any, shared: Any, kl_coef: Any) -> None:
+    """The reference as hidden states: with some ops it must be there, with others it cannot."""
+    given = _check.flag("shared_head", shared) or ref is not None
+    if ref is not None:
+        _check.count("ref_hidden_size", ref, 1)
+        if shared and ref != hidden:
+            raise ValueError(
+                f"ref_hidden_size: expected hidden_size, {hidden}, with shared_head, got {ref}"
+            )
+    if op == "linear_token_logp" and given:
+        raise ValueError("ref_hidden_size, shared_head: linear_token_logp has no reference")
+    if op in ("linear_token_kl", "linear_token_stats") and not given:
+        raise ValueError(f"ref_hidden_size, shared_head: {op} needs one of the two")
+    if _check.number("kl_coef", kl_coef, low=0.0) > 0 and not given:
+        raise ValueError("kl_coef: a divergence needs ref_hidden_size or shared_head")
+
+
+def _device(device: Any) -> str:
+    name = str(device).partition(":")[0]
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    return name
 
 
 def _kind(op: str, kl_coef: float, direction: str) -> str:
@@ -160,9 +207,8 @@ def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> Memory
         return with_gradients._replace(kept=grad_hidden, backward_peak=late)
     if keeps(made, budget):
         return _keeping(made, budget, results)
-    return with_gradients._replace(
-        forward_peak=values_only.forward_peak, backward_peak=with_gradients.forward_peak
-    )
+    again = _part(made, make_plan(made, budget), results, late=False)
+    return again._replace(forward_peak=values_only.forward_peak, backward_peak=again.forward_peak)
 
 
 def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
@@ -171,7 +217,7 @@ def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
     forward = _part(keep, make_plan(keep, budget), results)
     then = backward_of(made)
     plan = make_plan(then, budget)._replace(grad_scores=0)  # what was kept
-    backward = _part(then, plan, results)
+    backward = _part(then, plan, results, late=False)
     return forward._replace(
         grad_hidden=backward.grad_hidden,
         grad_head=backward.grad_head,
@@ -180,16 +226,15 @@ def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
     )
 
 
-def _part(s: Sizes, p: Plan, results: int) -> MemoryEstimate:
-    """One run of the engine."""
+def _part(s: Sizes, p: Plan, results: int, late: bool = True) -> MemoryEstimate:
+    """One run of the engine. `late`: gradients of fp16 are converted in a later backward."""
     grad_hidden = s.tokens * s.hidden * s.hidden_dtype.itemsize * s.wanted[0]
     grad_head = sum(n * d.itemsize for n, d in _head_gradients(s, p.chunks))
     copies = s.vocab * s.hidden * s.compute.itemsize * (s.weight_dtype != s.compute)
     if s.ref_dtypes is not None and s.ref_hidden and not s.shared_head:
         copied = s.ref_dtypes[1] != s.ref_compute
         copies += s.vocab * s.ref_hidden * s.ref_compute.itemsize * copied
-    late = s.compute == torch.float16
-    converted = 0 if late else _converted(s, p.chunks)
+    converted = 0 if late and s.compute == torch.float16 else _converted(s, p.chunks)
     kept = grad_hidden + grad_head + results
     return MemoryEstimate(
         chunk_tokens=p.chunk,

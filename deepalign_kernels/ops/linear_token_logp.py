@@ -54,7 +54,9 @@ def linear_token_logp(
         bias: [V], any float dtype, or None.
         softcap: > 0 or None. logit_scale: > 0. temperature: > 0.
         lora_a: [r, H], lora_b: [V, r], lora_scale: a low-rank term of the head, multiplied in the
-            dtype of weight; their gradients need no V * H buffer either.
+            dtype of weight: beside a 16-bit head hidden @ lora_a.T is rounded to 16 bit, as a LoRA
+            layer does, and with it up to 2^-8 (bf16) of this term of the scores. Their gradients
+            need no V * H buffer either.
         max_workspace_bytes: upper bound on what a call allocates beside its inputs, results and
             gradients (bytes), what it keeps for backward included. None: chunks of 1024 to 2047
             tokens. `estimate_memory` says what a call takes.

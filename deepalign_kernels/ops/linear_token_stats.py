@@ -104,4 +104,4 @@ def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
     return r.call("token_stats_fwd", r.policy, r.ref, r.target, r.valid, *tail).unbind(0)
 
 
-KINDS["stats"] = RowFunction(_rows, 8, ("token_stats_fwd",), (11.25, 0.0))
+KINDS["stats"] = RowFunction(_rows, 8, ("token_stats_fwd",), (10.5, 0.0))

@@ -7,9 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops._register import define
+from deepalign_kernels import backends
+from deepalign_kernels.ops._register import define, define_plain, no_double_backward
 
 _scale = define("scale_grad(Tensor(a!) grad, Tensor factor) -> ()")
+
+
+def _scaled_body(grad: Tensor, factor: Tensor) -> Tensor:
+    out = grad.clone()
+    backends.choose("scale_grad", grad.device.type, grad.dtype)(out, factor)
+    return out
+
+
+_scaled = define_plain("scaled_grad(Tensor grad, Tensor factor) -> Tensor", _scaled_body)
+no_double_backward("scaled_grad")
 
 
 @torch.library.register_fake("deepalign::scale_grad")
@@ -17,8 +28,17 @@ def _(grad: Tensor, factor: Tensor) -> None:
     return None
 
 
+@torch.library.register_fake("deepalign::scaled_grad")
+def _(grad: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
 def hand_over(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
     """factor * the saved gradients, in place; for the backward of a scalar loss that wrote them.
+
+    With create_graph=True a copy instead, whose own derivative raises: a gradient that was written
+    as a number has none. For that the op's outputs that are saved must be differentiable to
+    autograd: then the copy depends on what the loss depends on.
 
     Args:
         ctx: the autograd context: its saved tensors (or None) are the gradients of the loss.
@@ -32,12 +52,15 @@ def hand_over(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
             f"{op} with a scalar reduction computes its gradient in the forward and hands it over "
             "once; to backpropagate again (retain_graph=True), use reduction='none' and sum outside"
         )
-    ctx.spent = True
     grads = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return [None if g is None else _scaled(g, factor) for g in grads]
+    ctx.spent = True
     if type(factor) is not Tensor or any(g is not None and type(g) is not Tensor for g in grads):
         # Traced: the compiler may fuse a product, but must not see a mutation of a saved tensor.
         return [None if g is None else g * factor for g in grads]
-    for g in grads:
+    plain = [None if g is None else g.detach() for g in grads]
+    for g in plain:
         if g is not None:
             _scale(g, factor)
-    return list(grads)
+    return plain

@@ -50,9 +50,9 @@ def token_kl(
             row stride. Receives the gradient.
         ref_logits: same shape, dtype and device. Frozen: must not require grad.
         direction: "policy_ref", "ref_policy" or "js".
-        js_beta: weight of the reference in the mixture, strictly between 0 and 1 (used by "js"
-            only). At the ends the divergence is 0; JS / js_beta tends to KL(p || q) there, JS / (1
-            - js_beta) to KL(q || p), so ask for that direction instead.
+        js_beta: weight of the reference in the mixture, strictly between 0 and 1 and at least
+            1.2e-38 (used by "js" only). At the ends the divergence is 0; JS / js_beta tends to KL(p
+            || q) there, JS / (1 - js_beta) to KL(q || p), so ask for that direction instead.
         valid: [...] bool, or None for all. False rows give 0 and gradient 0; their logits are never
             used, so padding may hold NaN.
         temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or

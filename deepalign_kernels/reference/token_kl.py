@@ -44,9 +44,17 @@ def kl_terms(own: Tensor, other: Tensor) -> Tensor:
 def log_mixture_ratios(logq: Tensor, logp: Tensor, b: float) -> tuple[Tensor, Tensor]:
     """log(m/q) and log(m/p): exactly 0 where p = q, and no overflow where they are far apart."""
     d = logp - logq
-    e = torch.expm1(-d.abs())
-    near_q, near_p = torch.log1p(b * e), torch.log1p((1 - b) * e)
-    return torch.where(d <= 0, near_q, near_p + d), torch.where(d <= 0, near_q - d, near_p)
+    far = d.abs().neg_()
+    near = torch.where(d <= 0, _log_mix(b, 1 - b, far), _log_mix(1 - b, b, far))
+    return near + d.clamp(min=0), near - d.clamp(max=0)
+
+
+def _log_mix(share: float, rest: float, far: Tensor) -> Tensor:
+    """log(share exp(far) + rest), for far <= 0 and share + rest = 1: by log1p where the sum is near
+    1. Where it is small it is summed as it stands: fp32 has no share between 1 - 6e-8 and 1."""
+    below_one = torch.expm1(far).mul_(share)
+    small = torch.exp(far).mul_(share).add_(rest).log_()
+    return torch.where(below_one < -0.5, small, below_one.log1p_())
 
 
 def mixture_parts(logq: Tensor, logp: Tensor, b: float) -> tuple[Tensor, Tensor]:

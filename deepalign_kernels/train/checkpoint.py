@@ -42,7 +42,10 @@ def load(path: Path, config: dict[str, Any], data_hash: str) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = state["format"] == FORMAT
     except Exception as error:
-        raise ValueError(f"resume: {path} is not a readable checkpoint: {error}") from error
+        raise ValueError(
+            f"resume: {path} is not a readable checkpoint (remove it, and resume"
+            f" takes the one before it, if any): {error}"
+        ) from error
     if not known:
         raise ValueError(f"resume: {path} has format {state['format']}, expected {FORMAT}")
     then, now = (

@@ -90,6 +90,8 @@ def read_jsonl(name: str, path: str | Path) -> Iterable[tuple[dict[str, Any], st
                 raise ValueError(
                     f"{where}: broken JSON, column {error.colno}: {error.msg}"
                 ) from error
+            except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+                raise ValueError(f"{where}: broken JSON: {error}") from error
             if not isinstance(record, dict):
                 kind = type(record).__name__
                 raise ValueError(f"{where}: expected one JSON object per line, got a {kind}")
@@ -137,6 +139,8 @@ def _check_message(message: object, where: str) -> None:
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             raise ValueError(f"{where}: expected text under {key!r}, got {message.get(key)!r}")
+    if any("\ud800" <= c <= "\udfff" for c in message["content"]):
+        raise ValueError(f"{where}: half of a surrogate pair under 'content', which is no text")
     if message["role"] not in ROLES:
         raise ValueError(
             f"{where}: unknown role {message['role']!r}; expected one of {', '.join(ROLES)}"

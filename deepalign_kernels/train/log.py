@@ -90,14 +90,9 @@ class RunLog:
         self.path = folder / FILE
         kept = []
         if resume_at is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                record = _parsed(line)
-                if (
-                    record is not None
-                    and record.get("step", 0) <= resume_at
-                    and record["event"] != "end"
-                ):
-                    kept.append(line + "\n")
+            for line in self.path.read_bytes().splitlines():
+                if _belongs(line, resume_at):
+                    kept.append(line.decode() + "\n")
         part = self.path.with_name(f".{FILE}.{os.getpid()}")
         part.write_text("".join(kept), encoding="utf-8")
         os.replace(part, self.path)
@@ -113,11 +108,14 @@ class RunLog:
         self._file.close()
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _belongs(line: bytes, resume_at: int) -> bool:
+    """Whether a run that goes on at that step keeps the line: not one that a killed run left half
+    written, or that is damaged."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # a line that a killed run left half written
-        return None
+        record = json.loads(line)
+        return record["event"] != "end" and record.get("step", 0) <= resume_at
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 class Progress:
