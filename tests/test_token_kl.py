@@ -8,6 +8,8 @@ from cases import make
 
 import deepalign_kernels as dak
 
+pytestmark = pytest.mark.every_isa
+
 DIRECTIONS = ("policy_ref", "ref_policy", "js")
 
 

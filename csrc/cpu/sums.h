@@ -32,8 +32,8 @@ struct Model {
     shift = new_shift;
     return sunk;
   }
-  void add(float block_sum, float block_top, int64_t from_column) {
-    sum += double(block_sum);
+  void add(double block_sum, float block_top, int64_t from_column) {
+    sum += block_sum;
     if (block_top > top) top = block_top, top_from = from_column;
   }
   // More than two powers of two are worth what it takes to follow.
