@@ -1,6 +1,7 @@
 """What only the native CPU kernels can get wrong: instruction sets, threads, aliasing, strides,
 offsets. Formulas and edge cases are tested for every backend alike in the other files."""
 
+import math
 import os
 import subprocess
 import sys
@@ -263,6 +264,33 @@ def test_small_terms_beside_a_large_one(name, vocab):
     for ours, truth in zip(got, gold, strict=True):
         allowed = 16 * EPS32 * truth.abs().clamp(min=1.0)
         assert ((ours - truth).abs() <= allowed).all(), (ours - truth).abs().max()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.5])
+@pytest.mark.parametrize("size", [1e9, 1e10])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_huge_logits(name, size, temperature):
+    """Neighbouring fp32 numbers are 64 and 1024 apart there, and the saved maximum, divided by the
+    temperature, stands for several of them."""
+    g = torch.Generator().manual_seed(1)
+    policy, ref = (size * (1 + torch.rand(4, 300, generator=g) * 3e-7) for _ in "qp")
+    target = torch.tensor([1, 2, policy[2].argmax(), 3])
+    rows = Rows(policy, ref, target, torch.ones(4), torch.ones(4))
+    (_, got), (_, gold) = (
+        values_and_grad(f, r, temperature=temperature)
+        for f, r in ((CASES[name].ours, rows), (CASES[name].plain, rows.to("cpu", torch.float64)))
+    )
+    assert (got - gold).abs().max() <= 2e-5 * gold.abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("js_beta", [1e-20, 1e-9, 1 - 1e-9])
+def test_js_at_the_ends_of_js_beta(js_beta):
+    """Two models that share no column: b log(1 / b) + (1 - b) log(1 / (1 - b))."""
+    x, y = torch.zeros(2, 1, 1, 8)
+    x[..., 0] = y[..., 1] = 200.0
+    js = op("token_kl_fwd")(x, y, None, 2, js_beta, 1.0, 0.0)[0].item()
+    b = min(js_beta, 1 - js_beta)
+    assert js == pytest.approx(-b * math.log(b) - (1 - b) * math.log1p(-b), rel=1e-6)
 
 
 READ_TO_THE_END = """
