@@ -10,5 +10,6 @@ STABLE_TORCH_LIBRARY_IMPL(deepalign_native, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepalign_native, CompositeExplicitAutograd, m) {
+  m.impl("use_isa", TORCH_BOX(&dak::use_isa));
   m.impl("has_bf16_gemm", TORCH_BOX(&dak::has_bf16_gemm));
 }

@@ -49,6 +49,9 @@ Tensor token_stats_fwd(
 
 void scale_grad(Tensor grad, Tensor factor);
 
+// For tests: the kernels of instruction set 0 (portable), 1 (AVX2) or 2 (AVX-512) from here on; below
+// 0 nothing changes. Returns the one that was in use.
+int64_t use_isa(int64_t level);
 void large_pages(Tensor fresh);
 bool has_bf16_gemm();
 void bf16_mm(Tensor a, Tensor b, Tensor out, Tensor scratch, bool add);

@@ -49,6 +49,7 @@ void define(Library& m) {
       " Tensor norm_ref, float js_beta, float temperature, float softcap)"
       " -> (Tensor policy_part, Tensor ref_part)");
   // On the CPU alone.
+  m.def("use_isa(int level) -> int");
   m.def("large_pages(Tensor fresh) -> ()");
   m.def("has_bf16_gemm() -> bool");
   m.def("bf16_mm(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) scratch, bool add) -> ()");

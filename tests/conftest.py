@@ -5,6 +5,7 @@ imported.
 """
 
 import collections
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,25 @@ from deepalign_kernels import backends, use_backend
 
 REHEARSAL = bool(os.environ.get("DEEPALIGN_GPU_REHEARSAL"))  # of benchmarks/gpu.sh, without a GPU
 DEVICES = ("cpu", *["cuda"] * torch.cuda.is_available())
+PLACES = [(d, b) for d in DEVICES for b in backends.BACKENDS]
+ISAS = ("portable", "avx2", "avx512")  # as the native library numbers them
+
+
+def lesser_isas():
+    """The instruction sets this processor has beside the one that the native kernels use."""
+    if backends.native_library("cpu"):
+        return ()
+    return ISAS[: torch.ops.deepalign_native.use_isa(-1)]
+
+
+@contextlib.contextmanager
+def instruction_set(name):
+    """The native CPU kernels of one of ISAS inside the block."""
+    before = torch.ops.deepalign_native.use_isa(ISAS.index(name))
+    try:
+        yield
+    finally:
+        torch.ops.deepalign_native.use_isa(before)
 
 
 def patch_triton_once():
@@ -54,6 +74,16 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "clean_memory: torch.empty is left alone (see poisoned_memory)"
     )
+    config.addinivalue_line(
+        "markers", "every_isa: `device` also runs the native kernels of lesser instruction sets"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        every = metafunc.definition.get_closest_marker("every_isa")
+        lesser = [("cpu", "native", isa) for isa in lesser_isas()] if every else []
+        metafunc.parametrize("device", PLACES + lesser, ids="-".join, indirect=True)
 
 
 def pytest_collection_modifyitems(items):
@@ -91,16 +121,16 @@ class Outcomes:
             print(f"SKIPPED {self.skipped.total()} tests: {whys}")
 
 
-@pytest.fixture(params=[(d, b) for d in DEVICES for b in backends.BACKENDS], ids="-".join)
+@pytest.fixture
 def device(request, record_property):
     """Device to run on, with one backend forced; every op of a test runs on that backend or
     raises."""
-    where, name = request.param
+    where, name, *isa = request.param
     record_property("device", where)
     record_property("backend", name)
     if why := backends.unavailable(name, "token_kl_fwd", where):
         pytest.skip(f"{name} on {where}: {why}")
-    with use_backend(name):
+    with use_backend(name), instruction_set(*isa) if isa else contextlib.nullcontext():
         yield torch.device(where)
 
 

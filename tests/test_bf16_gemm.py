@@ -1,4 +1,5 @@
-"""The native bf16 GEMM with an fp32 result, against fp64; and who takes it."""
+"""The native bf16 GEMM with an fp32 result, against fp64; who takes it; and the linear ops where
+nothing multiplies 16-bit numbers fast."""
 
 import itertools
 import os
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from linear_cases import CASES, TRAINED, assert_right, make, reductions
 
 from deepalign_kernels import backends, use_backend
 from deepalign_kernels.ops import _linear_gemm as gemm
@@ -114,3 +116,18 @@ def test_not_below_avx512():
     env = {**os.environ, "DEEPALIGN_CPU_ISA": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("scores", ["fp32", "16-bit"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_linear_ops_without_16_bit_products(name, dtype, scores, monkeypatch):
+    """A CPU without AVX-512: fp32 products of converted tiles, fp32 gradients of whatever scores.
+    Hidden size and vocabulary are odd, and so is a tile's number of rows."""
+    monkeypatch.setattr(gemm, "fast_16bit", lambda *_: False)
+    monkeypatch.setattr(backends, "native_gemm", lambda _: False)
+    logits = torch.float32 if scores == "fp32" else dtype
+    p = make(H=17, V=67, dtype=dtype, full=scores == "fp32")  # bias in 16 bit: one rounding more
+    ways = [(TRAINED, None), (("hidden",), None), (TRAINED, 9000)]
+    for (only, room), reduction in itertools.product(ways, reductions(name)[:2]):
+        assert_right(name, p, reduction, only, logits_dtype=logits, max_workspace_bytes=room)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from cases import CASES, DTYPES, FUSED, KINDS, Rows, check, fused, make, values_and_grad
 
+pytestmark = pytest.mark.every_isa
+
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 OP = pytest.mark.parametrize("op", CASES)
 

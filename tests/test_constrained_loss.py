@@ -12,6 +12,8 @@ from deepalign_kernels.ops import _vocab_merge
 from deepalign_kernels.reference import constrained_loss as spec
 from deepalign_kernels.testing import assert_in_budget
 
+pytestmark = pytest.mark.every_isa
+
 
 def rows(device, T=9, V=301, dtype=torch.float32):
     return make(T, V).to(device, dtype)

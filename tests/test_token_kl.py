@@ -9,6 +9,8 @@ from cases import make
 import deepalign_kernels as dak
 from deepalign_kernels import backends
 
+pytestmark = pytest.mark.every_isa
+
 DIRECTIONS = ("policy_ref", "ref_policy", "js")
 
 

@@ -6,6 +6,8 @@ import torch
 import deepalign_kernels as dak
 from deepalign_kernels.testing import EPS32
 
+pytestmark = pytest.mark.every_isa
+
 
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 1 - 1e-6])
 def test_no_cancellation_at_the_target(p, device):

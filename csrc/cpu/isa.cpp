@@ -1,8 +1,12 @@
-// Chooses the instruction set, once per process.
-#include <stdlib.h>
-#include <string.h>
+// Chooses the instruction set: once per process, unless a test asks for another one.
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 #include "cpu/kernels.h"
+#include "ops.h"
 
 namespace dak {
 namespace {
@@ -17,9 +21,15 @@ namespace {
     return table;             \
   }()
 
-#ifndef DAK_ONLY_PORTABLE
-enum Level { portable_level, avx2_level, avx512_level };
+enum Level : int64_t { portable_level, avx2_level, avx512_level };
 
+#ifdef DAK_ONLY_PORTABLE
+Level best_level() { return portable_level; }
+const Kernels& table_of(int64_t) {
+  static const Kernels table = DAK_TABLE(portable);
+  return table;
+}
+#else
 Level best_level() {
   __builtin_cpu_init();
   auto has = [](bool x) { return x; };
@@ -30,47 +40,40 @@ Level best_level() {
                 has(__builtin_cpu_supports("avx512dq")) && has(__builtin_cpu_supports("avx512vl"));
   return avx512 ? avx512_level : avx2 ? avx2_level : portable_level;
 }
-
-// ATEN_CPU_CAPABILITY speaks torch's language; an unknown value, or one beyond this machine, is
-// passed over.
-Level level() {
-  Level best = best_level();
-  const char* asked = getenv("DEEPALIGN_CPU_ISA");
-  if (!asked || !*asked) asked = getenv("ATEN_CPU_CAPABILITY");
-  if (!asked) return best;
-  bool lowest = !strcmp(asked, "portable") || !strcmp(asked, "default");
-  Level wanted = lowest ? portable_level : !strcmp(asked, "avx2") ? avx2_level : avx512_level;
-  return wanted < best ? wanted : best;
+const Kernels& table_of(int64_t level) {
+  static const Kernels tables[] = {DAK_TABLE(portable), DAK_TABLE(avx2), DAK_TABLE(avx512)};
+  return tables[level];
 }
 #endif
 
-Kernels choose() {
-#ifndef DAK_ONLY_PORTABLE
-  switch (level()) {
-    case avx512_level:
-      return DAK_TABLE(avx512);
-    case avx2_level:
-      return DAK_TABLE(avx2);
-    default:
-      break;
-  }
-#endif
-  return DAK_TABLE(portable);
+// ATEN_CPU_CAPABILITY speaks torch's language; an unknown value, or one beyond this machine, is
+// passed over.
+Level first_level() {
+  Level best = best_level();
+  const char* asked = std::getenv("DEEPALIGN_CPU_ISA");
+  if (!asked || !*asked) asked = std::getenv("ATEN_CPU_CAPABILITY");
+  if (!asked) return best;
+  bool lowest = !std::strcmp(asked, "portable") || !std::strcmp(asked, "default");
+  Level wanted = lowest ? portable_level : !std::strcmp(asked, "avx2") ? avx2_level : avx512_level;
+  return wanted < best ? wanted : best;
+}
+
+std::atomic<int64_t>& current() {
+  static std::atomic<int64_t> level{first_level()};
+  return level;
 }
 
 }  // namespace
 
-bool runs_avx512() {
-#ifndef DAK_ONLY_PORTABLE
-  return level() == avx512_level;
-#else
-  return false;
-#endif
-}
+bool runs_avx512() { return current().load(std::memory_order_relaxed) == avx512_level; }
 
-const Kernels& kernels() {
-  static const Kernels table = choose();
-  return table;
+const Kernels& kernels() { return table_of(current().load(std::memory_order_relaxed)); }
+
+int64_t use_isa(int64_t level) {
+  if (level < 0) return current().load();
+  int64_t best = best_level();
+  STD_TORCH_CHECK(level <= best, "level: expected at most ", best, " on this CPU, got ", level);
+  return current().exchange(level);
 }
 
 }  // namespace dak

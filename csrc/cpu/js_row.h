@@ -17,7 +17,8 @@ inline LogProb log_prob_of(const Model& model, double inverse) {
 template <class T, bool Cap>
 inline JsSums js_block(const Scorer<Cap>& score, const T* pq, const T* pp, int64_t n,
                        const Mixture& mixture, const LogProb& log_q, const LogProb& log_p) {
-  F q0, q1, p0, p1, unused, term_q, term_p, sum_q = set(0.0f), sum_p = set(0.0f);
+  F q0, q1, p0, p1, unused, term_q, term_p, zero = set(0.0f), sum_q = zero, sum_p = zero;
+  Sum total_q, total_p;
   auto add = [&](F q, F p) __attribute__((always_inline)) {
     mixture.terms(log_q(q), log_p(p), unused, term_q, term_p);
     sum_q = sum_q + term_q;
@@ -29,13 +30,20 @@ inline JsSums js_block(const Scorer<Cap>& score, const T* pq, const T* pp, int64
     add(q0, p0);
     add(q1, p1);
   }
-  for (int64_t i = 0; i + step <= n; i += step) {
+  auto both = [&](int64_t i) __attribute__((always_inline)) {
     load_scores(score, pq + i, q0, q1);
     load_scores(score, pp + i, p0, p1);
     add(q0, p0);
     add(q1, p1);
-  }
-  return {double(sum_of(sum_q)), double(sum_of(sum_p))};
+  };
+  auto close = [&]() __attribute__((always_inline)) {
+    total_q.add(sum_q);
+    total_p.add(sum_p);
+    sum_q = sum_p = zero;
+  };
+  in_groups(n / step * step, both, close);
+  close();  // of fewer columns than a step
+  return {total_q.total(), total_p.total()};
 }
 
 template <class T, bool Cap>

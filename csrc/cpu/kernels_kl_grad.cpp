@@ -46,24 +46,26 @@ inline constexpr float large = 8.0f;
 
 template <class T, bool Cap>
 float rest_of(const Scorer<Cap>& score, const T* q, const T* p, int64_t n, const PolicyRef& d) {
-  double total = 0.0;
-  F q0, q1, p0, p1;
-  for (int64_t i = 0; i < n;) {
-    int64_t stop = n - i < block ? n : i + block;
-    F sum = set(0.0f);
-    for (; i + step <= stop; i += step) {
-      load_scores(score, q + i, q0, q1);
-      load_scores(score, p + i, p0, p1);
-      sum = sum + (d(q0, p0) + d(q1, p1));
-    }
-    if (i < stop) {
-      load_rest(score, q + i, stop - i, q0, q1);
-      load_rest(score, p + i, stop - i, p0, p1);
-      sum = sum + (d(q0, p0) + d(q1, p1));
-      i = stop;
-    }
-    total += double(sum_of(sum));
+  F q0, q1, p0, p1, sum = set(0.0f);
+  Sum groups;
+  int64_t whole = n / step * step;
+  auto add = [&](int64_t i) __attribute__((always_inline)) {
+    load_scores(score, q + i, q0, q1);
+    load_scores(score, p + i, p0, p1);
+    sum = sum + (d(q0, p0) + d(q1, p1));
+  };
+  auto close = [&]() __attribute__((always_inline)) {
+    groups.add(sum);
+    sum = set(0.0f);
+  };
+  in_groups(whole, add, close);
+  if (whole < n) {
+    load_rest(score, q + whole, n - whole, q0, q1);
+    load_rest(score, p + whole, n - whole, p0, p1);
+    sum = d(q0, p0) + d(q1, p1);
+    close();
   }
+  double total = groups.total();
   return total - total == 0.0 ? float(total) : 0.0f;
 }
 

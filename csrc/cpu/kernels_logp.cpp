@@ -48,22 +48,19 @@ void logp_grad(Row x, int64_t y, Score options, Norm norm, double grad, OutRow t
   with_type(x, options, [&](auto* p, auto score) {
     using T = plain<decltype(*p)>;
     constexpr bool cap = decltype(score)::capped;
-    // With z = m at the score `at`, p_v = 2^((score_v - shift) * exponent) * scale.
-    double at = double(norm.m) / score.inverse;
-    float shift = float(at);
-    double scale = exp((double(shift) - at) * score.inverse - double(norm.s));
+    Anchor at(norm, score.inverse);  // p_v = 2^((score_v - shift) * exponent) * exp(-log_sum)
     float target = score_at(score, p, y);  // read before `out`, which may be the logits
-    double logp = (double(target) - at) * score.inverse - double(norm.s);
+    double logp = (double(target) - double(at.shift)) * score.inverse - at.log_sum;
     double slope = 1.0;
     if constexpr (cap) {
       double t = double(target) / options.softcap;
       slope = 1.0 - t * t;
     }
     double at_target = -expm1(logp < 0 ? logp : logp - logp) * slope * score.inverse * grad;
-    F by = factor(-grad * score.inverse * scale);
+    F by = factor(-grad * score.inverse * exp(-at.log_sum));
     with_out<T>(to, [&](auto* out, auto stream) {
       using O = plain<decltype(*out)>;
-      ScaledExp<T, O, cap> fn{score, set(shift), set(score.exponent), by};
+      ScaledExp<T, O, cap> fn{score, set(at.shift), set(score.exponent), by};
       map_row<decltype(stream)::value>(out, x.columns, fn, p);
       store_one(out + y, float(at_target));
     });

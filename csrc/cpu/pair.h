@@ -45,20 +45,20 @@ struct PairSums {
 
 // One block's share of the sums.
 struct PairBlock {
-  float sum_x, sum_y, cross_x, cross_y, self_x, self_y, top_x, top_y;
+  double sum_x, sum_y, cross_x, cross_y, self_x, self_y;
+  float top_x, top_y;
   bool x_alone, y_alone;
 
   bool spoiled() const {  // inf or NaN in a cross sum
-    float c = (cross_x - cross_x) + (cross_y - cross_y);
-    return !(c == 0.0f);
+    double c = (cross_x - cross_x) + (cross_y - cross_y);
+    return !(c == 0.0);
   }
   template <Want W>
   void add_to(PairSums<W>& s, int64_t from) const {
-    double nx = double(sum_x), ny = double(sum_y);
-    s.cross_x += double(cross_x) + (s.between() + double(s.bias_x())) * nx;
-    s.cross_y += double(cross_y) + (double(s.bias_y()) - s.between()) * ny;
-    s.self_x += double(self_x) + double(s.x.from()) * nx;
-    s.self_y += double(self_y) + double(s.y.from()) * ny;
+    s.cross_x += cross_x + (s.between() + double(s.bias_x())) * sum_x;
+    s.cross_y += cross_y + (double(s.bias_y()) - s.between()) * sum_y;
+    s.self_x += self_x + double(s.x.from()) * sum_x;
+    s.self_y += self_y + double(s.y.from()) * sum_y;
     s.x.add(sum_x, top_x, from);
     s.y.add(sum_y, top_y, from);
     s.x_alone |= x_alone;
@@ -70,7 +70,9 @@ template <Want W>
 struct PairLanes {
   static constexpr bool all = W == Want::stats;
   F shift_x, shift_y, exponent, bias_x, bias_y;
+  // Of one group: one of the two for every other vector.
   F sum_x[2], sum_y[2], cross_x[2], cross_y[2], self_x[2], self_y[2], top_x[2], top_y[2];
+  Sum sums_x, sums_y, crosses_x, crosses_y, selves_x, selves_y;
   bool x_alone = false, y_alone = false;
 
   DAK_INLINE PairLanes(const PairSums<W>& s, float c)
@@ -79,9 +81,12 @@ struct PairLanes {
         exponent(set(c)),
         bias_x(set(s.bias_x())),
         bias_y(set(s.bias_y())) {
+    for (int k = 0; k < 2; k++) top_x[k] = top_y[k] = set(-inf);
+    start();
+  }
+  DAK_INLINE void start() {
     for (int k = 0; k < 2; k++) {
       sum_x[k] = sum_y[k] = cross_x[k] = cross_y[k] = self_x[k] = self_y[k] = set(0.0f);
-      top_x[k] = top_y[k] = set(-inf);
     }
   }
 
@@ -112,13 +117,23 @@ struct PairLanes {
       self_y[k] = fma(ey, dy, self_y[k]);
     }
   }
-  DAK_INLINE static float sum(const F* lanes) { return sum_of(lanes[0] + lanes[1]); }
+  DAK_INLINE void close() {
+    sums_x.add(sum_x[0] + sum_x[1]);
+    sums_y.add(sum_y[0] + sum_y[1]);
+    crosses_x.add(cross_x[0] + cross_x[1]);
+    if constexpr (all) {
+      crosses_y.add(cross_y[0] + cross_y[1]);
+      selves_x.add(self_x[0] + self_x[1]);
+      selves_y.add(self_y[0] + self_y[1]);
+    }
+    start();
+  }
   DAK_INLINE static float top(const F* lanes) { return max_of(max(lanes[0], lanes[1])); }
   DAK_INLINE PairBlock done() const {
     PairBlock b{};
-    b.sum_x = sum(sum_x), b.sum_y = sum(sum_y), b.cross_x = sum(cross_x);
+    b.sum_x = sums_x.total(), b.sum_y = sums_y.total(), b.cross_x = crosses_x.total();
     if constexpr (all) {
-      b.cross_y = sum(cross_y), b.self_x = sum(self_x), b.self_y = sum(self_y);
+      b.cross_y = crosses_y.total(), b.self_x = selves_x.total(), b.self_y = selves_y.total();
     }
     b.top_x = top(top_x), b.top_y = top(top_y);
     b.x_alone = x_alone, b.y_alone = y_alone;
@@ -137,14 +152,16 @@ inline PairBlock pair_block(
     load_rest(score, py, n, y0, y1);
     lanes.template add<Careful>(0, x0, y0);
     lanes.template add<Careful>(1, x1, y1);
+    lanes.close();
     return lanes.done();
   }
-  for (int64_t i = 0; i < n; i += step) {
+  auto add = [&](int64_t i) __attribute__((always_inline)) {
     load_scores(score, px + i, x0, x1);
     load_scores(score, py + i, y0, y1);
     lanes.template add<Careful>(0, x0, y0);
     lanes.template add<Careful>(1, x1, y1);
-  }
+  };
+  in_groups(n, add, [&]() __attribute__((always_inline)) { lanes.close(); });
   return lanes.done();
 }
 

@@ -76,7 +76,7 @@ struct Kernels {
   void (*scale)(Row x, float factor);  // in place
 };
 
-// The table for this machine, chosen once; DEEPALIGN_CPU_ISA=portable|avx2|avx512 overrides it.
+// The table in use: the best for this machine, or that of DEEPALIGN_CPU_ISA=portable|avx2|avx512.
 const Kernels& kernels();
 bool runs_avx512();  // whether that is the AVX-512 one
 

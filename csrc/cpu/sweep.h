@@ -7,8 +7,35 @@
 namespace dak::DAK_ISA {
 
 inline constexpr int64_t step = 2 * F::lanes;  // columns per load2
-inline constexpr int64_t block = 128 * step;   // columns that one pair of fp32 accumulators sums up
+inline constexpr int64_t block = 128 * step;   // columns that are summed in fp32
+inline constexpr int64_t group = 16 * step;    // columns that are summed without compensation
 inline constexpr int64_t peek = 1024;          // columns whose maximum is the first shift
+
+// A sum of groups. Where one column has nearly all of a row, the lane that holds it rounds all small
+// terms it meets the same way: 128 of them cost up to 7.6e-6 of the sum, and 2.9e-6 were seen in a
+// gradient. Within a group it is at most 9.5e-7, between groups nothing is lost. Smaller groups cost
+// time: token_logp forward, in the cache, takes 3 % longer with 16 steps and 7 % with 8 (Zen 3).
+struct Sum {
+  F high = set(0.0f), low = set(0.0f);
+
+  DAK_INLINE void add(F x) {
+    F sum = high + x, back = sum - high;
+    low = low + ((high - (sum - back)) + (x - back));
+    high = sum;
+  }
+  // NaN, and not infinite, where a term is.
+  double total() const { return double(sum_of(high)) + double(sum_of(low)); }
+};
+
+// body(i) for every step in columns [0, n), whole steps, and close() behind every group of them.
+template <class Body, class Close>
+DAK_INLINE void in_groups(int64_t n, const Body& body, const Close& close) {
+  for (int64_t i = 0; i < n;) {
+    int64_t stop = n - i < group ? n : i + group;
+    for (; i < stop; i += step) body(i);
+    close();
+  }
+}
 
 // Scores of one model. They are kept as softcap * tanh(x / softcap), without the temperature, which
 // goes into `exponent`: exp(z - m) = 2^((score - shift) * exponent).
@@ -156,7 +183,7 @@ DAK_INLINE auto with_type(const Row& x, const Score& score, const Fn& fn) {
   }
 }
 
-// fn(O* of the output's type, stream as a type) where O is T, or anything for fp32 logits.
+// fn(O* of the output's type, stream as a type) where O is T or fp32, or anything for fp32 logits.
 template <bool V>
 struct Flag {
   static constexpr bool value = V;
@@ -167,6 +194,8 @@ DAK_INLINE void with_out(const OutRow& out, const Fn& fn) {
   if constexpr (same<T, float>) {
     if (out.type == Type::bf16) return typed(static_cast<bf16*>(out.data));
     if (out.type == Type::f16) return typed(static_cast<f16*>(out.data));
+  } else if (out.type == Type::f32) {
+    return typed(static_cast<float*>(out.data));
   }
   typed(static_cast<T*>(out.data));
 }

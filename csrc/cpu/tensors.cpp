@@ -65,8 +65,9 @@ void Logits::must_match(const char* name, const Logits& other, bool dtype) const
 
 Gradient::Gradient(const Tensor& out, const Logits& logits) : out_("out", out) {
   out_.must_match("out", logits, false);
-  bool fits = out_.type() == logits.type() || logits.type() == Type::f32;
-  STD_TORCH_CHECK(fits, "out: expected the dtype of the logits, or any for fp32 logits");
+  bool fits = out_.type() == logits.type() || out_.type() == Type::f32;
+  fits |= logits.type() == Type::f32;
+  STD_TORCH_CHECK(fits, "out: expected the dtype of the logits or fp32, or any for fp32 logits");
   stream_ = out_.bytes() > stream_from && out_.at(0) != logits.at(0);
   if (stream_ && out_.dense()) prefer_large_pages(out_.at(0), out_.bytes());
 }

@@ -106,7 +106,11 @@ DAK_INLINE void put(void* p, __m256i x) {
 // `In` is the type that load2 read, which decides the order of the columns. Stream: p % 32 == 0.
 template <bool Stream, class In>
 DAK_INLINE void store2(float* p, F a, F b) {
-  static_assert(!same<In, bf16>);
+  if constexpr (same<In, bf16>) {
+    __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+    a.v = _mm256_permute2f128_ps(low, high, 0x20);
+    b.v = _mm256_permute2f128_ps(low, high, 0x31);
+  }
   put<Stream>(p, _mm256_castps_si256(a.v));
   put<Stream>(p + 8, _mm256_castps_si256(b.v));
 }

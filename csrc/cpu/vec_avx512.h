@@ -96,7 +96,13 @@ DAK_INLINE void put(void* p, __m512i x) {
 // `In` is the type that load2 read, which decides the order of the columns. Stream: p % 64 == 0.
 template <bool Stream, class In>
 DAK_INLINE void store2(float* p, F a, F b) {
-  static_assert(!same<In, bf16>);
+  if constexpr (same<In, bf16>) {
+    __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    __m512 even = a.v, odd = b.v;
+    a.v = _mm512_permutex2var_ps(even, first, odd);
+    b.v = _mm512_permutex2var_ps(even, second, odd);
+  }
   put<Stream>(p, _mm512_castps_si512(a.v));
   put<Stream>(p + 16, _mm512_castps_si512(b.v));
 }

@@ -115,7 +115,11 @@ DAK_INLINE void load2(const f16* p, F& a, F& b) {
 // `In` is the type that load2 read, which decides the order of the columns.
 template <bool Stream, class In>
 DAK_INLINE void store2(float* p, F a, F b) {
-  static_assert(!same<In, bf16>);
+  if constexpr (same<In, bf16>) {
+    f32x4 even = a.v, odd = b.v;
+    a.v = f32x4{even[0], odd[0], even[1], odd[1]};
+    b.v = f32x4{even[2], odd[2], even[3], odd[3]};
+  }
   memcpy(p, &a.v, 16);
   memcpy(p + 4, &b.v, 16);
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -187,15 +188,19 @@ def head_gradient_add(
     else:
         if dz.dtype != rows.dtype:
             rows = _carve(scratch.rows, rows.shape, dz.dtype).copy_(rows)
-        item = total.dtype.itemsize
-        for a, b in _tiles(scratch, total.shape, item + dz.dtype.itemsize):
-            size, columns = b - a, total.shape[1]
-            part = _carve(scratch.tile[size * columns * item :], (size, columns), dz.dtype)
-            torch.mm(dz[:, a:b].t(), rows, out=part)
+        if dz.dtype == total.dtype:
+            head_gradient_add(total, dz, rows, scratch, first=first)
+            return
+        wide, narrow = sorted((dz.dtype, total.dtype), key=lambda d: -d.itemsize)
+        for a, b in _tiles(scratch, total.shape, wide.itemsize + narrow.itemsize):
+            size = (b - a, total.shape[1])
+            behind = scratch.tile[math.prod(size) * wide.itemsize :]  # aligned for either
+            buffers = {d: _carve(m, size, d) for d, m in ((wide, scratch.tile), (narrow, behind))}
+            part = torch.mm(dz[:, a:b].t(), rows, out=buffers[dz.dtype])
             if first:
                 total[a:b].copy_(part)
             else:  # converted by hand: add_ of another dtype allocates its own copy
-                total[a:b].add_(_carve(scratch.tile, (size, columns), total.dtype).copy_(part))
+                total[a:b].add_(buffers[total.dtype].copy_(part))
 
 
 def weigh_rows(x: Tensor, factor: Tensor, wide: Tensor | None) -> None:

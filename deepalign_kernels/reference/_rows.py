@@ -10,7 +10,7 @@ A masked column (x = -inf) stays outside the distribution as long as softcap is 
 the formula above makes it z = -softcap / temperature, so mask after capping.
 Gradients are written to `out` [B, T, V], whose last stride is 1; it may be the policy's own logits
 (the linear ops overwrite a chunk of logits with its gradient), and it may be bf16 or fp16 for fp32
-logits.
+logits, and on the CPU fp32 for 16-bit ones.
 token_kl's may also be the reference's: a kernel reads a column of both before it writes it.
 Accumulation dtype: fp32 for bf16, fp16 and fp32 logits, fp64 for fp64 (gradcheck).
 """
