@@ -164,9 +164,9 @@ def print_offline() -> None:
     """What needs no clock: the short form of `offline`, and `instructions`."""
     from benchmarks import cuda_cpp, instructions, offline
 
-    compiled = offline.compile_report("--quick", "--arch", "sm_90")
+    compiled, reports = offline.compile_report("--quick", "--arch", "sm_90")
     parts = (compiled, cuda_cpp.table(offline.SHAPE.V, ["sm_90"]), offline.counted())
-    print("\n\n".join([*parts, offline.predictions(None)]), "\n")
+    print("\n\n".join([*parts, offline.predictions(None, reports)]), "\n")
     instructions.main(False, say)
 
 

@@ -69,9 +69,12 @@ class Variant(NamedTuple):
 
     @property
     def modes(self) -> str:
-        """Constexprs that are modes of this kernel, not its tiling."""
+        """Constexprs that are modes of this kernel, not its tiling, and the tensors it goes
+        without."""
         tile = ("VEC", "REPEATS", "LANES", "MODE")
-        return ",".join(f"{k}={v}" for k, v in self.launch.constexprs.items() if k not in tile)
+        modes = [f"{k}={v}" for k, v in self.launch.constexprs.items() if k not in tile]
+        given = zip(self.launch.kernel.arg_names, self.launch.args, strict=False)
+        return ",".join(modes + [f"no {name}" for name, value in given if value is None])
 
 
 class Report(NamedTuple):
