@@ -1,4 +1,4 @@
-"""Instructions that the CUDA C++ kernels execute per column, from their machine code, without a GPU.
+"""Instructions that the CUDA C++ kernels execute per column, counted in their machine code.
 
 `python -m benchmarks.sass [--record] [FILE]`: FILE is a library or a cubin, default the built
 library. One instruction per column costs 0.031 ms on an H100 (132 multiprocessors, 1.98 GHz) for
