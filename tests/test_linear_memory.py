@@ -1,5 +1,6 @@
 """What the linear ops allocate, from the allocator's own records, against `estimate_memory`."""
 
+import warnings
 from unittest import mock
 
 import pytest
@@ -192,6 +193,23 @@ def test_number_of_gemms(reduction, requires_grad, products):
         for p in patches:
             p.stop()
     assert sum(s.call_count for s in spies) == products
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_without_fp32_results_is_loud(there):
+    """One warning per process and dtype, with torch's version and the cost; "meta" is the GPU."""
+    gemm.has_wide_gemm.cache_clear()
+    missing = NotImplementedError("not for this device")
+    with (
+        mock.patch.object(torch, "addmm", side_effect=None if there else missing),
+        warnings.catch_warnings(record=True) as seen,
+    ):
+        warnings.simplefilter("always")
+        assert [gemm.has_wide_gemm("meta", BF16) for _ in "ab"] == [there] * 2
+    gemm.has_wide_gemm.cache_clear()
+    assert len(seen) == (not there)
+    for warning in seen:
+        assert torch.__version__ in str(warning.message) and "10 times" in str(warning.message)
 
 
 def test_a_budget_too_small_for_one_row():

@@ -9,7 +9,15 @@ import torch
 
 from deepalign_kernels.ops import _check, _linear_check
 from deepalign_kernels.ops._linear import eager_copies, total_dtypes
-from deepalign_kernels.ops._linear_plan import Phase, Plan, Sizes, backward_of, keeps, make_plan
+from deepalign_kernels.ops._linear_plan import (
+    Phase,
+    Plan,
+    Sizes,
+    backward_of,
+    keeps,
+    make_plan,
+    released,
+)
 from deepalign_kernels.ops._linear_types import KINDS
 from deepalign_kernels.ops._reduce import REDUCTIONS
 from deepalign_kernels.ops._register import accumulator
@@ -148,7 +156,7 @@ def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> Memory
     if not any(made.wanted):
         return values_only
     with_gradients = _part(made, make_plan(made, budget), results)
-    converted = _converted(made, with_gradients.chunks)
+    converted = _converted(made, make_plan(made, budget).groups)
     grad_hidden = with_gradients.grad_hidden
     if scalar:
         late = converted if s.compute == torch.float16 else 0
@@ -183,14 +191,18 @@ def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
 def _part(s: Sizes, p: Plan, results: int) -> MemoryEstimate:
     """One run of the engine."""
     grad_hidden = s.tokens * s.hidden * s.hidden_dtype.itemsize * s.wanted[0]
-    grad_head = sum(n * d.itemsize for n, d in _head_gradients(s, p.chunks))
+    grad_head = sum(n * d.itemsize for n, d in _head_gradients(s, p.groups))
     copies = s.vocab * s.hidden * s.compute.itemsize * (s.weight_dtype != s.compute)
     if s.ref_dtypes is not None and s.ref_hidden and not s.shared_head:
         copied = s.ref_dtypes[1] != s.ref_compute
         copies += s.vocab * s.ref_hidden * s.ref_compute.itemsize * copied
     late = s.compute == torch.float16
-    converted = 0 if late else _converted(s, p.chunks)
-    kept = grad_hidden + grad_head + results
+    converted = 0 if late else _converted(s, p.groups)
+    gradients = grad_hidden + grad_head
+    # One group has its scores behind it when the gradients are allocated.
+    before = gradients if p.groups > 1 or s.phase == Phase.KEPT else 0
+    products = gradients + p.workspace - p.row_function - released(s, p)
+    peak = max(before + p.workspace + copies, products + copies, gradients + converted)
     return MemoryEstimate(
         chunk_tokens=p.chunk,
         chunks=p.chunks,
@@ -205,20 +217,20 @@ def _part(s: Sizes, p: Plan, results: int) -> MemoryEstimate:
         grad_head=grad_head,
         results=results,
         kept=0,
-        forward_peak=kept + max(p.workspace + copies, converted),
+        forward_peak=results + peak,
         backward_peak=0,
     )
 
 
-def _head_gradients(s: Sizes, chunks: int) -> list[tuple[int, torch.dtype]]:
+def _head_gradients(s: Sizes, groups: int) -> list[tuple[int, torch.dtype]]:
     """(elements, dtype it is summed in) of every gradient of the head that is wanted."""
     counts = (s.vocab * s.hidden, s.vocab, s.rank * s.hidden, s.vocab * s.rank)
-    dtypes = total_dtypes(s, chunks)
+    dtypes = total_dtypes(s, groups)
     return [(n, d) for n, d, w in zip(counts, dtypes, s.wanted[1:], strict=True) if w]
 
 
-def _converted(s: Sizes, chunks: int) -> int:
+def _converted(s: Sizes, groups: int) -> int:
     """Bytes of the head's gradients in their own dtype, where that is not what they are summed
     in."""
-    gradients = _head_gradients(s, chunks)
+    gradients = _head_gradients(s, groups)
     return sum(n * s.weight_dtype.itemsize for n, d in gradients if d != s.weight_dtype)
