@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import deepalign_kernels as dak
+from benchmarks import linear_model
+from benchmarks.cases import Shape
+from deepalign_kernels import backends
 from deepalign_kernels._memory import measure
 from deepalign_kernels.ops import _linear_gemm as gemm
 
@@ -94,8 +97,6 @@ ESTIMATES = [
 def test_the_estimate_is_the_peak(case, dtype, backend):
     """Within 2 %; bf16 GEMMs keep up to 0.7 MB of packed operands in oneDNN, seen at these
     sizes."""
-    from deepalign_kernels import backends
-
     if why := backends.unavailable(backend, "token_kl_fwd", "cpu"):
         pytest.skip(why)
     with dak.use_backend(backend):
@@ -193,6 +194,46 @@ def test_number_of_gemms(reduction, requires_grad, products):
         for p in patches:
             p.stop()
     assert sum(s.call_count for s in spies) == products
+
+
+GPU = dict(hidden_size=4096, vocab_size=128256, dtype=BF16, compact=False, device="cuda")
+
+
+@pytest.mark.parametrize("name", linear_model.STEPS)
+@pytest.mark.parametrize("tokens", [1500, 8192, 20000])
+def test_what_a_step_allocates_on_a_gpu(name, tokens):
+    """Recorded on meta tensors: the estimate, within 2 %."""
+    op, reduction, trained, kw = linear_model.STEPS[name]
+    known = {k: v for k, v in kw.items() if k == "logits_dtype"}
+    ref = dict(ref_hidden_size=4096) if op == "linear_token_kl" else {}
+    with mock.patch.object(backends, "selected", lambda *_: "triton"):
+        expected = dak.estimate_memory(
+            op, tokens=tokens, requires_grad=trained, reduction=reduction, **GPU, **known, **ref
+        )
+    step = linear_model.step(name, Shape(tokens, 128256, 4096))
+    assert abs(step.peak / expected.peak - 1) < 0.02
+
+
+def test_what_a_step_launches_on_a_gpu():
+    """8192 tokens are one group: 8 chunks of scores, one product for each gradient, in its own
+    dtype; 16384 are two, which are summed in fp32."""
+    head, wide = (BF16, BF16), (BF16, F32)
+    chunk = (1024, 128256, 4096), wide
+    step = linear_model.step("constrained_loss")
+    products = [((8192, 4096, 128256), head), ((128256, 4096, 8192), head)]
+    assert [(x.gemm, x.dtypes) for x in step.gemms] == [chunk] * 8 + products
+    assert not any(x.adds for x in step.gemms) and len(step.launches) < 50
+    assert step.peak < 3.23e9 and sum(x.bytes for x in step.launches) < 26e9
+    # before: 46 ms, 66 GB, a head's gradient per chunk
+    assert step.milliseconds(linear_model.CARDS["H100"], one_sweep=True) < 39.5
+    assert step.milliseconds(linear_model.CARDS["H100"], one_sweep=False) < 40.5
+    step = linear_model.step("constrained_loss", Shape(16384, 128256, 4096))
+    summed = [x for x in step.gemms if x.gemm[0] == 128256]
+    assert [x.dtypes for x in summed] == [wide] * 2 and [x.adds > 0 for x in summed] == [
+        False,
+        True,
+    ]
+    assert [x.gemm for x in step.gemms if x.gemm[1] == 128256] == [chunk[0]] * 16
 
 
 @pytest.mark.parametrize("there", [True, False])
