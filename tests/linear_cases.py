@@ -233,6 +233,8 @@ def as_on_a_gpu(chunk: int = 4) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(_linear_plan.RULES, rules))
         stack.enter_context(mock.patch.object(_linear_plan, "DEFAULT_CHUNK", chunk))
+        tiles = dict(TILE_SCORES=1, LEAST_TILE=24, TILE_STEP=8)
+        stack.enter_context(mock.patch.multiple(_linear_plan, **tiles))
         for name in ("has_wide_gemm", "fast_16bit"):
             stack.enter_context(mock.patch.object(_linear_gemm, name, lambda *_: True))
         aten = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))

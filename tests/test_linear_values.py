@@ -58,7 +58,10 @@ def test_the_way_of_a_gpu(name, reduction, dtype, N, H, groups):
             assert_right(name, p, reduction, compact=compact)
         shapes = [tuple(c.args[0].shape) for c in products.call_args_list]
         expected = rows // 4 if wide else groups if compact else -(-rows // max(4, 2 * H))
-        assert shapes.count((len(p.weight), H)) == expected
+        if reduction == "none" and N > 7:  # scores made again, by tiles of 24, 24 and 19 columns
+            assert shapes.count((19, H)) == 1 and (len(p.weight), H) not in shapes
+        else:
+            assert shapes.count((len(p.weight), H)) == expected
 
 
 @pytest.mark.parametrize("name,reduction", EVERY, ids=["-".join(e) for e in EVERY])

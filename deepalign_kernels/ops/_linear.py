@@ -105,10 +105,15 @@ class Engine:
         if self.keep is not None and len(self.keep) == len(x.hidden):
             self.keep = None
         rows = len(x.hidden) if self.keep is None else len(self.keep)
-        self.sizes = sizes_of(kind, x, o, rows, wanted, shares_head(x))._replace(phase=phase)
+        sizes = sizes_of(kind, x, o, rows, wanted, shares_head(x))
+        self.sizes = self._sized(sizes._replace(phase=phase))
         self.plan = make_plan(self.sizes, o.budget)
         self._heads()
         self._workspace(whole)
+
+    def _sized(self, s: Sizes) -> Sizes:
+        """What is worked with at a time, where that is not the whole vocabulary."""
+        return s
 
     def _heads(self) -> None:
         x, o = self.x, self.o
@@ -227,7 +232,7 @@ class Engine:
         assert self.dz is not None
         index = self._index(a, b)
         policy, ref = self._scores(rows, low, a, b, index, part)
-        pick = _picker(a, b, index)
+        pick = picker(a, b, index)
         x = self.x
         whole = Rows(
             policy[None],
@@ -357,7 +362,7 @@ class Engine:
             torch.addmm(grad_rows, dlow, self.lora_a, out=grad_rows)
 
 
-def _picker(a: int, b: int, index: Tensor | None) -> Callable[[Tensor | None], Tensor | None]:
+def picker(a: int, b: int, index: Tensor | None) -> Callable[[Tensor | None], Tensor | None]:
     def pick(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() == 0:
             return x

@@ -14,9 +14,11 @@ from deepalign_kernels.ops._linear_plan import (
     Plan,
     Sizes,
     backward_of,
+    by_tiles,
     keeps,
     make_plan,
     released,
+    tile_columns,
 )
 from deepalign_kernels.ops._linear_types import KINDS
 from deepalign_kernels.ops._reduce import REDUCTIONS
@@ -168,6 +170,8 @@ def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> Memory
         return with_gradients._replace(kept=grad_hidden, backward_peak=late)
     if keeps(made, budget):
         return _keeping(made, budget, results)
+    if by_tiles(made._replace(rows=made.tokens), budget):
+        return _over_vocabulary(made, budget, results, values_only)
     return with_gradients._replace(
         forward_peak=values_only.forward_peak, backward_peak=with_gradients.forward_peak
     )
@@ -185,6 +189,31 @@ def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
         grad_head=backward.grad_head,
         kept=made.rows * made.vocab * made.grad_dtype.itemsize,
         backward_peak=backward.forward_peak,
+    )
+
+
+def _over_vocabulary(
+    made: Sizes, budget: int | None, results: int, forward: MemoryEstimate
+) -> MemoryEstimate:
+    """A forward that keeps what is known of every row, with its backward by tiles."""
+    s = made._replace(phase=Phase.TILES, vocab=tile_columns(made, budget))
+    p, item = make_plan(s, budget), accumulator(s.compute).itemsize
+    counts = (made.vocab * s.hidden, made.vocab, s.rank * s.rows, made.vocab * s.rank)
+    sizes = [n * w for n, w in zip(counts, s.wanted[1:], strict=True)]
+    head = sizes[0] * s.weight_dtype.itemsize + sum(sizes[1:]) * item
+    summed = s.rows * s.hidden * item * s.wanted[0]
+    grad = s.tokens * s.hidden * s.hidden_dtype.itemsize * s.wanted[0]
+    last = grad * (s.hidden_dtype.itemsize < item) + grad * s.dropped
+    grown = max(p.workspace, p.workspace - p.scores - p.grad_scores + last)
+    known = s.tokens * 6 * accumulator(s.logits).itemsize
+    return forward._replace(
+        logits=max(p.scores, forward.logits),
+        grad_logits=p.grad_scores,
+        workspace=max(p.workspace, forward.workspace),
+        grad_hidden=summed,
+        grad_head=head,
+        kept=known,
+        backward_peak=forward.head_copies + summed + head + grown + results,
     )
 
 
