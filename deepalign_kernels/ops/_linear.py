@@ -1,5 +1,5 @@
-"""The loop of every linear op: scores of a chunk and its row function, and for every group of chunks
-the products of its gradient.
+"""The loop of every linear op: scores of a chunk and its row function, and for every group of
+chunks the products of its gradient.
 
 An op hands in a row function; it meets the scores of some rows, returns their values, and writes
 the gradient of `upstream * value` over the policy's scores when it is given an `upstream`. Whether

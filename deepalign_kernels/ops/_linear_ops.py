@@ -8,7 +8,8 @@ linear_kept_bwd  the gradients of sum(upstream * values[0]) from that
 linear_bwd     the same without it: makes the scores again
 linear_unit    values, and d values[0] / d hidden by row: with a frozen head the backward is then a
                product of [N] with [N, H], no GEMM: linear_row_scale
-linear_shard   values that other ranks had a part in; its backward is linear_bwd of this rank's part
+linear_shard   values of which other ranks, or a run before, know the normalisers; its backward is
+               linear_bwd of this rank's part, on a GPU over tiles of the vocabulary
 linear_fused   scale * sum(values[0]), values, and the gradients of the former, made in the forward
 """
 
@@ -313,11 +314,11 @@ def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
         return _fwd(kind, *x, *o)
     if not any(trained[1:]):
         return _unit(kind, *x, *o)[0]
-    wanted = tuple(trained)
-    if _linear_tiles.takes(kind, x, o, wanted) and not _linear_kept.keeps(kind, x, o):
-        return KNOWN[kind](x, o)
-    # Traced: shapes must not depend on data.
+    # Traced: shapes must not depend on data, and what a rule asks the machine cannot be traced.
     whole = torch.compiler.is_compiling() or type(x.hidden) is not Tensor
+    tiles = not whole and _linear_tiles.takes(kind, x, o, tuple(trained))
+    if tiles and not _linear_kept.keeps(kind, x, o):
+        return KNOWN[kind](x, o)
     return _kept(kind, *x, *o, whole)[0]
 
 
