@@ -91,10 +91,10 @@ def linear_token_logp(
         the dtype of its products, 16 bit for 16-bit heads where their GEMMs are fast. Then
         backward is two GEMMs (3 in all). On a CPU a step does not take more for that than without,
         since a backward that makes the logits again holds the same chunk; but of several calls
-        before one backward each keeps its own. A longer batch, or a max_workspace_bytes for two chunks or
-        more, keeps nothing and makes the logits again (4 GEMMs). On CUDA that goes over tiles of
-        the vocabulary for a head that is trained (not under torch.compile): every part of its
-        gradient is written once and has no fp32 sum of its own. With a frozen head, of any
+        before one backward each keeps its own. A longer batch, or a max_workspace_bytes for two
+        chunks or more, keeps nothing and makes the logits again (4 GEMMs). On CUDA that goes over
+        tiles of the vocabulary for a head that is trained (not under torch.compile): every part of
+        its gradient is written once and has no fp32 sum of its own. With a frozen head, of any
         length, the forward keeps the gradient of every row of hidden instead (2 GEMMs, [N, H]).
         Over a process group all linear ops make the logits again in backward, also with a frozen
         head and for scalar reductions; js makes them a third time.
