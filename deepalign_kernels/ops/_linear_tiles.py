@@ -81,13 +81,14 @@ class TileEngine(Engine):
 
     def _cut(self, whole: tuple, memory: tuple, a: int, b: int) -> None:
         """Columns a..b of all that has columns."""
-        x, *heads = whole
+        x, weight, *heads = whole
         target = x.target
         if target is not None:
             here = torch.where((target >= a) & (target < b), target - a, ELSEWHERE)
             target = torch.where(target == IGNORED, IGNORED, here)
         self.x = x._replace(target=target)
-        self.weight, self.lora_b, self.bias, self.ref_weight, self.ref_bias = (
+        self.weight = weight[a:b]
+        self.lora_b, self.bias, self.ref_weight, self.ref_bias = (
             None if h is None else h[a:b] for h in heads
         )
         self.scores, self.dz = (m.view(-1)[: len(m) * (b - a)].view(len(m), b - a) for m in memory)
