@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks import cuda_cpp, interpreted, report
+from benchmarks import cuda_cpp, interpreted, linear_model, report
 from benchmarks.cases import DTYPES, LOGITS, Shape, traffic, work_of
 from benchmarks.harness import Row
 from benchmarks.machine import ROOT
@@ -153,12 +153,13 @@ def compile_report(*args: str) -> tuple[str, list[dict]]:
 
 
 def main(measured: str | None, archs: list[str]) -> int:
-    """Print all four parts; `archs` as _offline knows them, none: all that it knows."""
+    """Print all parts; `archs` as _offline knows them, none: all that it knows."""
     text, reports = compile_report(*(part for arch in archs for part in ("--arch", arch)))
     print(text, "\n")
     print(cuda_cpp.table(SHAPE.V, archs or None), "\n")
     print(counted(), "\n")
     itemsize = DTYPES[DTYPE].itemsize
     print(cuda_cpp.one_launch(SHAPE.T, SHAPE.V, itemsize, H200_COPY), "\n")
-    print(predictions(report.load(measured)[2] if measured else None, reports))
+    print(predictions(report.load(measured)[2] if measured else None, reports), "\n")
+    print(linear_model.table())
     return 0

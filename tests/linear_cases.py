@@ -6,9 +6,11 @@ in the dtype under test it sets the error budget.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from cases import IGNORE, plain_constrained, plain_kl, plain_logp
 from torch import Tensor
 
 import deepalign_kernels as dak
+from deepalign_kernels.ops import _linear_gemm, _linear_plan
 from deepalign_kernels.testing import assert_in_budget
 
 TRAINED = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -209,3 +212,32 @@ def assert_right(name: str, p: Problem, reduction: str, only=TRAINED, **kw: Any)
         expected = torch.float32 if key == "value" else getattr(p, key).dtype
         assert value.dtype == (torch.float64 if p.hidden.dtype == torch.float64 else expected), key
         assert_in_budget(f"{name} {reduction} {key}", value, base[key], gold[key])
+
+
+def _wide_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return torch.mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+
+def _wide_addmm(
+    total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta=1, alpha=1, out: Tensor
+) -> Tensor:
+    a, b = a.to(out_dtype), b.to(out_dtype)
+    return torch.addmm(total, a, b, beta=beta, alpha=alpha, out=out)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(chunk: int = 4) -> Iterator[None]:
+    """CPU tensors go the way of CUDA ones: its chunks and groups (here of `chunk` rows), 16-bit
+    gradients of the scores, and GEMMs of 16-bit operands with an fp32 result."""
+    rules = {"cpu": _linear_plan.Rule(step=2, groups=True)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(_linear_plan.RULES, rules))
+        stack.enter_context(mock.patch.object(_linear_plan, "DEFAULT_CHUNK", chunk))
+        tiles = dict(TILE_SCORES=1, LEAST_TILE=24, TILE_STEP=8)
+        stack.enter_context(mock.patch.multiple(_linear_plan, **tiles))
+        for name in ("has_wide_gemm", "fast_16bit"):
+            stack.enter_context(mock.patch.object(_linear_gemm, name, lambda *_: True))
+        aten = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        aten.impl("mm.dtype_out", _wide_mm, "CPU")
+        aten.impl("addmm.dtype_out", _wide_addmm, "CPU")
+        yield

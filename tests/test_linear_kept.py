@@ -6,7 +6,16 @@ from unittest import mock
 
 import pytest
 import torch
-from linear_cases import CASES, FULL, TRAINED, assert_right, make, run_ours, run_plain
+from linear_cases import (
+    CASES,
+    FULL,
+    TRAINED,
+    as_on_a_gpu,
+    assert_right,
+    make,
+    run_ours,
+    run_plain,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -259,10 +268,12 @@ def test_what_is_kept_counts_as_workspace(name, dtype, ignored):
     assert first.kept + then.peak <= budget + results + totals
 
 
+@pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_shared_head(shared, dtype):
-    """Policy and reference of one head: the reference's scores are not kept with the others."""
+def test_a_shared_head(shared, dtype, gpu):
+    """Policy and reference of one head: the reference's scores are not kept with the others, nor
+    with their gradient where a GPU goes over the vocabulary."""
     g = torch.Generator().manual_seed(3)
     hidden, ref, weight = (
         torch.randn(*s, generator=g).to(dtype) for s in ((9, 8), (9, 8), (19, 8))
@@ -275,9 +286,12 @@ def test_a_shared_head(shared, dtype):
             q, p = ((x @ w.T).log_softmax(-1) for x, w in ((h, head), (ref.double(), own)))
             value = (q.exp() * (q - p)).sum(-1)
         else:
-            with calls() as seen:
+            with as_on_a_gpu() if gpu else contextlib.nullcontext(), calls() as seen:
                 value = dak.linear_token_kl(h, head, ref, own)
-            assert seen["kept"] == [(9, 19)] and len(seen["scores_into"]) == 2
+                results.append((value, *torch.autograd.grad(value.sum(), (h, head))))
+            assert gpu or (seen["kept"] == [(9, 19)] and len(seen["scores_into"]) == 2)
+            assert not gpu or (not seen["kept"] and seen["again"])
+            continue
         results.append((value, *torch.autograd.grad(value.sum(), (h, head))))
     tight = 1e-5 if dtype == torch.float32 else 0.02
     for ours, gold in zip(*results, strict=True):
@@ -300,9 +314,12 @@ def test_activation_checkpointing(reentrant):
 
 @pytest.mark.slow
 @pytest.mark.clean_memory
-@pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_lengths_on_both_sides_of_the_chunk(dtype, compact):
+@pytest.mark.parametrize(
+    "dtype,compact,gpu",
+    [(torch.float32, True, False), (torch.bfloat16, False, False), (torch.bfloat16, True, True)],
+    ids=str,
+)
+def test_compiled_lengths_on_both_sides_of_the_chunk(dtype, compact, gpu):
     """One graph for all lengths that are kept, one for those that are not; ignored rows leave the
     shapes alone."""
     torch._dynamo.reset()
@@ -314,7 +331,8 @@ def test_compiled_lengths_on_both_sides_of_the_chunk(dtype, compact):
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
-    with mock.patch.object(_linear_plan, "DEFAULT_CHUNK", 8):
+    chunk = mock.patch.object(_linear_plan, "DEFAULT_CHUNK", 8)
+    with as_on_a_gpu(8) if gpu else chunk:
         for n in (9, 12, 15, 16, 33):
             q, results = make(N=n, H=6, V=11, dtype=dtype, full=False), []
             for fn in (loss, compiled):

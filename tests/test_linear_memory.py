@@ -1,11 +1,15 @@
 """What the linear ops allocate, from the allocator's own records, against `estimate_memory`."""
 
+import warnings
 from unittest import mock
 
 import pytest
 import torch
 
 import deepalign_kernels as dak
+from benchmarks import linear_model
+from benchmarks.cases import Shape
+from deepalign_kernels import backends
 from deepalign_kernels._memory import measure
 from deepalign_kernels.ops import _linear_gemm as gemm
 
@@ -94,8 +98,6 @@ ESTIMATES = [
 def test_the_estimate_is_the_peak(case, dtype, backend):
     """Within 2 %; bf16 GEMMs keep up to 0.7 MB of packed operands in oneDNN, seen at these
     sizes."""
-    from deepalign_kernels import backends
-
     if why := backends.unavailable(backend, "token_kl_fwd", "cpu"):
         pytest.skip(why)
     with dak.use_backend(backend):
@@ -194,6 +196,80 @@ def test_number_of_gemms(reduction, requires_grad, products):
         for p in patches:
             p.stop()
     assert sum(s.call_count for s in spies) == products
+
+
+GPU = dict(hidden_size=4096, vocab_size=128256, dtype=BF16, compact=False, device="cuda")
+
+
+@pytest.mark.parametrize("name", linear_model.STEPS)
+@pytest.mark.parametrize("tokens", [1500, 8192, 20000])
+def test_what_a_step_allocates_on_a_gpu(name, tokens):
+    """Recorded on meta tensors: the estimate, within 2 %."""
+    op, reduction, trained, kw = linear_model.STEPS[name]
+    known = {k: v for k, v in kw.items() if k == "logits_dtype"}
+    ref = dict(ref_hidden_size=4096) if op == "linear_token_kl" else {}
+    with mock.patch.object(backends, "selected", lambda *_: "triton"):
+        expected = dak.estimate_memory(
+            op, tokens=tokens, requires_grad=trained, reduction=reduction, **GPU, **known, **ref
+        )
+    step = linear_model.step(name, Shape(tokens, 128256, 4096))
+    assert abs(step.peak / expected.peak - 1) < 0.02
+
+
+def test_what_a_step_launches_on_a_gpu():
+    """8192 tokens are one group: 8 chunks of scores, one product for each gradient, in its own
+    dtype; 16384 are two, which are summed in fp32."""
+    head, wide = (BF16, BF16), (BF16, F32)
+    chunk = (1024, 128256, 4096), wide
+    step = linear_model.step("constrained_loss")
+    products = [((8192, 4096, 128256), head), ((128256, 4096, 8192), head)]
+    assert [(x.gemm, x.dtypes) for x in step.gemms] == [chunk] * 8 + products
+    assert not any(x.adds for x in step.gemms) and len(step.launches) < 50
+    assert step.peak < 3.23e9 and sum(x.bytes for x in step.launches) < 26e9
+    # before: 46 ms, 66 GB, a head's gradient per chunk
+    assert step.milliseconds(linear_model.CARDS["H100"], one_sweep=True) < 39.5
+    assert step.milliseconds(linear_model.CARDS["H100"], one_sweep=False) < 40.5
+    step = linear_model.step("constrained_loss", Shape(16384, 128256, 4096))
+    summed = [x for x in step.gemms if x.gemm and x.gemm[0] == 128256]
+    assert [x.dtypes for x in summed] == [wide] * 2 and [x.adds > 0 for x in summed] == [
+        False,
+        True,
+    ]
+    assert [x.gemm for x in step.gemms if x.gemm[1] == 128256] == [chunk[0]] * 16
+
+
+def test_what_a_backward_over_the_vocabulary_launches():
+    """Tiles of 4096 columns: each part of the head's gradient once, in bf16; the fp32 sum is that
+    of hidden."""
+    step = linear_model.step("token_logp")
+    tiles = [(x.gemm, x.dtypes, x.adds > 0) for x in step.gemms[8:]]
+    wide, head = (BF16, F32), (BF16, BF16)
+    for i in range(31):
+        assert tiles[3 * i : 3 * i + 3] == [
+            ((8192, 4096, 4096), wide, False),
+            ((4096, 4096, 8192), head, False),
+            ((8192, 4096, 4096), wide, i > 0),
+        ]
+    assert len(step.gemms) == 8 + 3 * 32  # the last tile has 1280 columns
+    # before: 60 ms and 3.22 GB
+    assert step.peak < 1.5e9 and step.milliseconds(linear_model.CARDS["H100"], False) < 54.5
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_without_fp32_results_is_loud(there):
+    """One warning per process and dtype, with torch's version and the cost; "meta" is the GPU."""
+    gemm.has_wide_gemm.cache_clear()
+    missing = NotImplementedError("not for this device")
+    with (
+        mock.patch.object(torch, "addmm", side_effect=None if there else missing),
+        warnings.catch_warnings(record=True) as seen,
+    ):
+        warnings.simplefilter("always")
+        assert [gemm.has_wide_gemm("meta", BF16) for _ in "ab"] == [there] * 2
+    gemm.has_wide_gemm.cache_clear()
+    assert len(seen) == (not there)
+    for warning in seen:
+        assert torch.__version__ in str(warning.message) and "10 times" in str(warning.message)
 
 
 def test_a_budget_too_small_for_one_row():

@@ -1,13 +1,25 @@
 """Values and gradients of the linear ops against independent formulas in fp64."""
 
+import contextlib
 import dataclasses
 import itertools
+from unittest import mock
 
 import pytest
 import torch
-from linear_cases import CASES, TRAINED, assert_right, make, reductions, run_ours, run_plain
+from linear_cases import (
+    CASES,
+    TRAINED,
+    as_on_a_gpu,
+    assert_right,
+    make,
+    reductions,
+    run_ours,
+    run_plain,
+)  # fmt: skip
 
 import deepalign_kernels as dak
+from deepalign_kernels.ops import _linear_gemm
 from deepalign_kernels.reference import linear_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,6 +38,31 @@ def test_against_the_formula(name, reduction, dtype, full, device, backend):
             pytest.skip("one case per row function is enough")
         shape = dict(N=4, H=8, V=19)
     assert_right(name, make(**shape, dtype=dtype, full=full, device=device), reduction)
+
+
+# (N, H): the head's gradient is one product, or there are two groups; 24 tokens are 16 rows
+@pytest.mark.parametrize("N,H,groups", [(24, 16, 1), (24, 4, 2), (7, 16, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name,reduction", EVERY, ids=["-".join(e) for e in EVERY])
+def test_the_way_of_a_gpu(name, reduction, dtype, N, H, groups):
+    """Chunks of scores, and products for groups of them; of 7 tokens the gradient is kept."""
+    p = make(N=N, H=H, dtype=dtype)
+    wide = dtype == torch.float32 and N > 7  # there a group is a chunk of 4 to 7 rows
+    for compact in (True, False):
+        rows = N if not compact else int((p.target != -100).sum())
+        with (
+            as_on_a_gpu(),
+            mock.patch.object(
+                _linear_gemm, "head_gradient_add", wraps=_linear_gemm.head_gradient_add
+            ) as products,
+        ):
+            assert_right(name, p, reduction, compact=compact)
+        shapes = [tuple(c.args[0].shape) for c in products.call_args_list]
+        expected = rows // 4 if wide else groups if compact else -(-rows // max(4, 2 * H))
+        if reduction == "none" and N > 7:  # scores made again, by tiles of 24, 24 and 19 columns
+            assert shapes.count((19, H)) == 1 and (len(p.weight), H) not in shapes
+        else:
+            assert shapes.count((len(p.weight), H)) == expected
 
 
 @pytest.mark.parametrize("name,reduction", EVERY, ids=["-".join(e) for e in EVERY])
@@ -62,16 +99,20 @@ def test_every_combination_of_trained_inputs(name, reduction, dtype):
             torch.testing.assert_close(value, whole[key], **tight)
 
 
+@pytest.mark.parametrize(
+    "way", [contextlib.nullcontext, lambda: as_on_a_gpu(64)], ids=["cpu", "gpu"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name,reduction", [EVERY[0], EVERY[-1]], ids=str)
-def test_results_do_not_depend_on_the_number_of_chunks(name, reduction, dtype):
+def test_results_do_not_depend_on_the_number_of_chunks(name, reduction, dtype, way):
     """F11: from one chunk to 64, each within the budget of plain torch."""
     p = make(N=96, H=8, V=211, dtype=dtype)
     rows, seen = 64, set()
     for chunks in (1, 2, 5, 16, 64):
-        need = 400_000 if chunks == 1 else _budget(name, p, rows // chunks)
-        seen.add(need)
-        assert_right(name, p, reduction, max_workspace_bytes=need)
+        with way():
+            need = 400_000 if chunks == 1 else _budget(name, p, rows // chunks)
+            seen.add(need)
+            assert_right(name, p, reduction, max_workspace_bytes=need)
     assert len(seen) == 5
 
 

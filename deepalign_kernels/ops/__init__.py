@@ -1,5 +1,6 @@
 """Public ops: docstring, validation, fake, autograd. What runs is decided in `backends.py`."""
 
+from deepalign_kernels.ops import _linear_known  # noqa: F401  registers its row functions
 from deepalign_kernels.ops._check import checked
 from deepalign_kernels.ops.constrained_loss import ConstrainedParts, constrained_loss
 from deepalign_kernels.ops.linear_constrained_loss import (

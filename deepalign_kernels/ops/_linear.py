@@ -1,4 +1,5 @@
-"""The chunk loop of every linear op: scores of a chunk, its row function, its gradient products.
+"""The loop of every linear op: scores of a chunk and its row function, and for every group of
+chunks the products of its gradient.
 
 An op hands in a row function; it meets the scores of some rows, returns their values, and writes
 the gradient of `upstream * value` over the policy's scores when it is given an `upstream`. Whether
@@ -9,6 +10,7 @@ ones for a gradient by row makes no difference here. A backward that kept that g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -71,14 +73,14 @@ def eager_copies(kind: str, device: str, logits: torch.dtype, gradients: bool) -
     return KINDS[kind].eager_copies[gradients] if eager else 0.0
 
 
-def total_dtypes(s: Sizes, chunks: int) -> tuple[torch.dtype, ...]:
+def total_dtypes(s: Sizes, groups: int) -> tuple[torch.dtype, ...]:
     """What the gradients of weight, bias, lora_a and lora_b are summed in.
 
-    One chunk needs no accumulator beside the result; a 16-bit bias or LoRA matrix is small enough
+    One group needs no accumulator beside the result; a 16-bit bias or LoRA matrix is small enough
     to have one always.
     """
     wide = accumulator(s.compute)
-    weight = s.accumulate if chunks > 1 else s.weight_dtype
+    weight = s.accumulate if groups > 1 else s.weight_dtype
     if torch.float16 in (s.compute, weight):  # unscaled sums leave its range
         weight = wide
     return weight, wide, wide, wide
@@ -103,11 +105,15 @@ class Engine:
         if self.keep is not None and len(self.keep) == len(x.hidden):
             self.keep = None
         rows = len(x.hidden) if self.keep is None else len(self.keep)
-        self.sizes = sizes_of(kind, x, o, rows, wanted, shares_head(x))._replace(phase=phase)
+        sizes = sizes_of(kind, x, o, rows, wanted, shares_head(x))
+        self.sizes = self._sized(sizes._replace(phase=phase))
         self.plan = make_plan(self.sizes, o.budget)
         self._heads()
         self._workspace(whole)
-        self._gradients()
+
+    def _sized(self, s: Sizes) -> Sizes:
+        """What is worked with at a time, where that is not the whole vocabulary."""
+        return s
 
     def _heads(self) -> None:
         x, o = self.x, self.o
@@ -127,32 +133,35 @@ class Engine:
 
     def _workspace(self, whole: bool) -> None:
         s, p = self.sizes, self.plan
-        rows, self.ref_scores = p.chunk * s.score_rows, None
-        kept = s.tokens if whole else p.chunk
-        if s.phase == Phase.KEEP:
+        kept = s.tokens if whole else p.group
+        self.scores = self.dz = self.ref_scores = None
+        if s.phase != Phase.KEPT:
             rows = p.chunk if s.separate_gradient else kept
-            if s.ref_hidden:
+            together = p.chunk if s.ref_hidden and not s.ref_apart else 0
+            self.scores = self._new(rows + together, s.vocab, dtype=s.logits)
+            self.dz = self.scores
+            if s.ref_apart:
                 self.ref_scores = self._new(p.chunk, s.vocab, dtype=s.logits)
-        self.scores = self._new(rows, s.vocab, dtype=s.logits)
-        self.dz = self.scores
         if s.separate_gradient:
             self.dz = self._new(kept, s.vocab, dtype=s.grad_dtype)
         self.rows = self.ref_rows = self.grad_rows = self.wide = None
         if s.gathered:
             both = 2 if s.joined else 1
-            self.rows = self._new(p.chunk * both, s.hidden, dtype=s.compute)
+            self.rows = self._new(p.group * both, s.hidden, dtype=s.compute)
         if s.ref_gathered:
             self.ref_rows = self._new(p.chunk, s.ref_hidden, dtype=s.ref_compute)
         if s.scattered:
-            self.grad_rows = self._new(p.chunk, s.hidden, dtype=s.compute)
+            self.grad_rows = self._new(p.group, s.hidden, dtype=s.compute)
         if s.widened:
-            self.wide = self._new(p.chunk, s.hidden, dtype=torch.float32)
+            self.wide = self._new(p.group, s.hidden, dtype=torch.float32)
         self.scratch = gemm.Scratch(
             self._new(p.scratch_tile, dtype=torch.uint8),
             self._new(p.scratch_rows, dtype=torch.uint8),
         )
 
-    def _gradients(self) -> None:
+    @functools.cached_property
+    def grads(self) -> Gradients:
+        """Allocated when the first product needs them: one group's scores are gone by then."""
         x, s = self.x, self.sizes
         hidden, *head = s.wanted
         grad_hidden = None
@@ -160,15 +169,15 @@ class Engine:
             grad_hidden = self._new(*x.hidden.shape, dtype=x.hidden.dtype)
             if s.dropped:
                 grad_hidden.zero_()
-        dtypes = total_dtypes(s, self.plan.chunks)
+        dtypes = total_dtypes(s, self.plan.groups)
         totals = [
             self._new(*like.shape, dtype=dtype) if want else None  # type: ignore[union-attr]
             for like, dtype, want in zip(x[1:5], dtypes, head, strict=True)
         ]
         for total in totals:
-            if total is not None and not self.plan.chunks:
+            if total is not None and not self.plan.groups:
                 total.zero_()
-        self.grads = Gradients(grad_hidden, *totals)
+        return Gradients(grad_hidden, *totals)
 
     def run(self) -> Tensor:
         """Values [K, N], zero in dropped rows; the gradients are left in `self.grads`."""
@@ -176,29 +185,54 @@ class Engine:
         values = self._new(self.kind.values, s.tokens, dtype=accumulator(s.logits))
         if s.dropped:
             values.zero_()
-        for a in range(0, s.rows, p.chunk or 1):
-            b = min(a + p.chunk, s.rows)
-            index = None if self.keep is None else self.keep[a:b]
-            part = self._chunk(a, b, index)
-            if index is None:
-                values[:, a:b] = part
-            else:
-                values.index_copy_(1, index, part)
+        for a in range(0, s.rows, p.group or 1):
+            self._group(a, min(a + p.group, s.rows), values)
         return values
 
     def release(self) -> None:
         """Give back all memory but the gradients'."""
-        del self.scores, self.ref_scores, self.dz, self.scratch
-        del self.rows, self.ref_rows, self.grad_rows, self.wide
+        self._release_scores()
+        self.scores = self.dz = None
+        del self.scratch, self.rows, self.ref_rows, self.grad_rows, self.wide
         del self.weight, self.ref_weight, self.lora_a, self.lora_b
 
-    def _chunk(self, a: int, b: int, index: Tensor | None) -> Tensor:
-        n = b - a
-        rows = self.hidden_rows(a, b, index)
+    def _release_scores(self) -> None:
+        """Give back what `released` counts: scores that are not also the gradient."""
+        self.ref_scores = None
+        if self.sizes.separate_gradient:
+            self.scores = None
+
+    def _group(self, start: int, stop: int, values: Tensor) -> None:
+        """Rows start..stop: their values, and the products of their gradient."""
+        index = self._index(start, stop)
+        rows = self.hidden_rows(start, stop, index)
         low = self.low_rank(rows)
-        policy, ref = self._scores(rows, low, a, b, index)
-        dz = self.dz[:n]
-        pick = _picker(a, b, index)
+        for a in range(start, stop, self.plan.chunk):
+            b = min(a + self.plan.chunk, stop)
+            part = slice(a - start, b - start)
+            done = self._chunk(a, b, rows[part], None if low is None else low[part], part)
+            index_part = self._index(a, b)
+            if index_part is None:
+                values[:, a:b] = done
+            else:
+                values.index_copy_(1, index_part, done)
+        if self.upstream is not None:
+            assert self.dz is not None
+            dz = self.dz[: stop - start]
+            if stop == self.sizes.rows:
+                self._release_scores()
+            self.products(rows, low, dz, start, stop, index)
+
+    def _index(self, a: int, b: int) -> Tensor | None:
+        """Which tokens rows a..b are; None: the same."""
+        return None if self.keep is None else self.keep[a:b]
+
+    def _chunk(self, a: int, b: int, rows: Tensor, low: Tensor | None, part: slice) -> Tensor:
+        """Values of rows a..b; their gradient goes to rows `part` of the group's."""
+        assert self.dz is not None
+        index = self._index(a, b)
+        policy, ref = self._scores(rows, low, a, b, index, part)
+        pick = picker(a, b, index)
         x = self.x
         whole = Rows(
             policy[None],
@@ -208,13 +242,10 @@ class Engine:
             pick(x.beta),
             pick(x.ref_logp),
             pick(self.upstream),
-            None if self.upstream is None else dz[None],
+            None if self.upstream is None else self.dz[part][None],
             pick(x.state),
         )
-        values = self._row_function(whole, n)
-        if self.upstream is not None:
-            self.products(rows, low, dz, a, b, index)
-        return values
+        return self._row_function(whole, b - a)
 
     def _row_function(self, whole: Rows, n: int) -> Tensor:
         if self.plan.block >= n:
@@ -246,11 +277,19 @@ class Engine:
         return (rows @ self.lora_a.t()).mul_(self.o.lora_scale)
 
     def _scores(
-        self, rows: Tensor, low: Tensor | None, a: int, b: int, index: Tensor | None
+        self,
+        rows: Tensor,
+        low: Tensor | None,
+        a: int,
+        b: int,
+        index: Tensor | None,
+        part: slice,
     ) -> tuple[Tensor, Tensor | None]:
         """Scores of the policy and of the reference for rows a..b."""
         x, s, n = self.x, self.sizes, b - a
-        policy, ref = self.scores[:n], None
+        assert self.scores is not None
+        policy = self.scores[:n] if s.separate_gradient else self.scores[part]
+        ref = None
         if s.joined:
             assert self.rows is not None and x.ref_hidden is not None
             self._take(x.ref_hidden, a, b, index, self.rows[n : 2 * n])
@@ -323,7 +362,7 @@ class Engine:
             torch.addmm(grad_rows, dlow, self.lora_a, out=grad_rows)
 
 
-def _picker(a: int, b: int, index: Tensor | None) -> Callable[[Tensor | None], Tensor | None]:
+def picker(a: int, b: int, index: Tensor | None) -> Callable[[Tensor | None], Tensor | None]:
     def pick(x: Tensor | None) -> Tensor | None:
         if x is None or x.dim() == 0:
             return x

@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,9 +52,17 @@ def has_wide_gemm(device_type: str, dtype: torch.dtype) -> bool:
         try:
             torch.mm(a, a, out_dtype=torch.float32, out=wide)
             torch.addmm(wide, a, a, out_dtype=torch.float32, out=wide)
-        except (NotImplementedError, RuntimeError, TypeError):
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            if device_type != "cpu":
+                warnings.warn(_NO_WIDE_GEMM.format(torch.__version__, dtype, error), stacklevel=2)
             return False
     return True
+
+
+_NO_WIDE_GEMM = (
+    "torch {} has no matrix product of {} with an fp32 result on this GPU ({}). The linear ops "
+    "widen the head and multiply in fp32 instead, about 10 times slower; take torch 2.10 or newer"
+)
 
 
 @functools.cache

@@ -39,7 +39,9 @@ def forward(kind: str, x: Inputs, o: Options, whole: bool) -> tuple[Tensor, Tens
     """
     one = x.hidden.new_ones((), dtype=accumulator(o.logits))
     engine = Engine(kind, x, o, one, _NOTHING, Phase.KEEP, whole)
-    return engine.run(), engine.dz
+    values = engine.run()
+    assert engine.dz is not None
+    return values, engine.dz
 
 
 def gradients(

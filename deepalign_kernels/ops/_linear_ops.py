@@ -8,7 +8,8 @@ linear_kept_bwd  the gradients of sum(upstream * values[0]) from that
 linear_bwd     the same without it: makes the scores again
 linear_unit    values, and d values[0] / d hidden by row: with a frozen head the backward is then a
                product of [N] with [N, H], no GEMM: linear_row_scale
-linear_shard   values that other ranks had a part in; its backward is linear_bwd of this rank's part
+linear_shard   values of which other ranks, or a run before, know the normalisers; its backward is
+               linear_bwd of this rank's part, on a GPU over tiles of the vocabulary
 linear_fused   scale * sum(values[0]), values, and the gradients of the former, made in the forward
 """
 
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _linear_gemm, _linear_kept
+from deepalign_kernels.ops import _linear_gemm, _linear_kept, _linear_tiles
 from deepalign_kernels.ops._linear import Engine
-from deepalign_kernels.ops._linear_types import KINDS, Inputs, Options
+from deepalign_kernels.ops._linear_types import KINDS, KNOWN, Inputs, Options
 from deepalign_kernels.ops._reduce import scaled_sum
 from deepalign_kernels.ops._register import _LIB, accumulator, no_double_backward
 from deepalign_kernels.ops.scale_grad import hand_over
@@ -92,8 +93,14 @@ def _fwd_body(*arguments: Any) -> Tensor:
 
 
 def _bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
-    engine = Engine(*_call(arguments), arguments[_N], tuple(arguments[_N + 1]))
-    engine.run()
+    kind, x, o = _call(arguments)
+    upstream, wanted = arguments[_N], tuple(arguments[_N + 1])
+    if x.state is not None and _linear_tiles.takes(kind, x, o, wanted):
+        engine = _linear_tiles.TileEngine(kind, x, o, upstream, wanted)
+        engine.backward()
+    else:
+        engine = Engine(kind, x, o, upstream, wanted)
+        engine.run()
     return tuple(_finish(engine, False))
 
 
@@ -303,14 +310,17 @@ torch.library.register_autograd(
 
 def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
     """Values [K, N]; the first is differentiable: by row scaling with a frozen head, else from the
-    gradient of the scores, kept or made again."""
+    gradient of the scores, kept or made again, over the vocabulary where that is faster."""
     trained = [t is not None and t.requires_grad for t in x[:5]]
     if not torch.is_grad_enabled() or not any(trained):
         return _fwd(kind, *x, *o)
     if not any(trained[1:]):
         return _unit(kind, *x, *o)[0]
-    # Traced: shapes must not depend on data.
+    # Traced: shapes must not depend on data, and what a rule asks the machine cannot be traced.
     whole = torch.compiler.is_compiling() or type(x.hidden) is not Tensor
+    tiles = not whole and _linear_tiles.takes(kind, x, o, tuple(trained))
+    if tiles and not _linear_kept.keeps(kind, x, o):
+        return KNOWN[kind](x, o)
     return _kept(kind, *x, *o, whole)[0]
 
 

@@ -42,7 +42,7 @@ def _exchanged(kind: str, x: Inputs, o: Options, shard: Shard, *more: Tensor) ->
         return shard.exchange(*local_values(kind, x, o).unbind(0), *more)
 
 
-def _state(dtype: torch.dtype, *columns: Tensor) -> Tensor:
+def state_of(dtype: torch.dtype, *columns: Tensor) -> Tensor:
     """`Inputs.state`: norm_policy (2), norm_ref (2), center, slope; what a kind does not use is
     0."""
     wide = torch.cat([c if c.dim() == 2 else c[:, None] for c in columns], 1)
@@ -77,7 +77,7 @@ def logp(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> Tensor:
     assert x.target is not None
     value, norm = settled(_exchanged("logp_rows", x, o, shard), x.target, o.logits)
     zeros = norm.new_zeros(len(norm), 3)
-    x = x._replace(state=_state(norm.dtype, norm, zeros, torch.ones_like(value)))
+    x = x._replace(state=state_of(norm.dtype, norm, zeros, torch.ones_like(value)))
     return _attach("logp_shard", x, o, shard, value)
 
 
@@ -87,7 +87,7 @@ def kl(x: Inputs, o: Options, shard: Shard) -> Tensor:
     shard.compare("valid", (everywhere if x.valid is None else x.valid).long())
     *norms, within = _exchanged("kl_rows", x, o, shard)
     value, *state = _divergence(x, o, shard, norms, within)
-    x = x._replace(state=_state(value.dtype, *state, torch.zeros_like(value)))
+    x = x._replace(state=state_of(value.dtype, *state, torch.zeros_like(value)))
     return _attach("kl_shard", x, o, shard, value)
 
 
@@ -111,7 +111,7 @@ def _js_parts(
 ) -> Sequence[Tensor]:
     acc = accumulator(o.logits)
     norms = merge.kept(x.valid, acc, q.norm(acc), p.norm(acc))
-    x = x._replace(state=_state(acc, *norms, norms[0].new_zeros(len(norms[0]), 2)))
+    x = x._replace(state=state_of(acc, *norms, norms[0].new_zeros(len(norms[0]), 2)))
     return _exchanged("js_parts", x, o, shard)
 
 
@@ -132,13 +132,13 @@ def constrained(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> tuple[Ten
     if not o.kl_coef:
         # The gradient does not need the reference's scores again.
         x = x._replace(ref_hidden=None, ref_weight=None, ref_bias=None)
-        x = x._replace(state=_state(norm.dtype, norm, norm.new_zeros(len(norm), 3), -weight))
+        x = x._replace(state=state_of(norm.dtype, norm, norm.new_zeros(len(norm), 3), -weight))
         return _attach("logp_shard", x, o, shard, loss), value, ref_logp, weight
     norms = (*everyone[:2], *everyone[3:5])
     divergence, norm_policy, norm_ref, center = _divergence(x, o, shard, norms, everyone[6])
     # One NaN, of a target in no shard or of an impossible column, is enough for the row.
     norm = torch.where(norm.isnan(), norm, norm_policy)
-    x = x._replace(state=_state(norm.dtype, norm, norm_ref, center, -weight))
+    x = x._replace(state=state_of(norm.dtype, norm, norm_ref, center, -weight))
     loss = _attach("both_shard", x, o, shard, loss + o.kl_coef * divergence)
     return loss, value, ref_logp, weight, divergence
 

@@ -100,6 +100,8 @@ class RowFunction(NamedTuple):
 
 
 KINDS: dict[str, RowFunction] = {}
+# By kind: per-token values [K, N], the first differentiable by tiles of the vocabulary.
+KNOWN: dict[str, Callable[[Inputs, Options], Tensor]] = {}
 
 
 class Weights(NamedTuple):

@@ -9,7 +9,17 @@ import torch
 
 from deepalign_kernels.ops import _check, _linear_check
 from deepalign_kernels.ops._linear import eager_copies, total_dtypes
-from deepalign_kernels.ops._linear_plan import Phase, Plan, Sizes, backward_of, keeps, make_plan
+from deepalign_kernels.ops._linear_plan import (
+    Phase,
+    Plan,
+    Sizes,
+    backward_of,
+    by_tiles,
+    keeps,
+    make_plan,
+    released,
+    tile_columns,
+)
 from deepalign_kernels.ops._linear_types import KINDS
 from deepalign_kernels.ops._reduce import REDUCTIONS
 from deepalign_kernels.ops._register import accumulator
@@ -195,7 +205,7 @@ def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> Memory
     if not any(made.wanted):
         return values_only
     with_gradients = _part(made, make_plan(made, budget), results)
-    converted = _converted(made, with_gradients.chunks)
+    converted = _converted(made, make_plan(made, budget).groups)
     grad_hidden = with_gradients.grad_hidden
     if scalar:
         late = converted if s.compute == torch.float16 else 0
@@ -207,6 +217,8 @@ def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> Memory
         return with_gradients._replace(kept=grad_hidden, backward_peak=late)
     if keeps(made, budget):
         return _keeping(made, budget, results)
+    if by_tiles(made._replace(rows=made.tokens), budget):
+        return _over_vocabulary(made, budget, results, values_only)
     again = _part(made, make_plan(made, budget), results, late=False)
     return again._replace(forward_peak=values_only.forward_peak, backward_peak=again.forward_peak)
 
@@ -226,16 +238,45 @@ def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
     )
 
 
+def _over_vocabulary(
+    made: Sizes, budget: int | None, results: int, forward: MemoryEstimate
+) -> MemoryEstimate:
+    """A forward that keeps what is known of every row, with its backward by tiles."""
+    s = made._replace(phase=Phase.TILES, vocab=tile_columns(made, budget))
+    p, item = make_plan(s, budget), accumulator(s.compute).itemsize
+    counts = (made.vocab * s.hidden, made.vocab, s.rank * s.rows, made.vocab * s.rank)
+    sizes = [n * w for n, w in zip(counts, s.wanted[1:], strict=True)]
+    head = sizes[0] * s.weight_dtype.itemsize + sum(sizes[1:]) * item
+    summed = s.rows * s.hidden * item * s.wanted[0]
+    grad = s.tokens * s.hidden * s.hidden_dtype.itemsize * s.wanted[0]
+    last = grad * (s.hidden_dtype.itemsize < item) + grad * s.dropped
+    grown = max(p.workspace, p.workspace - p.scores - p.grad_scores + last)
+    known = s.tokens * 6 * accumulator(s.logits).itemsize
+    return forward._replace(
+        logits=max(p.scores, forward.logits),
+        grad_logits=p.grad_scores,
+        workspace=max(p.workspace, forward.workspace),
+        grad_hidden=summed,
+        grad_head=head,
+        kept=known,
+        backward_peak=forward.head_copies + summed + head + grown + results,
+    )
+
+
 def _part(s: Sizes, p: Plan, results: int, late: bool = True) -> MemoryEstimate:
     """One run of the engine. `late`: gradients of fp16 are converted in a later backward."""
     grad_hidden = s.tokens * s.hidden * s.hidden_dtype.itemsize * s.wanted[0]
-    grad_head = sum(n * d.itemsize for n, d in _head_gradients(s, p.chunks))
+    grad_head = sum(n * d.itemsize for n, d in _head_gradients(s, p.groups))
     copies = s.vocab * s.hidden * s.compute.itemsize * (s.weight_dtype != s.compute)
     if s.ref_dtypes is not None and s.ref_hidden and not s.shared_head:
         copied = s.ref_dtypes[1] != s.ref_compute
         copies += s.vocab * s.ref_hidden * s.ref_compute.itemsize * copied
-    converted = 0 if late and s.compute == torch.float16 else _converted(s, p.chunks)
-    kept = grad_hidden + grad_head + results
+    converted = 0 if late and s.compute == torch.float16 else _converted(s, p.groups)
+    gradients = grad_hidden + grad_head
+    # One group has its scores behind it when the gradients are allocated.
+    before = gradients if p.groups > 1 or s.phase == Phase.KEPT else 0
+    products = gradients + p.workspace - p.row_function - released(s, p)
+    peak = max(before + p.workspace + copies, products + copies, gradients + converted)
     return MemoryEstimate(
         chunk_tokens=p.chunk,
         chunks=p.chunks,
@@ -250,20 +291,20 @@ def _part(s: Sizes, p: Plan, results: int, late: bool = True) -> MemoryEstimate:
         grad_head=grad_head,
         results=results,
         kept=0,
-        forward_peak=kept + max(p.workspace + copies, converted),
+        forward_peak=results + peak,
         backward_peak=0,
     )
 
 
-def _head_gradients(s: Sizes, chunks: int) -> list[tuple[int, torch.dtype]]:
+def _head_gradients(s: Sizes, groups: int) -> list[tuple[int, torch.dtype]]:
     """(elements, dtype it is summed in) of every gradient of the head that is wanted."""
     counts = (s.vocab * s.hidden, s.vocab, s.rank * s.hidden, s.vocab * s.rank)
-    dtypes = total_dtypes(s, chunks)
+    dtypes = total_dtypes(s, groups)
     return [(n, d) for n, d, w in zip(counts, dtypes, s.wanted[1:], strict=True) if w]
 
 
-def _converted(s: Sizes, chunks: int) -> int:
+def _converted(s: Sizes, groups: int) -> int:
     """Bytes of the head's gradients in their own dtype, where that is not what they are summed
     in."""
-    gradients = _head_gradients(s, chunks)
+    gradients = _head_gradients(s, groups)
     return sum(n * s.weight_dtype.itemsize for n, d in gradients if d != s.weight_dtype)

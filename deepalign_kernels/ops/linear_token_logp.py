@@ -59,7 +59,9 @@ def linear_token_logp(
             need no V * H buffer either.
         max_workspace_bytes: upper bound on what a call allocates beside its inputs, results and
             gradients (bytes), what it keeps for backward included. None: chunks of 1024 to 2047
-            tokens. `estimate_memory` says what a call takes.
+            tokens; on CUDA, for a 16-bit head that is trained, chunks of up to 1024 tokens, and
+            the 16-bit gradient of the logits for up to 2 H tokens. `estimate_memory` says what a
+            call takes.
         compact: True drops ignored rows before the GEMM: the work is that of the rows left. On CUDA
             this waits once for their number. False computes all rows, of which the ignored ones
             give 0: fixed shapes, no wait, and the call can be captured in a CUDA graph; the hidden
@@ -89,10 +91,12 @@ def linear_token_logp(
         Where all N tokens, ignored ones included, fit in one chunk, the forward keeps the gradient
         of the logits at an upstream of 1: trained rows * V elements (under torch.compile N * V) in
         the dtype of its products, 16 bit for 16-bit heads where their GEMMs are fast. Then
-        backward is two GEMMs (3 in all). A step does not take more for that than without, since a
-        backward that makes the logits again holds the same chunk; but of several calls before one
-        backward each keeps its own. A longer batch, or a max_workspace_bytes for two chunks or
-        more, keeps nothing and makes the logits again (4 GEMMs). With a frozen head, of any
+        backward is two GEMMs (3 in all). On a CPU a step does not take more for that than without,
+        since a backward that makes the logits again holds the same chunk; but of several calls
+        before one backward each keeps its own. A longer batch, or a max_workspace_bytes for two
+        chunks or more, keeps nothing and makes the logits again (4 GEMMs). On CUDA that goes over
+        tiles of the vocabulary for a head that is trained (not under torch.compile): every part of
+        its gradient is written once and has no fp32 sum of its own. With a frozen head, of any
         length, the forward keeps the gradient of every row of hidden instead (2 GEMMs, [N, H]).
         Over a process group all linear ops make the logits again in backward, also with a frozen
         head and for scalar reductions; js makes them a third time.
