@@ -128,7 +128,7 @@ def _parts(kernel: str, code: list[Instruction], vec: int) -> dict[str, float]:
     sums = [p for p in _loops(code) if any("MUFU" in n for n in p.names) and not p.stores]
     if len(sums) != len(SUMS[kernel]):
         raise ValueError(f"{kernel}: {len(sums)} summing loops, expected {SUMS[kernel]}")
-    parts = {}
+    parts: dict[str, float] = {}
     for (part, matrices), p in zip(SUMS[kernel], sums, strict=True):
         parts[part] = len(p.names) * matrices / (p.loads * vec)
     loads, tops, writes = [], [], []
@@ -141,8 +141,10 @@ def _parts(kernel: str, code: list[Instruction], vec: int) -> dict[str, float]:
         elif p.loads and largest and p not in sums:
             tops.append(len(p.names) / (p.loads * vec))
     parts |= {"load": loads[0], "load_ref": loads[1], "write": max(writes, default=0.0)}
-    # The compiler may have moved the loops, so the larger of the two first.
-    return parts | dict(zip(("max_ref", "max"), sorted(tops)[:2], strict=False))
+    # The compiler may have moved the loops, so by size.
+    for part, n in zip(("max_ref", "max"), sorted(tops), strict=False):
+        parts[part] = n
+    return parts
 
 
 def counts(file: pathlib.Path, arch: str = "sm_90a", dtype: str = "bf16") -> dict[str, float] | str:
