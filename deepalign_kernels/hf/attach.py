@@ -305,7 +305,7 @@ def _unwrap(model: Any) -> Any:
         raise TypeError(f"model: expected a transformers causal language model, got {model!r}")
     while not hasattr(type(model), "get_output_embeddings"):
         if hasattr(type(model), "get_base_model"):
-            inner = model.get_base_model()
+            inner = model.get_base_model()  # pyright: ignore[reportCallIssue]
         else:
             inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):

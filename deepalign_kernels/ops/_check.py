@@ -215,14 +215,14 @@ def number(
 
 def index(name: str, x: Any) -> None:
     """An integer that int64 holds."""
-    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or not -(2**63) <= x < 2**63:
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral) or not -(2**63) <= int(x) < 2**63:
         raise ValueError(f"{name}: expected an int that int64 holds, got {x!r}")
 
 
 def count(name: str, x: Any, low: int, most: int | None = None) -> None:
     """An integer >= low, and <= most."""
-    inside = isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= low
-    if not inside or (most is not None and x > most):
+    inside = isinstance(x, numbers.Integral) and not isinstance(x, bool) and int(x) >= low
+    if not inside or (most is not None and int(x) > most):
         upper = "" if most is None else f" and <= {most}"
         raise ValueError(f"{name}: expected an int >= {low}{upper}, got {x!r}")
 
