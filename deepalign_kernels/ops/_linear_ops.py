@@ -25,7 +25,7 @@ from deepalign_kernels.ops import _linear_gemm, _linear_kept, _linear_tiles
 from deepalign_kernels.ops._linear import Engine
 from deepalign_kernels.ops._linear_types import KINDS, KNOWN, Inputs, Options
 from deepalign_kernels.ops._reduce import scaled_sum
-from deepalign_kernels.ops._register import _LIB, accumulator, no_double_backward
+from deepalign_kernels.ops._register import _LIB, accumulator, autograd, no_double_backward
 from deepalign_kernels.ops.scale_grad import hand_over
 
 # The fields of `Inputs` and `Options`, in their order.
@@ -255,7 +255,7 @@ def _backward_kept(ctx: Any, grad: Tensor | None, _unused: Any) -> tuple:
     return (*_from_saved(ctx, None if grad is None else grad[0]), None)
 
 
-torch.library.register_autograd("deepalign::linear_kept", _backward_kept, setup_context=_setup_kept)
+autograd("linear_kept", _backward_kept, _setup_kept)
 
 
 def _setup_unit(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -274,7 +274,7 @@ def _backward_unit(ctx: Any, grad: Tensor | None, _unused: Any) -> tuple:
     return _none([_row_scale(unit, rows)], _N)
 
 
-torch.library.register_autograd("deepalign::linear_unit", _backward_unit, setup_context=_setup_unit)
+autograd("linear_unit", _backward_unit, _setup_unit)
 
 
 def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -303,9 +303,7 @@ def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
     return _none(cast, _N + 2)
 
 
-torch.library.register_autograd(
-    "deepalign::linear_fused", _backward_fused, setup_context=_setup_fused
-)
+autograd("linear_fused", _backward_fused, _setup_fused)
 
 
 def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
@@ -358,9 +356,7 @@ def _setup_shard(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _save(ctx, inputs, Inputs(*inputs[1:_K]), None)
 
 
-torch.library.register_autograd(
-    "deepalign::linear_shard", _backward_shard, setup_context=_setup_shard
-)
+autograd("linear_shard", _backward_shard, _setup_shard)
 
 
 def local_values(kind: str, x: Inputs, o: Options) -> Tensor:

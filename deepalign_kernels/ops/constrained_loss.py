@@ -9,7 +9,14 @@ from torch import Tensor
 from deepalign_kernels.ops import _check
 from deepalign_kernels.ops import _vocab_merge as merge
 from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
-from deepalign_kernels.ops._register import accumulator, call, define, fake_grad, fake_rows
+from deepalign_kernels.ops._register import (
+    accumulator,
+    autograd,
+    call,
+    define,
+    fake_grad,
+    fake_rows,
+)
 from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, shard_of
 from deepalign_kernels.ops.scale_grad import hand_over
 from deepalign_kernels.ops.token_logp import _bwd as _logp_bwd
@@ -214,7 +221,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
     return (out, *(None,) * 9)
 
 
-torch.library.register_autograd("deepalign::constrained_loss_fwd", _backward, setup_context=_setup)
+autograd("constrained_loss_fwd", _backward, _setup)
 
 
 def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -230,9 +237,7 @@ def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
     return (out, *(None,) * 10)
 
 
-torch.library.register_autograd(
-    "deepalign::constrained_loss_fused", _backward_fused, setup_context=_setup_fused
-)
+autograd("constrained_loss_fused", _backward_fused, _setup_fused)
 
 
 def _sharded(

@@ -11,6 +11,7 @@ from deepalign_kernels.ops import _check
 from deepalign_kernels.ops import _vocab_merge as merge
 from deepalign_kernels.ops._register import (
     accumulator,
+    autograd,
     backward_body,
     call,
     define,
@@ -115,7 +116,7 @@ def _backward(ctx: Any, grad: Tensor | None, _norm: Any) -> tuple:
     return out, None, None, None, None
 
 
-torch.library.register_autograd("deepalign::token_logp_fwd", _backward, setup_context=_setup)
+autograd("token_logp_fwd", _backward, _setup)
 
 
 # Over a process group
@@ -200,6 +201,4 @@ def _backward_attached(ctx: Any, grad: Tensor | None) -> tuple:
     return out, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "deepalign::token_logp_shard", _backward_attached, setup_context=_setup_attached
-)
+autograd("token_logp_shard", _backward_attached, _setup_attached)
