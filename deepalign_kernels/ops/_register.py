@@ -72,12 +72,12 @@ def autograd(
     op = getattr(torch.ops.deepalign, name).default
     below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        *inputs, keys = inputs
+    def forward(ctx: Any, *inputs_and_keys: Any) -> Any:
+        inputs, keys = inputs_and_keys[:-1], inputs_and_keys[-1]
         with below():
             output = op.redispatch(keys & after, *inputs)
             if setup_context is not None:
-                setup_context(ctx=ctx, inputs=tuple(inputs), output=output)
+                setup_context(ctx=ctx, inputs=inputs, output=output)
         return output
 
     def derive(ctx: Any, *grads: Any) -> Any:
