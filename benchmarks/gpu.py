@@ -166,7 +166,7 @@ def environment() -> int:
     import torch
 
     from deepalign_kernels import __main__, backends
-    from deepalign_kernels.ops import _linear_gemm
+    from deepalign_kernels.ops.linear import gemm
 
     if shutil.which("nvidia-smi"):
         asked = "name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu"
@@ -180,7 +180,7 @@ def environment() -> int:
         wrong.append("torch sees no GPU")
     if why := backends.native_library("cuda"):
         wrong.append(f"native cuda: {why}")
-    if not _linear_gemm.has_wide_gemm("cuda", torch.bfloat16):
+    if not gemm.has_wide_gemm("cuda", torch.bfloat16):
         wrong.append("torch.mm has no bf16 GEMM with an fp32 result: linear ops run 10x slower")
     print("\n".join(f"WRONG: {line}" for line in wrong) or "nothing is missing")
     return 1 if wrong else 0

@@ -29,7 +29,7 @@ import deepalign_kernels as dak
 from benchmarks import report
 from benchmarks.cases import Shape
 from deepalign_kernels import backends
-from deepalign_kernels.ops import _linear_ops
+from deepalign_kernels.ops.linear import torch_ops
 from deepalign_kernels.traffic import ideal_bytes
 
 
@@ -91,7 +91,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split("::")[1].split(".")[0]
         if func.namespace == "deepalign" and name.startswith("linear_"):
-            body = getattr(_linear_ops, f"_{name.removeprefix('linear_')}_body")
+            body = getattr(torch_ops, f"_{name.removeprefix('linear_')}_body")
             with self, torch.no_grad():
                 return body(*args)
         given = {x.untyped_storage()._cdata for x in _tensors(args, kwargs)}

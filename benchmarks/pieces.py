@@ -95,7 +95,7 @@ def native_mm(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
 
 
 def products(shape: Shape) -> dict[str, tuple[Tensor, Tensor]]:
-    """The three products of a step, as `_linear_gemm.py` lays their operands."""
+    """The three products of a step, as `gemm.py` lays their operands."""
     rows, head, dz = (
         torch.randn(*size).bfloat16()
         for size in ((shape.T, shape.H), (shape.V, shape.H), (shape.T, shape.V))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check
+from deepalign_kernels import check
 from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator
 
@@ -33,7 +33,7 @@ class BetaSchedule:
 
     def __post_init__(self) -> None:
         for name in ("first", "prefix", "rest"):
-            _check.number(name, getattr(self, name), low=0.0)
+            check.number(name, getattr(self, name), low=0.0)
         if (
             isinstance(self.prefix_length, bool)
             or not isinstance(self.prefix_length, int)
@@ -48,10 +48,10 @@ class BetaSchedule:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """positions [...] int, 1-based, 0 = not in a response -> beta [...] fp32 (0: `rest`)."""
-        _check.tensor("positions", positions)
+        check.tensor("positions", positions)
         if positions.is_floating_point() or positions.dtype == torch.bool:
             raise ValueError(
-                f"positions: expected an integer tensor, got {_check.describe(positions)}"
+                f"positions: expected an integer tensor, got {check.describe(positions)}"
             )
         in_prefix = (positions >= 1) & (positions <= self.prefix_length)
         beta = torch.where(in_prefix, self.prefix, self.rest)
@@ -80,16 +80,16 @@ def response_positions(
     Raises:
         ValueError: labels that are not integer or not [T] or [B, T], position_ids of another shape.
     """
-    _check.tensor("labels", labels)
-    _check.index("ignore_index", ignore_index)
+    check.tensor("labels", labels)
+    check.index("ignore_index", ignore_index)
     if labels.dim() not in (1, 2) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels: expected integers [T] or [B, T], got {_check.describe(labels)}")
+        raise ValueError(f"labels: expected integers [T] or [B, T], got {check.describe(labels)}")
     if position_ids is not None and (
         not isinstance(position_ids, Tensor) or position_ids.shape != labels.shape
     ):
         raise ValueError(
             f"position_ids: expected the shape of labels, {tuple(labels.shape)}, "
-            f"got {_check.describe(position_ids)}"
+            f"got {check.describe(position_ids)}"
         )
     trained = labels != ignore_index
     start = torch.ones_like(trained)
@@ -125,13 +125,11 @@ def reduce_tokens(
         ValueError: no tensors, shapes that differ, a mask that is not bool, an unknown reduction, a
             wrong normalizer.
     """
-    _check.tensor("values", values)
+    check.tensor("values", values)
     if not values.is_floating_point():
-        raise ValueError(f"values: expected a float tensor, got {_check.describe(values)}")
+        raise ValueError(f"values: expected a float tensor, got {check.describe(values)}")
     if not isinstance(valid, Tensor) or valid.shape != values.shape or valid.dtype != torch.bool:
-        raise ValueError(
-            f"valid: expected bool {tuple(values.shape)}, got {_check.describe(valid)}"
-        )
+        raise ValueError(f"valid: expected bool {tuple(values.shape)}, got {check.describe(valid)}")
     wide = accumulator(values.dtype)
     scale = scale_of_sum(valid, reduction, normalizer, wide)
     return values if reduction == "none" else scaled_sum(values.to(wide), scale)

@@ -18,7 +18,7 @@ from cases import IGNORE, plain_constrained, plain_kl, plain_logp
 from torch import Tensor
 
 import deepalign_kernels as dak
-from deepalign_kernels.ops import _linear_gemm, _linear_plan
+from deepalign_kernels.ops.linear import gemm, plan
 from deepalign_kernels.testing import assert_in_budget
 
 TRAINED = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -229,14 +229,14 @@ def _wide_addmm(
 def as_on_a_gpu(chunk: int = 4) -> Iterator[None]:
     """CPU tensors go the way of CUDA ones: its chunks and groups (here of `chunk` rows), 16-bit
     gradients of the scores, and GEMMs of 16-bit operands with an fp32 result."""
-    rules = {"cpu": _linear_plan.Rule(step=2, groups=True)}
+    rules = {"cpu": plan.Rule(step=2, groups=True)}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(_linear_plan.RULES, rules))
-        stack.enter_context(mock.patch.object(_linear_plan, "DEFAULT_CHUNK", chunk))
+        stack.enter_context(mock.patch.dict(plan.RULES, rules))
+        stack.enter_context(mock.patch.object(plan, "DEFAULT_CHUNK", chunk))
         tiles = dict(TILE_SCORES=1, LEAST_TILE=24, TILE_STEP=8)
-        stack.enter_context(mock.patch.multiple(_linear_plan, **tiles))
+        stack.enter_context(mock.patch.multiple(plan, **tiles))
         for name in ("has_wide_gemm", "fast_16bit"):
-            stack.enter_context(mock.patch.object(_linear_gemm, name, lambda *_: True))
+            stack.enter_context(mock.patch.object(gemm, name, lambda *_: True))
         aten = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
         aten.impl("mm.dtype_out", _wide_mm, "CPU")
         aten.impl("addmm.dtype_out", _wide_addmm, "CPU")

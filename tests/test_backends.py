@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import deepalign_kernels as dak
-from deepalign_kernels import backends
-from deepalign_kernels.ops import _check
+from deepalign_kernels import backends, check
 
 
 def test_auto_takes_the_best_that_can_run():
@@ -44,13 +43,13 @@ def test_the_block_restores_what_was_forced_before():
 
 def test_blocks_of_two_threads_may_overlap():
     """A opens, B opens, A closes, B closes: what held before holds again, of checked() too."""
-    before = backends.selected("token_kl_fwd", "cpu"), _check.checking()
+    before = backends.selected("token_kl_fwd", "cpu"), check.checking()
     for first, second in ((dak.use_backend("eager"), dak.use_backend("auto")),
                           (dak.checked(), dak.checked(False))):  # fmt: skip
         first.__enter__(), second.__enter__()
         first.__exit__(None, None, None)
         second.__exit__(None, None, None)
-        assert (backends.selected("token_kl_fwd", "cpu"), _check.checking()) == before
+        assert (backends.selected("token_kl_fwd", "cpu"), check.checking()) == before
 
 
 def test_every_reason_is_a_sentence():

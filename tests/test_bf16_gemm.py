@@ -11,7 +11,7 @@ import torch
 from linear_cases import CASES, TRAINED, assert_right, make, reductions
 
 from deepalign_kernels import backends, use_backend
-from deepalign_kernels.ops import _linear_gemm as gemm
+from deepalign_kernels.ops.linear import gemm
 
 BF16 = torch.bfloat16
 needed = pytest.mark.skipif(

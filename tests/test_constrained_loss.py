@@ -8,7 +8,7 @@ import torch
 from cases import IGNORE, POISONS, check_poisoned, make, plain_constrained, plain_logp
 
 import deepalign_kernels as dak
-from deepalign_kernels.ops import _vocab_merge
+from deepalign_kernels.ops.shard import merge
 from deepalign_kernels.reference import constrained_loss as spec
 from deepalign_kernels.testing import assert_in_budget
 
@@ -292,7 +292,7 @@ def test_shards_weigh_tokens_as_the_specification_does():
         for x in zip(*itertools.product(odd, odd, betas), strict=True)
     )
     for surrogate, floor in ((False, 0.0), (True, 0.0), (True, 0.2)):
-        got = _vocab_merge.constrained(logp, ref_logp, beta, surrogate, floor)
+        got = merge.constrained(logp, ref_logp, beta, surrogate, floor)
         expected = spec.token_loss(logp, ref_logp, beta, surrogate, floor)
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
         poisoned = logp.isnan() | ref_logp.isnan() | beta.isnan() | (beta < 0)

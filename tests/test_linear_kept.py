@@ -22,8 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import deepalign_kernels as dak
 from deepalign_kernels import backends
 from deepalign_kernels._memory import measure
-from deepalign_kernels.ops import _linear_gemm as gemm
-from deepalign_kernels.ops import _linear_ops, _linear_plan
+from deepalign_kernels.ops.linear import gemm, plan, torch_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD = ("hidden", "weight")
@@ -49,8 +48,8 @@ def calls():
 
     with contextlib.ExitStack() as stack:
         for owner, name, note in (
-            (_linear_ops, "_kept", lambda out, *_: seen["kept"].append(tuple(out[1].shape))),
-            (_linear_ops, "_bwd", lambda *_: seen["again"].append(1)),
+            (torch_ops, "_kept", lambda out, *_: seen["kept"].append(tuple(out[1].shape))),
+            (torch_ops, "_bwd", lambda *_: seen["again"].append(1)),
             (backends, "choose", lambda _, op, *__: seen["rows"].append(op)),
         ):
             stack.enter_context(spy(owner, name, note))
@@ -241,7 +240,7 @@ def test_a_step_takes_no_more_memory_than_with_recomputation(name, dtype):
         run_ours(name, p.leaves(None, HEAD), "none")
 
     kept = measure(step)[1].peak
-    with mock.patch.object(_linear_plan, "keeps", lambda *_: False):
+    with mock.patch.object(plan, "keeps", lambda *_: False):
         again = measure(step)[1].peak
     assert kept <= 1.02 * again + packed
 
@@ -331,7 +330,7 @@ def test_compiled_lengths_on_both_sides_of_the_chunk(dtype, compact, gpu):
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
-    chunk = mock.patch.object(_linear_plan, "DEFAULT_CHUNK", 8)
+    chunk = mock.patch.object(plan, "DEFAULT_CHUNK", 8)
     with as_on_a_gpu(8) if gpu else chunk:
         for n in (9, 12, 15, 16, 33):
             q, results = make(N=n, H=6, V=11, dtype=dtype, full=False), []

@@ -11,7 +11,7 @@ from benchmarks import linear_model
 from benchmarks.cases import Shape
 from deepalign_kernels import backends
 from deepalign_kernels._memory import measure
-from deepalign_kernels.ops import _linear_gemm as gemm
+from deepalign_kernels.ops.linear import gemm
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 N, H, V = 300, 24, 4000

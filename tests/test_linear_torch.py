@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import deepalign_kernels as dak
-from deepalign_kernels.ops import _linear_ops
+from deepalign_kernels.ops.linear import torch_ops
 
 pytestmark = [  # torch's own machinery allocates with empty()
     pytest.mark.clean_memory,
@@ -52,12 +52,12 @@ def test_opcheck(name, reduction, only, dtype):
     assert ours
     for op, args in ours:
         args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-        if op == _linear_ops._kept:
+        if op == torch_ops._kept:
             args[-1] = True  # as traced: else its shape depends on data
             # else the rows of dropped tokens are never written, and opcheck compares them
-            args[_linear_ops._K + _linear_ops.Options._fields.index("compact")] = False
+            args[torch_ops._K + torch_ops.Options._fields.index("compact")] = False
         if "bwd" not in op.name() and "row_scale" not in op.name():
-            for i, field in enumerate(_linear_ops.Inputs._fields):
+            for i, field in enumerate(torch_ops.Inputs._fields):
                 if field in only:
                     args[1 + i].requires_grad_()
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]

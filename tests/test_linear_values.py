@@ -19,7 +19,7 @@ from linear_cases import (
 )  # fmt: skip
 
 import deepalign_kernels as dak
-from deepalign_kernels.ops import _linear_gemm
+from deepalign_kernels.ops.linear import gemm
 from deepalign_kernels.reference import linear_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,9 +52,7 @@ def test_the_way_of_a_gpu(name, reduction, dtype, N, H, groups):
         rows = N if not compact else int((p.target != -100).sum())
         with (
             as_on_a_gpu(),
-            mock.patch.object(
-                _linear_gemm, "head_gradient_add", wraps=_linear_gemm.head_gradient_add
-            ) as products,
+            mock.patch.object(gemm, "head_gradient_add", wraps=gemm.head_gradient_add) as products,
         ):
             assert_right(name, p, reduction, compact=compact)
         shapes = [tuple(c.args[0].shape) for c in products.call_args_list]

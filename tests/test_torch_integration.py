@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import deepalign_kernels as dak
 from deepalign_kernels import backends
-from deepalign_kernels.ops import _linear_ops, _linear_shard
 from deepalign_kernels.ops._register import _LIB
-from deepalign_kernels.ops._vocab_shard import Shard
+from deepalign_kernels.ops.linear import sharded, torch_ops
+from deepalign_kernels.ops.shard.group import Shard
 
 pytestmark = pytest.mark.clean_memory  # torch's own machinery allocates with empty()
 
@@ -83,12 +83,12 @@ def linear_inputs(device, dtype):
     them."""
     p = lc.make(N=5, H=6, V=9, dtype=dtype, device=device)
     p.target.clamp_(min=0)
-    with Spy() as spy, mock.patch.object(_linear_shard, "all_reduce", lambda x, group: x):
+    with Spy() as spy, mock.patch.object(sharded, "all_reduce", lambda x, group: x):
         lc.run_ours("linear_token_kl/js", p.leaves(), "none")
         lc.run_ours("linear_token_logp", p.leaves(None, ("hidden",)), "none")
         lc.run_ours("linear_constrained_loss/kl", p.leaves(), "mean")
-        _, x, o = _linear_ops._call(spy.seen["linear_fused"])
-        loss, *_ = _linear_shard.constrained(x, o, Alone(None, 1, 9, 0), p.target)
+        _, x, o = torch_ops._call(spy.seen["linear_fused"])
+        loss, *_ = sharded.constrained(x, o, Alone(None, 1, 9, 0), p.target)
         loss.sum().backward()
     return {name: tuple(_leaf(name, x) for x in args) for name, args in spy.seen.items()}
 

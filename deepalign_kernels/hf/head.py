@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels.ops import _check
+from deepalign_kernels import check
 
 IGNORE = -100
 _UNFUSED = "compute the loss from this model's logits instead (dak.constrained_loss, dak.token_kl)"
@@ -71,7 +71,7 @@ class Head:
             return x[:, 1:]
         raise ValueError(
             f"{name}: expected {(rows, columns + 1)} like the labels or {(rows, columns)} like the"
-            f" log-probs, got {_check.describe(x)}; under prompt tuning PEFT lengthens `labels`,"
+            f" log-probs, got {check.describe(x)}; under prompt tuning PEFT lengthens `labels`,"
             " so pass `shift_labels` there"
         )
 
@@ -208,7 +208,7 @@ def whole(name: str, x: Tensor) -> Tensor:
             " model, not one of its parts; outside, use deepspeed.zero.GatheredParameters and a"
             " detached clone"
         )
-    if x.dtype not in _check.DTYPES or type(x) not in (Tensor, nn.Parameter):
+    if x.dtype not in check.DTYPES or type(x) not in (Tensor, nn.Parameter):
         raise TypeError(
             f"{name}: a {type(x).__name__} of {x.dtype}; quantised heads are not supported: keep"
             f" the head in bf16 or fp32, or {_UNFUSED}"

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels import ops
+from deepalign_kernels import check, ops
 from deepalign_kernels.hf.head import IGNORE, Head, whole
 from deepalign_kernels.losses import reduce_tokens
-from deepalign_kernels.ops import _check
 
 try:
     from transformers.utils import ModelOutput
@@ -223,7 +222,7 @@ def run_loss(loss: Callable[[Head], LossOutput | Tensor], head: Head) -> LossOut
     if not isinstance(out, LossOutput):
         raise TypeError(
             "dak_loss: expected it to return a LossOutput or a 0-d tensor, got"
-            f" {_check.describe(out)}"
+            f" {check.describe(out)}"
         )
     return out
 
@@ -249,7 +248,7 @@ def _reference(
     head: Head, rows: HiddenRows, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, Any]:
     """The reference's arguments for a linear op. All rows count, so the op need not pick them."""
-    if _check.checking():
+    if check.checking():
         index = (head.target != IGNORE).flatten().nonzero().squeeze(1)
         if not torch.equal(rows.index, index):
             raise ValueError("ref_rows: taken from a batch with other labels")

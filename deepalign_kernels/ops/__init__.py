@@ -1,19 +1,19 @@
 """Public ops: docstring, validation, fake, autograd. What runs is decided in `backends.py`."""
 
-from deepalign_kernels.ops import _linear_known  # noqa: F401  registers its row functions
-from deepalign_kernels.ops._check import checked
-from deepalign_kernels.ops.constrained_loss import ConstrainedParts, constrained_loss
-from deepalign_kernels.ops.linear_constrained_loss import (
+from deepalign_kernels.check import checked
+from deepalign_kernels.ops.linear import known  # noqa: F401  registers its row functions
+from deepalign_kernels.ops.linear.constrained_loss import (
     LinearConstrainedParts,
     linear_constrained_loss,
 )
-from deepalign_kernels.ops.linear_memory import MemoryEstimate, estimate_memory
-from deepalign_kernels.ops.linear_token_kl import linear_token_kl
-from deepalign_kernels.ops.linear_token_logp import linear_token_logp
-from deepalign_kernels.ops.linear_token_stats import linear_token_stats
-from deepalign_kernels.ops.token_kl import token_kl
-from deepalign_kernels.ops.token_logp import token_logp
-from deepalign_kernels.ops.token_stats import TokenStats, token_stats
+from deepalign_kernels.ops.linear.memory import MemoryEstimate, estimate_memory
+from deepalign_kernels.ops.linear.token_kl import linear_token_kl
+from deepalign_kernels.ops.linear.token_logp import linear_token_logp
+from deepalign_kernels.ops.linear.token_stats import linear_token_stats
+from deepalign_kernels.ops.logits.constrained_loss import ConstrainedParts, constrained_loss
+from deepalign_kernels.ops.logits.token_kl import token_kl
+from deepalign_kernels.ops.logits.token_logp import token_logp
+from deepalign_kernels.ops.logits.token_stats import TokenStats, token_stats
 
 __all__ = [
     "ConstrainedParts",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check
+from deepalign_kernels import check
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -23,7 +23,7 @@ def scale_of_sum(
     Raises:
         ValueError: an unknown reduction, a normalizer without "mean", not above 0, or not 0-d.
     """
-    _check.one_of("reduction", reduction, REDUCTIONS)
+    check.one_of("reduction", reduction, REDUCTIONS)
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer: belongs to reduction='mean', got it with {reduction!r}")
     if reduction != "mean":
@@ -33,19 +33,19 @@ def scale_of_sum(
     elif isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(
-                f"normalizer: expected a number or a 0-d tensor, got {_check.describe(normalizer)}"
+                f"normalizer: expected a number or a 0-d tensor, got {check.describe(normalizer)}"
             )
         if normalizer.is_complex() or normalizer.dtype == torch.bool:
             raise ValueError(f"normalizer: expected a real number, got {normalizer.dtype}")
-        _check.same_device("normalizer", normalizer, "the target", valid)
-        _check.must_be_frozen("normalizer", normalizer)
-        if _check.checking():
-            _check.number("normalizer", normalizer.item(), low=0.0)
+        check.same_device("normalizer", normalizer, "the target", valid)
+        check.must_be_frozen("normalizer", normalizer)
+        if check.checking():
+            check.number("normalizer", normalizer.item(), low=0.0)
         count = normalizer.to(dtype)
         inverse = torch.where((count > 0) & (count < torch.inf), 1.0 / count, torch.nan)
         return torch.where(count == 0, 0.0, inverse)
     else:
-        divisor = _check.number("normalizer", normalizer, above=0.0)
+        divisor = check.number("normalizer", normalizer, above=0.0)
         return torch.full((), 1.0 / divisor, dtype=dtype, device=valid.device)
     return torch.where(count > 0, 1.0 / count, torch.zeros_like(count))
 

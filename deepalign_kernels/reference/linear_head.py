@@ -16,7 +16,8 @@ nothing. Given g = d loss / d x [N, V]:
 d lora_a and d lora_b need no V x H intermediate. Rows that are ignored have g = 0, so dropping them
 before the products changes nothing; a value in such a row is 0.
 Each linear op is an op of the logits level on these logits: that file is its specification.
-The engine (`ops/_linear.py`) does the same over chunks of rows; these functions are its oracle.
+The engine, `ops/linear/engine.py`, does the same over chunks of rows; these functions are its
+oracle.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepalign_kernels.ops import _check
+from deepalign_kernels import check
 from deepalign_kernels.train.config import ORIGINS
 from deepalign_kernels.train.data import (
     IGNORE,
@@ -87,13 +87,13 @@ class RecoveryAugmentation:
         position_origin: str = "content",
     ) -> None:
         for name, value in (("alpha", alpha), ("p0", p0)):
-            _check.number(name, value, low=0.0)
+            check.number(name, value, low=0.0)
             if value > 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
         for name, value in (("max_k", max_k), ("anchors_per_recovery", anchors_per_recovery)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        _check.one_of("position_origin", position_origin, ORIGINS)
+        check.one_of("position_origin", position_origin, ORIGINS)
         self.p0, self.max_k, self.seed = p0, max_k, seed
         template = ChatTemplate(tokenizer)
         self._recovery = _tokenize(template, _read(recovery), separator)

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from deepalign_kernels import check
 from deepalign_kernels.losses import BetaSchedule
-from deepalign_kernels.ops import _check
 
 OBJECTIVES = ("sft", "constrained")
 REFERENCES = ("precomputed", "frozen")
@@ -102,7 +102,7 @@ class ConstrainedSFTConfig:
             ("position_origin", ORIGINS),
             ("on_too_long", TOO_LONG),
         ):
-            _check.one_of(name, getattr(self, name), allowed)
+            check.one_of(name, getattr(self, name), allowed)
         for name in ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             _integer(name, getattr(self, name), 1)
         for name in ("epochs", "max_steps", "max_length", "save_every"):
@@ -110,11 +110,11 @@ class ConstrainedSFTConfig:
                 _integer(name, getattr(self, name), 1)
         _integer("warmup_steps", self.warmup_steps, 0)
         _integer("seed", self.seed, 0)
-        _check.number("learning_rate", self.learning_rate, above=0.0)
-        _check.number("adam_eps", self.adam_eps, above=0.0)
-        _check.number("weight_decay", self.weight_decay, low=0.0)
+        check.number("learning_rate", self.learning_rate, above=0.0)
+        check.number("adam_eps", self.adam_eps, above=0.0)
+        check.number("weight_decay", self.weight_decay, low=0.0)
         if self.max_grad_norm is not None:
-            _check.number("max_grad_norm", self.max_grad_norm, above=0.0)
+            check.number("max_grad_norm", self.max_grad_norm, above=0.0)
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError(
                 f"epochs, max_steps: give one of the two, got {self.epochs} and {self.max_steps}"
@@ -128,10 +128,10 @@ class ConstrainedSFTConfig:
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"adam_betas: expected two numbers, got {betas!r}")
         for beta in betas:
-            _check.number("adam_betas", beta, low=0.0, below=1.0)
+            check.number("adam_betas", beta, low=0.0, below=1.0)
         object.__setattr__(self, "adam_betas", tuple(map(float, betas)))
         if not callable(self.beta):
-            _check.number("beta", self.beta, low=0.0)
+            check.number("beta", self.beta, low=0.0)
             object.__setattr__(self, "beta", BetaSchedule.uniform(float(self.beta)))
         dtype = self.autocast_dtype
         if dtype not in (None, "bfloat16", torch.bfloat16):

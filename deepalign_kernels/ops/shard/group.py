@@ -2,7 +2,7 @@
 
 Every rank reads its own columns with the kernels of the plain ops, and then the ranks show each
 other what they found: a few numbers per row and rank, in one all-gather. From those every rank
-computes the same results (`_vocab_merge.py`), so no rank has to tell another one anything in the
+computes the same results (`merge.py`), so no rank has to tell another one anything in the
 backward.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepalign_kernels.ops import _check
+from deepalign_kernels import check
 
 # What a shard calls the targets that have no column in it. A column is 0 or above, so neither can
 # be mistaken for one, whatever `ignore_index` is.
@@ -83,7 +83,7 @@ class Shard(NamedTuple):
         Raises:
             ValueError: on every rank alike.
         """
-        if not _check.checking():
+        if not check.checking():
             return
         index = torch.arange(1, len(content) + 1, device=content.device)
         own = torch.stack([index.new_tensor(len(content)), (content * index).sum()])
@@ -98,9 +98,9 @@ class Shard(NamedTuple):
     def compare_targets(self, target: Tensor, ignore_index: int, shown: Tensor) -> None:
         """Inside `checked()`: `compare`, and no target beyond the last shard."""
         self.compare("target", target)
-        if _check.checking():
+        if check.checking():
             end = self._gather((self.starts_at(target.device) + self.columns)[None]).max()
-            _check.in_vocabulary("target", target, int(end), ignore_index, shown)
+            check.in_vocabulary("target", target, int(end), ignore_index, shown)
 
 
 def shard_of(process_group: Any, vocab_start: int | None, columns: int) -> Shard | None:

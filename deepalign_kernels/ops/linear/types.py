@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
     valid: Tensor | None  # [N] bool; None: all
     beta: Tensor | None  # [N]
     ref_logp: Tensor | None  # [N]
-    state: Tensor | None = None  # [N, 6], what a process group knows: `_linear_shard.py`
+    state: Tensor | None = None  # [N, 6], what a process group knows: `sharded.py`
 
 
 class Options(NamedTuple):

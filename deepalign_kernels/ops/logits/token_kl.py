@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check
-from deepalign_kernels.ops import _vocab_merge as merge
+from deepalign_kernels import check
 from deepalign_kernels.ops._register import (
     accumulator,
     autograd,
@@ -18,7 +17,8 @@ from deepalign_kernels.ops._register import (
     fake_rows,
     no_double_backward,
 )
-from deepalign_kernels.ops._vocab_shard import Shard, shard_of
+from deepalign_kernels.ops.shard import merge
+from deepalign_kernels.ops.shard.group import Shard, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,13 +77,13 @@ def token_kl(
     Memory: saves the two inputs and five fp32 numbers per row; the gradient is the only [..., V]
         allocation. Formulas, gradients and edge cases: `reference/token_kl.py`.
     """
-    policy = _check.logits3("policy_logits", policy_logits)
-    _check.same_kind("ref_logits", ref_logits, "policy_logits", policy_logits)
-    ref = _check.logits3("ref_logits", ref_logits)
-    mode = _check.one_of("direction", direction, DIRECTIONS)
-    b = _check.number("js_beta", js_beta, above=0.0, below=1.0) if direction == "js" else 0.5
-    flat = _check.mask("valid", valid, policy_logits)
-    options = _check.score_options(temperature, softcap)
+    policy = check.logits3("policy_logits", policy_logits)
+    check.same_kind("ref_logits", ref_logits, "policy_logits", policy_logits)
+    ref = check.logits3("ref_logits", ref_logits)
+    mode = check.one_of("direction", direction, DIRECTIONS)
+    b = check.number("js_beta", js_beta, above=0.0, below=1.0) if direction == "js" else 0.5
+    flat = check.mask("valid", valid, policy_logits)
+    options = check.score_options(temperature, softcap)
     shard = shard_of(process_group, None, policy.shape[-1])
     if shard is not None:
         kl = _sharded(policy, ref, flat, shard, mode, b, *options)

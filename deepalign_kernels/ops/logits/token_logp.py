@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deepalign_kernels import backends
-from deepalign_kernels.ops import _check
-from deepalign_kernels.ops import _vocab_merge as merge
+from deepalign_kernels import backends, check
 from deepalign_kernels.ops._register import (
     accumulator,
     autograd,
@@ -20,7 +18,8 @@ from deepalign_kernels.ops._register import (
     fake_rows,
     no_double_backward,
 )
-from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, shard_of
+from deepalign_kernels.ops.shard import merge
+from deepalign_kernels.ops.shard.group import IGNORED, Shard, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,10 +70,10 @@ def token_logp(
     Memory: saves the logits and two fp32 numbers per row for backward; the gradient is the only
         [..., V] allocation. Numerics, gradient and edge cases: `reference/token_logp.py`.
     """
-    x = _check.logits3("logits", logits)
+    x = check.logits3("logits", logits)
     shard = shard_of(process_group, vocab_start, x.shape[-1])
-    flat = _check.targets("target", target, logits, ignore_index, shard=shard is not None)
-    options = _check.score_options(temperature, softcap)
+    flat = check.targets("target", target, logits, ignore_index, shard=shard is not None)
+    options = check.score_options(temperature, softcap)
     if shard is not None:
         shard.compare_targets(flat, ignore_index, target)
         column = shard.column(flat, ignore_index, shard.starts_at(x.device))

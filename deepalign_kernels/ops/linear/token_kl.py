@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear_ops import per_token, summed
-from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
+from deepalign_kernels import check
 from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops._vocab_shard import shard_of
-from deepalign_kernels.ops.token_kl import DIRECTIONS
+from deepalign_kernels.ops.linear import sharded
+from deepalign_kernels.ops.linear.options import Head, call
+from deepalign_kernels.ops.linear.torch_ops import per_token, summed
+from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
+from deepalign_kernels.ops.logits.token_kl import DIRECTIONS
+from deepalign_kernels.ops.shard.group import shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,7 +72,7 @@ def linear_token_kl(
         again in backward (6); with a frozen head it keeps the gradient of every row of hidden (3).
         See `linear_token_logp`. The chunk holds both models' logits.
     """
-    head = _linear_check.Head(
+    head = Head(
         bias=bias,
         lora_a=lora_a,
         lora_b=lora_b,
@@ -86,13 +88,13 @@ def linear_token_kl(
         grad_weight_dtype=grad_weight_dtype,
         logits_dtype=logits_dtype,
     )
-    inputs, options, like = _linear_check.call(hidden, weight, head)
+    inputs, options, like = call(hidden, weight, head)
     if ref_hidden is None:
         raise ValueError("ref_hidden, ref_weight: expected tensors, got None")
-    inputs = inputs._replace(valid=_check.mask("valid", valid, like))
+    inputs = inputs._replace(valid=check.mask("valid", valid, like))
     options = options._replace(
-        direction=_check.one_of("direction", direction, DIRECTIONS),
-        js_beta=_check.number("js_beta", js_beta, above=0.0, below=1.0)
+        direction=check.one_of("direction", direction, DIRECTIONS),
+        js_beta=check.number("js_beta", js_beta, above=0.0, below=1.0)
         if direction == "js"
         else 0.5,
     )
@@ -104,7 +106,7 @@ def linear_token_kl(
     scale = scale_of_sum(counted, reduction, normalizer, accumulator(options.logits))
     shard = shard_of(process_group, None, len(inputs.weight))
     if shard is not None:
-        kl = _linear_shard.kl(inputs, options, shard)
+        kl = sharded.kl(inputs, options, shard)
         return kl.view(hidden.shape[:-1]) if reduction == "none" else scaled_sum(kl, scale)
     kind = "js" if direction == "js" else "kl"
     if reduction == "none":

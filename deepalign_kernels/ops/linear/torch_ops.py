@@ -1,9 +1,9 @@
-"""The torch ops of the linear level. All of them are `_linear.Engine`; they differ in when the
+"""The torch ops of the linear level. All of them are `engine.Engine`; they differ in when the
 gradient is made.
 
 linear_fwd     values [K, N], without gradients
 linear_kept    values, and d values[0] / d scores by row, where all tokens are one chunk; else an
-               empty tensor: see `_linear_kept.py`
+               empty tensor: see `saved.py`
 linear_kept_bwd  the gradients of sum(upstream * values[0]) from that
 linear_bwd     the same without it: makes the scores again
 linear_unit    values, and d values[0] / d hidden by row: with a frozen head the backward is then a
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _linear_gemm, _linear_kept, _linear_tiles
-from deepalign_kernels.ops._linear import Engine
-from deepalign_kernels.ops._linear_types import KINDS, KNOWN, Inputs, Options
 from deepalign_kernels.ops._reduce import scaled_sum
 from deepalign_kernels.ops._register import _LIB, accumulator, autograd, no_double_backward
-from deepalign_kernels.ops.scale_grad import hand_over
+from deepalign_kernels.ops.linear import gemm, saved, tiles
+from deepalign_kernels.ops.linear.engine import Engine
+from deepalign_kernels.ops.linear.types import KINDS, KNOWN, Inputs, Options
+from deepalign_kernels.ops.logits.scale_grad import hand_over
 
 # The fields of `Inputs` and `Options`, in their order.
 _ARGUMENTS = (
@@ -95,8 +95,8 @@ def _fwd_body(*arguments: Any) -> Tensor:
 def _bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
     kind, x, o = _call(arguments)
     upstream, wanted = arguments[_N], tuple(arguments[_N + 1])
-    if x.state is not None and _linear_tiles.takes(kind, x, o, wanted):
-        engine = _linear_tiles.TileEngine(kind, x, o, upstream, wanted)
+    if x.state is not None and tiles.takes(kind, x, o, wanted):
+        engine = tiles.TileEngine(kind, x, o, upstream, wanted)
         engine.backward()
     else:
         engine = Engine(kind, x, o, upstream, wanted)
@@ -106,14 +106,14 @@ def _bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _kept_body(*arguments: Any) -> tuple[Tensor, Tensor]:
     kind, x, o = _call(arguments)
-    if _linear_kept.keeps(kind, x, o):
-        return _linear_kept.forward(kind, x, o, arguments[_N])
+    if saved.keeps(kind, x, o):
+        return saved.forward(kind, x, o, arguments[_N])
     return Engine(kind, x, o).run(), x.hidden.new_empty(0)
 
 
 def _kept_bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
     upstream, wanted, kept = arguments[_N:]
-    engine = _linear_kept.gradients(*_call(arguments), upstream, tuple(wanted), kept)
+    engine = saved.gradients(*_call(arguments), upstream, tuple(wanted), kept)
     return tuple(_finish(engine, False))
 
 
@@ -190,10 +190,10 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As with `whole`: per_token asks for that where it is traced."""
     values, (kind, x, o) = _fake_values(arguments), _call(arguments)
-    if not _linear_kept.keeps(kind, x, o):
+    if not saved.keeps(kind, x, o):
         return values, x.hidden.new_empty(0)
     shape = x.hidden.shape[0], x.weight.shape[0]
-    dtype = _linear_gemm.gradient_dtype(x.hidden.device.type, o.compute)
+    dtype = gemm.gradient_dtype(x.hidden.device.type, o.compute)
     return values, x.hidden.new_empty(shape, dtype=dtype)
 
 
@@ -316,8 +316,7 @@ def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
         return _unit(kind, *x, *o)[0]
     # Traced: shapes must not depend on data, and what a rule asks the machine cannot be traced.
     whole = torch.compiler.is_compiling() or type(x.hidden) is not Tensor
-    tiles = not whole and _linear_tiles.takes(kind, x, o, tuple(trained))
-    if tiles and not _linear_kept.keeps(kind, x, o):
+    if not whole and tiles.takes(kind, x, o, tuple(trained)) and not saved.keeps(kind, x, o):
         return KNOWN[kind](x, o)
     return _kept(kind, *x, *o, whole)[0]
 
@@ -333,7 +332,7 @@ def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Ten
     return scaled_sum(values[0], scale), values
 
 
-# Over a process group (`_linear_shard.py`)
+# Over a process group (`sharded.py`)
 
 
 def _shard_body(*arguments: Any) -> Tensor:

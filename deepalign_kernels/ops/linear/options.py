@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check
-from deepalign_kernels.ops._linear_types import Inputs, Options
+from deepalign_kernels import check
+from deepalign_kernels.ops.linear.types import Inputs, Options
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -28,9 +28,9 @@ def whole(name: str, x: Any) -> Tensor:
         )
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got one on {x.device}")
-    if not x.is_floating_point() or x.dtype not in _check.DTYPES:
+    if not x.is_floating_point() or x.dtype not in check.DTYPES:
         raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64, got {x.dtype}")
-    _check.no_tangent(name, x)
+    check.no_tangent(name, x)
     return x
 
 
@@ -46,12 +46,12 @@ def matrix(name: str, x: Any, columns: int | None, why: str) -> Tensor:
         )
         raise ValueError(
             f"{name}: expected [rows, {columns or 'columns'}], got "
-            f"{_check.describe(x)}{hint * empty}"
+            f"{check.describe(x)}{hint * empty}"
         )
     if columns is not None and x.shape[1] != columns:
         flipped = f"; its transpose would fit: pass {name}.t()" if x.shape[0] == columns else ""
         raise ValueError(
-            f"{name}: expected {columns} columns, {why}, got {_check.describe(x)}{flipped}"
+            f"{name}: expected {columns} columns, {why}, got {check.describe(x)}{flipped}"
         )
     return x
 
@@ -60,7 +60,7 @@ def flat_rows(name: str, x: Any) -> Tensor:
     """[..., H] as [N, H] with last stride 1; a view wherever the strides allow it."""
     x = whole(name, x)
     if x.dim() < 1 or x.shape[-1] == 0:
-        raise ValueError(f"{name}: expected hidden states [..., H], got {_check.describe(x)}")
+        raise ValueError(f"{name}: expected hidden states [..., H], got {check.describe(x)}")
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
@@ -72,9 +72,9 @@ def vocabulary(name: str, x: Tensor | None, head_name: str, head: Tensor) -> Ten
     if x.shape != head.shape[:1]:
         raise ValueError(
             f"{name}: expected shape [{head.shape[0]}], one entry per row of {head_name}, got "
-            f"{_check.describe(x)}"
+            f"{check.describe(x)}"
         )
-    _check.same_device(name, x, head_name, head)
+    check.same_device(name, x, head_name, head)
     return x
 
 
@@ -125,10 +125,10 @@ def lora(a: Tensor | None, b: Tensor | None, weight: Tensor) -> tuple[Tensor | N
     if b.shape[0] != weight.shape[0]:
         raise ValueError(
             f"lora_b: expected {weight.shape[0]} rows, the vocabulary of weight, got "
-            f"{_check.describe(b)}"
+            f"{check.describe(b)}"
         )
     for name, x in (("lora_a", a), ("lora_b", b)):
-        _check.same_device(name, x, "weight", weight)
+        check.same_device(name, x, "weight", weight)
         if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
             raise ValueError(f"{name}: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
     return a, b
@@ -191,13 +191,13 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
     """Check what all linear ops share."""
     rows = flat_rows("hidden", hidden)
     weight = matrix("weight", weight, rows.shape[1], "the last dimension of hidden")
-    _check.same_device("weight", weight, "hidden", hidden)
+    check.same_device("weight", weight, "hidden", hidden)
     a, b = lora(head.lora_a, head.lora_b, weight)
     compute = compute_dtype("hidden", hidden, "weight", weight)
     ref_rows, ref_weight, ref_compute = _reference(hidden, weight, head)
     computes = (compute,) if ref_rows is None else (compute, ref_compute)
     if (
-        _check.flag("compact", head.compact)
+        check.flag("compact", head.compact)
         and hidden.is_cuda
         and torch.cuda.is_current_stream_capturing()
     ):
@@ -205,8 +205,8 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
             "compact: dropping ignored tokens waits for their number, which a CUDA graph cannot; "
             "pass compact=False"
         )
-    scale = _check.number("logit_scale", head.logit_scale, above=0.0)
-    temperature, softcap = _check.score_options(head.temperature, head.softcap)
+    scale = check.number("logit_scale", head.logit_scale, above=0.0)
+    temperature, softcap = check.score_options(head.temperature, head.softcap)
     ref_bias = None
     if ref_weight is not None:
         ref_bias = vocabulary("ref_bias", head.ref_bias, "ref_weight", ref_weight)
@@ -226,9 +226,9 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
     )
     options = Options(
         # cap * tanh(s x / cap) / T is (cap/s) * tanh(x / (cap/s)) / (T/s): the scale costs nothing
-        temperature=_check.number("temperature / logit_scale", temperature / scale, above=0.0),
-        softcap=_check.number("softcap / logit_scale", softcap / scale, low=0.0),
-        lora_scale=_check.number("lora_scale", head.lora_scale),
+        temperature=check.number("temperature / logit_scale", temperature / scale, above=0.0),
+        softcap=check.number("softcap / logit_scale", softcap / scale, low=0.0),
+        lora_scale=check.number("lora_scale", head.lora_scale),
         js_beta=0.5,
         kl_coef=0.0,
         min_weight=0.0,
@@ -264,21 +264,21 @@ def _reference(
     if head.ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"ref_hidden: expected the tokens of hidden, {tuple(hidden.shape[:-1])}, got "
-            f"{_check.describe(head.ref_hidden)}"
+            f"{check.describe(head.ref_hidden)}"
         )
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight: expected the vocabulary of weight, {weight.shape[0]} rows, got "
-            f"{_check.describe(ref_weight)}; "
+            f"{check.describe(ref_weight)}; "
             "cut padding rows off the longer head"
         )
     for name, x in (("ref_hidden", head.ref_hidden), ("ref_weight", ref_weight)):
-        _check.same_device(name, x, "hidden", hidden)
+        check.same_device(name, x, "hidden", hidden)
     for name, x in (
         ("ref_hidden", head.ref_hidden),
         ("ref_weight", ref_weight),
         ("ref_bias", head.ref_bias),
     ):
         if x is not None:
-            _check.must_be_frozen(name, x)
+            check.must_be_frozen(name, x)
     return rows, ref_weight, compute_dtype("ref_hidden", head.ref_hidden, "ref_weight", ref_weight)

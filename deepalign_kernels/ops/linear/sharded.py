@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _vocab_merge as merge
-from deepalign_kernels.ops._linear_ops import attached, local_values
-from deepalign_kernels.ops._linear_types import KINDS, Inputs, Options, RowFunction, Rows
 from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, all_reduce
-from deepalign_kernels.ops.token_logp import settled
+from deepalign_kernels.ops.linear.torch_ops import attached, local_values
+from deepalign_kernels.ops.linear.types import KINDS, Inputs, Options, RowFunction, Rows
+from deepalign_kernels.ops.logits.token_logp import settled
+from deepalign_kernels.ops.shard import merge
+from deepalign_kernels.ops.shard.group import IGNORED, Shard, all_reduce
 
 
 class _Replicated(torch.autograd.Function):

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear_ops import per_token
-from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
-from deepalign_kernels.ops._vocab_shard import shard_of
+from deepalign_kernels import check
+from deepalign_kernels.ops.linear import sharded
+from deepalign_kernels.ops.linear.options import Head, call
+from deepalign_kernels.ops.linear.torch_ops import per_token
+from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
+from deepalign_kernels.ops.shard.group import shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,7 +106,7 @@ def linear_token_logp(
     Communication (`process_group`): forward as in the op of the logits level, once per call and not
         per chunk; backward one all-reduce of the gradient of hidden, and one of lora_a's.
     """
-    head = _linear_check.Head(
+    head = Head(
         bias=bias,
         lora_a=lora_a,
         lora_b=lora_b,
@@ -117,13 +119,13 @@ def linear_token_logp(
         grad_weight_dtype=grad_weight_dtype,
         logits_dtype=logits_dtype,
     )
-    inputs, options, like = _linear_check.call(hidden, weight, head)
+    inputs, options, like = call(hidden, weight, head)
     shard = shard_of(process_group, vocab_start, len(inputs.weight))
-    flat = _check.targets("target", target, like, ignore_index, shard=shard is not None)
+    flat = check.targets("target", target, like, ignore_index, shard=shard is not None)
     inputs = inputs._replace(target=flat, valid=flat != ignore_index)
     options = options._replace(ignore_index=ignore_index)
     if shard is not None:
-        return _linear_shard.logp(inputs, options, shard, target).view(target.shape)
+        return sharded.logp(inputs, options, shard, target).view(target.shape)
     return per_token("logp", inputs, options)[0].view(target.shape)
 
 

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear_ops import per_token
-from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
-from deepalign_kernels.ops._vocab_shard import shard_of
-from deepalign_kernels.ops.token_stats import TokenStats
+from deepalign_kernels import check
+from deepalign_kernels.ops.linear import sharded
+from deepalign_kernels.ops.linear.options import Head, call
+from deepalign_kernels.ops.linear.torch_ops import per_token
+from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
+from deepalign_kernels.ops.logits.token_stats import TokenStats
+from deepalign_kernels.ops.shard.group import shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,7 +56,7 @@ def linear_token_stats(
         ValueError: as in `linear_token_logp`.
     """
     with torch.no_grad():
-        head = _linear_check.Head(
+        head = Head(
             bias=bias,
             lora_a=lora_a,
             lora_b=lora_b,
@@ -69,22 +71,22 @@ def linear_token_stats(
             compact=compact,
             logits_dtype=logits_dtype,
         )
-        inputs, options, like = _linear_check.call(hidden, weight, head)
+        inputs, options, like = call(hidden, weight, head)
         if ref_hidden is None:
             raise ValueError("ref_hidden, ref_weight: expected tensors, got None")
         shard = shard_of(process_group, vocab_start, len(inputs.weight))
-        keep = _check.mask("valid", valid, like)
+        keep = check.mask("valid", valid, like)
         if target is not None:
-            flat = _check.targets("target", target, like, ignore_index, shard=shard is not None)
+            flat = check.targets("target", target, like, ignore_index, shard=shard is not None)
             inputs, trained = inputs._replace(target=flat), flat != ignore_index
             keep = trained if keep is None else keep & trained
-        b = 0.0 if js_beta is None else _check.number("js_beta", js_beta, above=0.0, below=1.0)
+        b = 0.0 if js_beta is None else check.number("js_beta", js_beta, above=0.0, below=1.0)
         options = options._replace(ignore_index=ignore_index, js_beta=b)
         inputs = inputs._replace(valid=keep)
         if shard is None:
             values = per_token("stats", inputs, options)
         else:
-            values = _linear_shard.stats(inputs, options, shard, target)
+            values = sharded.stats(inputs, options, shard, target)
     fields = values.view(8, *hidden.shape[:-1]).unbind(0)
     logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = fields
     return TokenStats(

@@ -16,13 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _linear_gemm as gemm
-from deepalign_kernels.ops import _linear_plan as plan
-from deepalign_kernels.ops._linear import Engine, picker, sizes_of
-from deepalign_kernels.ops._linear_plan import Phase, Sizes
-from deepalign_kernels.ops._linear_types import Gradients, Inputs, Options
 from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops._vocab_shard import ELSEWHERE, IGNORED
+from deepalign_kernels.ops.linear import gemm, plan
+from deepalign_kernels.ops.linear.engine import Engine, picker, sizes_of
+from deepalign_kernels.ops.linear.plan import Phase, Sizes
+from deepalign_kernels.ops.linear.types import Gradients, Inputs, Options
+from deepalign_kernels.ops.shard.group import ELSEWHERE, IGNORED
 
 
 def takes(kind: str, x: Inputs, o: Options, wanted: tuple[bool, ...]) -> bool:

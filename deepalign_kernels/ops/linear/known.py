@@ -1,7 +1,7 @@
 """Per-token values whose forward also leaves what the backward by tiles of the vocabulary needs.
 
 The row functions here are those of the values, with the normalisers. The gradients are those of a
-shard that is the whole vocabulary (`_linear_shard.py`).
+shard that is the whole vocabulary (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _vocab_merge as merge
-from deepalign_kernels.ops._linear_ops import attached, local_values
-from deepalign_kernels.ops._linear_shard import state_of
-from deepalign_kernels.ops._linear_types import KINDS, KNOWN, Inputs, Options, RowFunction, Rows
 from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops._vocab_shard import IGNORED
+from deepalign_kernels.ops.linear.sharded import state_of
+from deepalign_kernels.ops.linear.torch_ops import attached, local_values
+from deepalign_kernels.ops.linear.types import KINDS, KNOWN, Inputs, Options, RowFunction, Rows
+from deepalign_kernels.ops.shard import merge
+from deepalign_kernels.ops.shard.group import IGNORED
 
 
 def _placed(x: Inputs, o: Options) -> tuple[Inputs, Options]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from deepalign_kernels.ops import _linear_gemm as gemm
+from deepalign_kernels.ops.linear import gemm
 
 # GEMM rate by rows per chunk, as a share of that at 2048 rows (H = 2048, fp32, 2 cores): 32: 0.27,
 # 128: 0.54, 256: 0.70, 512: 0.84, 1024: 0.90. On a GPU 1024 rows times any vocabulary fill it.

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check
-from deepalign_kernels.ops import _vocab_merge as merge
+from deepalign_kernels import check
 from deepalign_kernels.ops._register import accumulator, call, define
-from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, shard_of
+from deepalign_kernels.ops.shard import merge
+from deepalign_kernels.ops.shard.group import IGNORED, Shard, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,17 +67,15 @@ def token_stats(
 
     Formulas and edge cases: `reference/token_stats.py`.
     """
-    policy = _check.logits3("policy_logits", policy_logits)
-    _check.same_kind("ref_logits", ref_logits, "policy_logits", policy_logits, frozen=False)
-    ref = _check.logits3("ref_logits", ref_logits)
+    policy = check.logits3("policy_logits", policy_logits)
+    check.same_kind("ref_logits", ref_logits, "policy_logits", policy_logits, frozen=False)
+    ref = check.logits3("ref_logits", ref_logits)
     shard, flat = shard_of(process_group, vocab_start, policy.shape[-1]), None
     if target is not None:
-        flat = _check.targets(
-            "target", target, policy_logits, ignore_index, shard=shard is not None
-        )
-    keep = _check.mask("valid", valid, policy_logits)
-    b = 0.0 if js_beta is None else _check.number("js_beta", js_beta, above=0.0, below=1.0)
-    options = _check.score_options(temperature, softcap)
+        flat = check.targets("target", target, policy_logits, ignore_index, shard=shard is not None)
+    keep = check.mask("valid", valid, policy_logits)
+    b = 0.0 if js_beta is None else check.number("js_beta", js_beta, above=0.0, below=1.0)
+    options = check.score_options(temperature, softcap)
     with torch.no_grad():
         x, y = policy.detach(), ref.detach()
         if shard is None:

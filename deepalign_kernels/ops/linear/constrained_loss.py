@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check, _linear_check, _linear_shard
-from deepalign_kernels.ops._linear_ops import per_token, summed
-from deepalign_kernels.ops._linear_types import KINDS, Options, RowFunction, Rows
+from deepalign_kernels import check
 from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops._vocab_shard import shard_of
-from deepalign_kernels.ops.constrained_loss import OBJECTIVES
-from deepalign_kernels.ops.token_kl import DIRECTIONS
+from deepalign_kernels.ops.linear import sharded
+from deepalign_kernels.ops.linear.options import Head, call
+from deepalign_kernels.ops.linear.torch_ops import per_token, summed
+from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
+from deepalign_kernels.ops.logits.constrained_loss import OBJECTIVES
+from deepalign_kernels.ops.logits.token_kl import DIRECTIONS
+from deepalign_kernels.ops.shard.group import shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -96,7 +98,7 @@ def linear_constrained_loss(
         one chunk, else makes the logits again in backward; with a frozen head it keeps the gradient
         of every row of hidden. See `linear_token_logp`.
     """
-    head = _linear_check.Head(
+    head = Head(
         bias=bias,
         lora_a=lora_a,
         lora_b=lora_b,
@@ -112,19 +114,19 @@ def linear_constrained_loss(
         grad_weight_dtype=grad_weight_dtype,
         logits_dtype=logits_dtype,
     )
-    inputs, options, like = _linear_check.call(hidden, weight, head)
+    inputs, options, like = call(hidden, weight, head)
     acc = accumulator(options.logits)
     _one_reference(ref_logp, ref_hidden, kl_coef)
     shard = shard_of(process_group, vocab_start, len(inputs.weight))
-    flat = _check.targets("target", target, like, ignore_index, shard=shard is not None)
+    flat = check.targets("target", target, like, ignore_index, shard=shard is not None)
     inputs = inputs._replace(
         target=flat,
         valid=flat != ignore_index,
-        beta=_check.vector("beta", beta, like, acc, low=0.0),
-        ref_logp=None if ref_logp is None else _check.vector("ref_logp", ref_logp, like, acc),
+        beta=check.vector("beta", beta, like, acc, low=0.0),
+        ref_logp=None if ref_logp is None else check.vector("ref_logp", ref_logp, like, acc),
     )
-    surrogate = _check.one_of("objective", objective, OBJECTIVES) == 1
-    _check.number("min_weight", min_weight, low=0.0, below=2.0 + 1e-6)
+    surrogate = check.one_of("objective", objective, OBJECTIVES) == 1
+    check.number("min_weight", min_weight, low=0.0, below=2.0 + 1e-6)
     if min_weight > 0 and not surrogate:
         raise ValueError(
             f"min_weight: a floor belongs to objective='surrogate', got {min_weight} with "
@@ -135,15 +137,15 @@ def linear_constrained_loss(
         surrogate=surrogate,
         min_weight=float(min_weight),
         kl_coef=float(kl_coef),
-        direction=_check.one_of("kl_direction", kl_direction, DIRECTIONS),
-        js_beta=_check.number("js_beta", js_beta, above=0.0, below=1.0),
+        direction=check.one_of("kl_direction", kl_direction, DIRECTIONS),
+        js_beta=check.number("js_beta", js_beta, above=0.0, below=1.0),
     )
     scale = scale_of_sum(flat != ignore_index, reduction, normalizer, acc)
     kind = "constrained"
     if kl_coef > 0:
         kind = "constrained_js" if kl_direction == "js" else "constrained_kl"
     if shard is not None:
-        token_loss, *rest = _linear_shard.constrained(inputs, options, shard, target)
+        token_loss, *rest = sharded.constrained(inputs, options, shard, target)
         values = torch.stack([token_loss, *rest])
         loss = (
             token_loss.view(target.shape) if reduction == "none" else scaled_sum(token_loss, scale)
@@ -166,7 +168,7 @@ def _one_reference(ref_logp: Tensor | None, ref_hidden: Tensor | None, kl_coef: 
         raise ValueError(f"ref_logp, ref_hidden: expected exactly one of the two, got {got}")
     if ref_logp is not None and not isinstance(ref_logp, Tensor):
         raise ValueError(f"ref_logp: expected a float tensor aligned with target, got {ref_logp!r}")
-    if _check.number("kl_coef", kl_coef, low=0.0) > 0 and ref_hidden is None:
+    if check.number("kl_coef", kl_coef, low=0.0) > 0 and ref_hidden is None:
         raise ValueError(
             "kl_coef: a divergence needs the whole distribution of the reference; pass ref_hidden "
             "and ref_weight"

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepalign_kernels.ops import _check, _linear_check
-from deepalign_kernels.ops._linear import eager_copies, total_dtypes
-from deepalign_kernels.ops._linear_plan import (
+from deepalign_kernels import check
+from deepalign_kernels.ops._reduce import REDUCTIONS
+from deepalign_kernels.ops._register import accumulator
+from deepalign_kernels.ops.linear import options
+from deepalign_kernels.ops.linear.engine import eager_copies, total_dtypes
+from deepalign_kernels.ops.linear.plan import (
     Phase,
     Plan,
     Sizes,
@@ -20,10 +23,8 @@ from deepalign_kernels.ops._linear_plan import (
     released,
     tile_columns,
 )
-from deepalign_kernels.ops._linear_types import KINDS
-from deepalign_kernels.ops._reduce import REDUCTIONS
-from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops.token_kl import DIRECTIONS
+from deepalign_kernels.ops.linear.types import KINDS
+from deepalign_kernels.ops.logits.token_kl import DIRECTIONS
 
 OPS = ("linear_token_logp", "linear_token_kl", "linear_constrained_loss", "linear_token_stats")
 TRAINED = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -103,21 +104,19 @@ def estimate_memory(
         ValueError: an unknown name, an argument that no call of this op could have, a budget too
             small for one row.
     """
-    _check.one_of("op", op, OPS)
+    check.one_of("op", op, OPS)
     for name in requires_grad:
-        _check.one_of("requires_grad", name, TRAINED)
+        check.one_of("requires_grad", name, TRAINED)
     _check_sizes(tokens, trained_tokens, hidden_size, vocab_size, lora_rank)
     _check_dtypes(dtype, weight_dtype, autocast_dtype, ref_dtype)
     _check_reference(op, hidden_size, ref_hidden_size, shared_head, kl_coef)
-    _check.flag("compact", compact)
-    _linear_check.workspace(max_workspace_bytes)
+    check.flag("compact", compact)
+    options.workspace(max_workspace_bytes)
     weight_dtype = weight_dtype or dtype
     compute = autocast_dtype or weight_dtype
     ref_size = hidden_size if shared_head else ref_hidden_size or 0
     ref_compute = autocast_dtype or ref_dtype or dtype
-    logits = _linear_check.logits_dtype(
-        logits_dtype, (compute, ref_compute) if ref_size else (compute,)
-    )
+    logits = options.logits_dtype(logits_dtype, (compute, ref_compute) if ref_size else (compute,))
     kind = _kind(op, kl_coef, kl_direction)
     device = _device(device)
     sizes = Sizes(
@@ -130,7 +129,7 @@ def estimate_memory(
         logits=logits,
         hidden_dtype=dtype,
         weight_dtype=weight_dtype,
-        accumulate=_linear_check.accumulate_dtype(grad_weight_dtype, weight_dtype),
+        accumulate=options.accumulate_dtype(grad_weight_dtype, weight_dtype),
         ref_hidden=ref_size,
         ref_compute=ref_compute,
         ref_dtypes=(ref_dtype or dtype, ref_dtype or dtype),
@@ -141,7 +140,7 @@ def estimate_memory(
     )
     scalar = op in ("linear_constrained_loss", "linear_token_kl")  # has a reduction
     reduction = reduction or ("mean" if op == "linear_constrained_loss" else "none")
-    _check.one_of("reduction", reduction, REDUCTIONS if scalar else ("none",))
+    check.one_of("reduction", reduction, REDUCTIONS if scalar else ("none",))
     wanted = tuple(name in requires_grad and kind != "stats" for name in TRAINED)
     made = sizes._replace(
         gradients=True, wanted=wanted, eager_copies=eager_copies(kind, device, logits, True)
@@ -150,26 +149,26 @@ def estimate_memory(
 
 
 def _check_sizes(tokens: Any, trained: Any, hidden: Any, vocab: Any, rank: Any) -> None:
-    _check.count("tokens", tokens, 0)
+    check.count("tokens", tokens, 0)
     if trained is not None:
-        _check.count("trained_tokens", trained, 0, tokens)
-    _check.count("hidden_size", hidden, 1)
-    _check.count("vocab_size", vocab, 1)
-    _check.count("lora_rank", rank, 0)
+        check.count("trained_tokens", trained, 0, tokens)
+    check.count("hidden_size", hidden, 1)
+    check.count("vocab_size", vocab, 1)
+    check.count("lora_rank", rank, 0)
 
 
 def _check_dtypes(dtype: Any, weight: Any, autocast: Any, ref: Any) -> None:
     named = {"dtype": dtype, "weight_dtype": weight, "autocast_dtype": autocast, "ref_dtype": ref}
     for name, x in named.items():
-        if x not in _check.DTYPES and (name == "dtype" or x is not None):
+        if x not in check.DTYPES and (name == "dtype" or x is not None):
             raise ValueError(f"{name}: expected torch's bf16, fp16, fp32 or fp64, got {x!r}")
 
 
 def _check_reference(op: str, hidden: int, ref: Any, shared: Any, kl_coef: Any) -> None:
     """The reference as hidden states: with some ops it must be there, with others it cannot."""
-    given = _check.flag("shared_head", shared) or ref is not None
+    given = check.flag("shared_head", shared) or ref is not None
     if ref is not None:
-        _check.count("ref_hidden_size", ref, 1)
+        check.count("ref_hidden_size", ref, 1)
         if shared and ref != hidden:
             raise ValueError(
                 f"ref_hidden_size: expected hidden_size, {hidden}, with shared_head, got {ref}"
@@ -178,7 +177,7 @@ def _check_reference(op: str, hidden: int, ref: Any, shared: Any, kl_coef: Any) 
         raise ValueError("ref_hidden_size, shared_head: linear_token_logp has no reference")
     if op in ("linear_token_kl", "linear_token_stats") and not given:
         raise ValueError(f"ref_hidden_size, shared_head: {op} needs one of the two")
-    if _check.number("kl_coef", kl_coef, low=0.0) > 0 and not given:
+    if check.number("kl_coef", kl_coef, low=0.0) > 0 and not given:
         raise ValueError("kl_coef: a divergence needs ref_hidden_size or shared_head")
 
 
@@ -190,7 +189,7 @@ def _device(device: Any) -> str:
 
 
 def _kind(op: str, kl_coef: float, direction: str) -> str:
-    js = _check.one_of("kl_direction", direction, DIRECTIONS) == DIRECTIONS.index("js")
+    js = check.one_of("kl_direction", direction, DIRECTIONS) == DIRECTIONS.index("js")
     if op == "linear_constrained_loss":
         return "constrained" if kl_coef == 0 else "constrained_js" if js else "constrained_kl"
     if op == "linear_token_kl":

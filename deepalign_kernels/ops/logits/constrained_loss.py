@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _check
-from deepalign_kernels.ops import _vocab_merge as merge
+from deepalign_kernels import check
 from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import (
     accumulator,
@@ -17,10 +16,11 @@ from deepalign_kernels.ops._register import (
     fake_grad,
     fake_rows,
 )
-from deepalign_kernels.ops._vocab_shard import IGNORED, Shard, shard_of
-from deepalign_kernels.ops.scale_grad import hand_over
-from deepalign_kernels.ops.token_logp import _bwd as _logp_bwd
-from deepalign_kernels.ops.token_logp import attached, settled
+from deepalign_kernels.ops.logits.scale_grad import hand_over
+from deepalign_kernels.ops.logits.token_logp import _bwd as _logp_bwd
+from deepalign_kernels.ops.logits.token_logp import attached, settled
+from deepalign_kernels.ops.shard import merge
+from deepalign_kernels.ops.shard.group import IGNORED, Shard, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,14 +110,14 @@ def constrained_loss(
         a process group, where nobody knows the normaliser during the launch.
         Formulas and edge cases: `reference/constrained_loss.py`.
     """
-    policy = _check.logits3("policy_logits", policy_logits)
+    policy = check.logits3("policy_logits", policy_logits)
     shard = shard_of(process_group, vocab_start, policy.shape[-1])
-    flat = _check.targets("target", target, policy_logits, ignore_index, shard=shard is not None)
+    flat = check.targets("target", target, policy_logits, ignore_index, shard=shard is not None)
     acc = accumulator(policy.dtype)
-    betas = _check.vector("beta", beta, policy_logits, acc, low=0.0)
+    betas = check.vector("beta", beta, policy_logits, acc, low=0.0)
     ref, given = _reference(policy_logits, ref_logits, ref_logp, acc)
-    surrogate = _check.one_of("objective", objective, OBJECTIVES) == 1
-    _check.number("min_weight", min_weight, low=0.0, below=2.0 + 1e-6)
+    surrogate = check.one_of("objective", objective, OBJECTIVES) == 1
+    check.number("min_weight", min_weight, low=0.0, below=2.0 + 1e-6)
     if min_weight > 0 and not surrogate:
         raise ValueError(
             f"min_weight: a floor belongs to objective='surrogate', "
@@ -127,7 +127,7 @@ def constrained_loss(
         ignore_index,
         surrogate,
         float(min_weight),
-        *_check.score_options(temperature, softcap),
+        *check.score_options(temperature, softcap),
     )
     scale = scale_of_sum(flat != ignore_index, reduction, normalizer, acc)
 
@@ -161,13 +161,13 @@ def _reference(
         got = "neither" if ref_logits is None else "both"
         raise ValueError(f"ref_logits, ref_logp: expected exactly one of the two, got {got}")
     if ref_logits is not None:
-        _check.same_kind("ref_logits", ref_logits, "policy_logits", policy)
-        return _check.logits3("ref_logits", ref_logits), None
+        check.same_kind("ref_logits", ref_logits, "policy_logits", policy)
+        return check.logits3("ref_logits", ref_logits), None
     if not isinstance(ref_logp, Tensor):
         raise ValueError(
             f"ref_logp: expected a float tensor {tuple(policy.shape[:-1])}, got {ref_logp!r}"
         )
-    return None, _check.vector("ref_logp", ref_logp, policy, acc)
+    return None, check.vector("ref_logp", ref_logp, policy, acc)
 
 
 _INPUTS = "Tensor policy, Tensor target, Tensor beta, Tensor? ref_logits, Tensor? ref_logp"

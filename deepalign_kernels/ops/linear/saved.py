@@ -14,12 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops import _linear_gemm as gemm
-from deepalign_kernels.ops import _linear_plan as plan
-from deepalign_kernels.ops._linear import Engine, sizes_of
-from deepalign_kernels.ops._linear_plan import Phase
-from deepalign_kernels.ops._linear_types import Inputs, Options, Weights
 from deepalign_kernels.ops._register import accumulator
+from deepalign_kernels.ops.linear import gemm, plan
+from deepalign_kernels.ops.linear.engine import Engine, sizes_of
+from deepalign_kernels.ops.linear.plan import Phase
+from deepalign_kernels.ops.linear.types import Inputs, Options, Weights
 
 _NOTHING = (False,) * 5
 

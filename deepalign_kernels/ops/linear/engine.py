@@ -5,7 +5,7 @@ An op hands in a row function; it meets the scores of some rows, returns their v
 the gradient of `upstream * value` over the policy's scores when it is given an `upstream`. Whether
 that is the scale of a scalar loss, the upstream gradient of a recomputing backward or a column of
 ones for a gradient by row makes no difference here. A backward that kept that gradient
-(`_linear_kept.py`) has the products alone.
+(`saved.py`) has the products alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels import backends
-from deepalign_kernels.ops import _linear_gemm as gemm
-from deepalign_kernels.ops._linear_plan import Phase, Sizes, make_plan
-from deepalign_kernels.ops._linear_types import (
+from deepalign_kernels.ops._register import accumulator
+from deepalign_kernels.ops.linear import gemm
+from deepalign_kernels.ops.linear.plan import Phase, Sizes, make_plan
+from deepalign_kernels.ops.linear.types import (
     KINDS,
     Gradients,
     Inputs,
@@ -28,7 +29,6 @@ from deepalign_kernels.ops._linear_types import (
     Weights,
     shares_head,
 )
-from deepalign_kernels.ops._register import accumulator
 
 
 def sizes_of(

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign_kernels.ops._vocab_shard import ELSEWHERE, IGNORED
+from deepalign_kernels.ops.shard.group import ELSEWHERE, IGNORED
 
 POLICY_REF, REF_POLICY, JS = 0, 1, 2
 # Above this divergence (nats) the gradient gets it inside the reference's normaliser.
