@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_chat import RECORDS, TEMPLATES, build_model, build_tokenizer
 from torch import nn
-from train_runs import RUN, log_of, record_gradients, relative, train
+from train_runs import RUN, cubed, log_of, record_gradients, relative, train
 from transformers import get_scheduler
 
 import deepalign_kernels as dak
@@ -39,25 +39,38 @@ def by_hand(model, ref_model, objective, first=0.5, prefix=2.0, rest=0.1, length
             if position:
                 beta = first if position == 1 else prefix if position <= length else rest
                 a, b = logp[t - 1, ids[0, t]], ref[t - 1, ids[0, t]]
-                exact = (2 / beta) * F.softplus(beta * (b - a))
-                total = total + (exact if objective == "constrained" else -a)
-                weight = 2 * torch.sigmoid(beta * (b - a)).item()
-                tokens.append((position, a.item(), b.item(), weight))
+                loss, weight = -a, torch.ones(())
+                if objective == "constrained":
+                    loss = (2 / beta) * F.softplus(beta * (b - a))
+                    weight = 2 * torch.sigmoid(beta * (b - a))
+                elif objective is cubed:
+                    loss, weight = cubed(a, b, beta)
+                total = total + loss
+                tokens.append((position, a.item(), b.item(), weight.item()))
     loss = total / len(tokens)
     loss.backward()
     return loss.item(), tokens, {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("reference", ("precomputed", "frozen"))
-@pytest.mark.parametrize("objective", ("constrained", "sft"))
-def test_one_step_is_the_objective_of_the_paper(tmp_path, objective, reference):
+@pytest.mark.parametrize(
+    "objective, reference, head",
+    (
+        ("constrained", "precomputed", "fused"),
+        ("constrained", "frozen", "fused"),
+        ("sft", "precomputed", "fused"),
+        ("sft", "precomputed", "logits"),
+        (cubed, "frozen", "fused"),
+        (cubed, "precomputed", "logits"),
+    ),
+)
+def test_one_step_is_the_objective_by_hand(tmp_path, objective, reference, head):
     model, ref = build_model(0), build_model(1)
     gold, tokens, gold_grads = by_hand(build_model(0).double(), build_model(1).double(), objective)
     grads = record_gradients(model)
-    ref_model = ref if objective == "constrained" else None
+    ref_model = ref if objective != "sft" else None
     _, result = train(
         model, tmp_path, objective=objective, reference=reference, ref_model=ref_model,
-        batch_size=3, gradient_accumulation_steps=3,
+        head=head, batch_size=3, gradient_accumulation_steps=3,
     )  # fmt: skip
     assert result.metrics["objective"] == pytest.approx(gold, rel=1e-5)
     assert relative(grads, gold_grads) < 1e-5
@@ -77,7 +90,7 @@ def test_one_step_is_the_objective_of_the_paper(tmp_path, objective, reference):
     for name, rows in groups.items():
         nll = mean(rows, lambda t: -t[1])
         assert result.metrics[f"nll_{name}"] == pytest.approx(nll, rel=1e-4)
-        if objective == "constrained":
+        if objective != "sft":
             weight, ratio = mean(rows, lambda t: t[3]), mean(rows, lambda t: t[1] - t[2])
             assert result.metrics[f"weight_{name}"] == pytest.approx(weight, rel=1e-4)
             assert result.metrics[f"log_ratio_{name}"] == pytest.approx(ratio, rel=1e-3, abs=1e-4)

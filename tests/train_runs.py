@@ -12,6 +12,12 @@ from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
 RUN = {"max_steps": 1, "batch_size": 7, "warmup_steps": 0, "progress": False}
 
 
+def cubed(logp, ref_logp, beta):
+    """A rule of the user's own: a token far behind the reference weighs more."""
+    delta = ref_logp - logp
+    return beta * delta**3, 3 * beta * delta**2
+
+
 class Bigram(nn.Module):
     """The least that the loop asks of a model, with head="logits"."""
 

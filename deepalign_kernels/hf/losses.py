@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels import check, ops
+from deepalign_kernels import check, ops, rules
 from deepalign_kernels.hf.head import IGNORE, Head, whole
 from deepalign_kernels.losses import reduce_tokens
 
@@ -78,25 +78,29 @@ class TokenLogp:
 class ConstrainedLoss:
     """`dak.linear_constrained_loss` in the head: the loss of arXiv 2406.05946, equation 3.
 
-    Exactly one reference must be given. Per-token tensors come in the shape of `labels` [B, T], and
-    are shifted like them, or in that of `LossOutput.logp`.
+    Exactly one reference must be given, except to an `objective` that needs none. Per-token tensors
+    come in the shape of `labels` [B, T], and are shifted like them, or in that of
+    `LossOutput.logp`.
 
     Args:
         beta: >= 0; a number or a per-token float tensor, such as
-            `BetaSchedule()(response_positions(labels))`.
+            `BetaSchedule()(response_positions(labels))`. None for an objective that needs none.
         ref_logp: per-token float tensor, log-probs of the labels under the reference, in nats.
         ref_rows: the reference's hidden states, from `hidden_rows` on the same batch; needed for
             the option kl_coef.
-        ref_weight, ref_bias: [V, H], [V], the reference's head, with `ref_rows`. None: policy and
-            reference are one model (without its adapters for the reference) with one frozen head.
-        reduction, normalizer: as in `dak.constrained_loss`; the default normalizer as in
-            `TokenLogp`.
-        options: passed on to `dak.linear_constrained_loss` (temperature, objective, min_weight,
-            kl_coef, kl_direction, max_workspace_bytes, ...).
+        ref_weight: [V, H], the reference's head, with `ref_rows`. None: policy and reference are
+            one model (without its adapters for the reference) with one frozen head.
+        ref_bias: [V], that of the reference's head.
+        objective: "exact", "surrogate", another rule by name, or a function of (logp, ref_logp,
+            beta): see `deepalign_kernels.rules`.
+        reduction: "mean", "sum" or "none", as in `dak.constrained_loss`.
+        normalizer: for "mean", as in `TokenLogp`.
+        options: passed on to `dak.linear_constrained_loss` (temperature, min_weight, kl_coef,
+            kl_direction, max_workspace_bytes, ...).
 
-    Result: loss, with gradient; logp; parts "ref_logp", "weight" (what each token's cross-entropy
-        gradient is multiplied by, 0 to 2), "log_ratio" (log policy - log reference) and, with
-        kl_coef, "kl". All [B, T'].
+    Result: loss, with gradient; logp; parts "weight" (what each token's cross-entropy gradient is
+        multiplied by, 0 to 2 for the paper's) and, with a reference, "ref_logp" and "log_ratio"
+        (log policy - log reference) and, with kl_coef, "kl". All [B, T'].
 
     Raises:
         ValueError: no reference or two, a tensor of another shape, a trained head without
@@ -106,18 +110,21 @@ class ConstrainedLoss:
     def __init__(
         self,
         *,
-        beta: float | Tensor,
+        beta: float | Tensor | None = None,
         ref_logp: Tensor | None = None,
         ref_rows: HiddenRows | None = None,
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
+        objective: str | rules.Rule = "exact",
         reduction: str = "mean",
         normalizer: float | Tensor | None = None,
         **options: Any,
     ):
-        if (ref_logp is None) == (ref_rows is None):
-            got = "neither" if ref_logp is None else "both"
+        given = (ref_logp is not None) + (ref_rows is not None)
+        if given > 1 or (not given and rules.objective_of(objective).needs_reference):
+            got = "both" if given else "neither"
             raise ValueError(f"ref_logp, ref_rows: expected exactly one of the two, got {got}")
+        options["objective"] = objective
         self.beta, self.ref_logp, self.ref_rows = beta, ref_logp, ref_rows
         self.ref_weight, self.ref_bias = ref_weight, ref_bias
         self.normalizer, self.options = normalizer, {"reduction": reduction, **options}
@@ -125,9 +132,11 @@ class ConstrainedLoss:
     def __call__(self, head: Head) -> LossOutput:
         options = {**head.options, **self.options, "return_parts": True}
         options["normalizer"] = _normalizer(self.normalizer, head, options["reduction"])
-        beta = head.align("beta", self.beta)
+        beta = None if self.beta is None else head.align("beta", self.beta)
         if (rows := self.ref_rows) is None:
-            options.update(beta=beta, ref_logp=head.align("ref_logp", self.ref_logp))
+            if self.ref_logp is not None:
+                options["ref_logp"] = head.align("ref_logp", self.ref_logp)
+            options["beta"] = beta
             return _constrained_output(
                 ops.linear_constrained_loss(head.hidden, head.weight, head.target, **options)
             )
@@ -232,7 +241,8 @@ def _constrained_output(result: Any, place: Callable[[Tensor], Tensor] = lambda 
     loss, parts = result
     named = {name: place(x) for name, x in parts._asdict().items() if x is not None}
     logp = named.pop("logp")
-    named["log_ratio"] = logp - named["ref_logp"]
+    if "ref_logp" in named:
+        named["log_ratio"] = logp - named["ref_logp"]
     return LossOutput(loss=place(loss) if loss.dim() else loss, logp=logp, parts=named)
 
 

@@ -1,12 +1,7 @@
 """Specification of constrained_loss: equation 3 of arXiv 2406.05946 and its gradient, equation 5.
 
-For one trained token with log-probabilities logp (policy) and ref_logp (reference, frozen),
-beta >= 0 and Delta = ref_logp - logp:
-
-    weight     w    = 2 sigmoid(beta Delta), in (0, 2); 1 where the models agree
-    exact      loss = (2 / beta) softplus(beta Delta); for beta = 0 its limit less a constant, Delta
-    surrogate  loss = max(w, min_weight) * (-logp), w held fixed: the authors' code (floor 1e-3)
-    gradient   d loss / d logp = -w      (surrogate: -max(w, min_weight))
+The formulas, `exact` and `surrogate`, stand in `rules.py`; here they meet the log-probabilities of
+`token_logp.py`, which make the gradient over the logits.
 
 Edge cases, which every backend must match:
   * target == ignore_index: loss, logp, ref_logp, weight and gradient are 0; nothing of the row is
@@ -20,26 +15,11 @@ Edge cases, which every backend must match:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from deepalign_kernels import rules
 from deepalign_kernels.reference._rows import masked
 from deepalign_kernels.reference.token_logp import token_logp_bwd, token_logp_fwd
-
-
-def token_loss(
-    logp: Tensor, ref_logp: Tensor, beta: Tensor, surrogate: bool, min_weight: float
-) -> tuple[Tensor, Tensor]:
-    """(loss, weight), elementwise over vectors of one shape."""
-    delta = torch.where(logp == ref_logp, 0.0, ref_logp - logp)
-    u = torch.where(beta == 0, torch.zeros_like(delta), beta * delta)
-    weight = torch.where((beta < 0) | delta.isnan(), torch.nan, 2 * torch.sigmoid(u))
-    if surrogate:
-        weight = weight.clamp(min=min_weight)
-        return weight * -logp, weight
-    softplus = u.clamp(min=0) + torch.log1p(torch.exp(-u.abs()))
-    loss = torch.where(beta == 0, delta, 2 * softplus / beta)
-    return torch.where(beta < 0, torch.nan, loss), weight
 
 
 def constrained_loss_fwd(
@@ -60,7 +40,8 @@ def constrained_loss_fwd(
         ref_logp, _ = token_logp_fwd(ref_logits, target, ignore_index, temperature, softcap)
     assert ref_logp is not None
     ref_logp = ref_logp.to(logp.dtype)
-    loss, weight = token_loss(logp, ref_logp, beta.to(logp.dtype), surrogate, min_weight)
+    name = "surrogate" if surrogate else "exact"
+    loss, weight = rules.run(name, min_weight, logp, ref_logp, beta.to(logp.dtype))
     loss, ref_logp, weight = masked(target != ignore_index, loss, ref_logp.clone(), weight)
     return loss, logp, ref_logp, weight, norm
 

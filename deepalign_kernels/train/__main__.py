@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from deepalign_kernels.losses import BetaSchedule
+from deepalign_kernels.rules import RULES
 from deepalign_kernels.train import config as choices
 from deepalign_kernels.train.augment import RecoveryAugmentation
 from deepalign_kernels.train.config import ConstrainedSFTConfig
@@ -24,7 +25,7 @@ from deepalign_kernels.train.loop import ConstrainedSFTTrainer
 
 BY_HAND = ("output_dir", "beta", "adam_betas")
 ALLOWED = {
-    "objective": choices.OBJECTIVES,
+    "objective": (*choices.OBJECTIVES, *RULES),
     "reference": choices.REFERENCES,
     "head": choices.HEADS,
     "lr_schedule": choices.SCHEDULES,

@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from deepalign_kernels import check
+from deepalign_kernels import check, rules
 from deepalign_kernels.losses import BetaSchedule
 
-OBJECTIVES = ("sft", "constrained")
+# Names of this level; any other is a rule of rules.py.
+OBJECTIVES = {"sft": "nll", "constrained": "exact"}
 REFERENCES = ("precomputed", "frozen")
 SCHEDULES = ("linear", "cosine", "constant")
 ORIGINS = ("content", "span")
@@ -32,12 +33,15 @@ class ConstrainedSFTConfig:
     Args:
         output_dir: folder of the log, the checkpoints and the reference cache; made when training
             starts.
-        objective: "constrained" (equation 3) or "sft" (cross-entropy).
-        beta: positions [...] -> beta [...], or one number for every position. Not used by "sft",
-            where its `prefix_length` still divides the logged positions into groups.
+        objective: "constrained" (equation 3), "sft" (cross-entropy), another rule by name, or a
+            function of (logp, ref_logp, beta): see `deepalign_kernels.rules`.
+        beta: positions [...] -> beta [...], or one number for every position. A rule without a
+            reference, such as "sft", does not use it; its `prefix_length` still
+            divides the logged positions into groups.
         reference: "precomputed": one number per trained token, taken before the first step;
-            "frozen": a copy of the model, or `ref_model`, that runs along with every batch. Not
-            used by "sft". "precomputed" keeps the data of all epochs if they differ.
+            "frozen": a copy of the model, or `ref_model`, that runs along with every batch. Rules
+            that need no reference get none. "precomputed" keeps the data of all epochs if they
+            differ.
         head: where the losses are computed. "fused": inside the model's own output head
             (`hf.attach`), so the logits are never whole in memory; a model that `attach` does not
             take is refused. "logits": from the model's whole logits, for any module that has them.
@@ -67,7 +71,7 @@ class ConstrainedSFTConfig:
     """
 
     output_dir: str | Path
-    objective: str = "constrained"
+    objective: str | rules.Rule = "constrained"
     beta: BetaSchedule | Schedule | float = field(default_factory=BetaSchedule)
     reference: str = "precomputed"
     head: str = "fused"
@@ -95,7 +99,6 @@ class ConstrainedSFTConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("objective", OBJECTIVES),
             ("reference", REFERENCES),
             ("lr_schedule", SCHEDULES),
             ("head", HEADS),
@@ -103,6 +106,9 @@ class ConstrainedSFTConfig:
             ("on_too_long", TOO_LONG),
         ):
             check.one_of(name, getattr(self, name), allowed)
+        if isinstance(self.objective, str):
+            check.one_of("objective", self.objective, (*OBJECTIVES, *rules.RULES))
+        rules.objective_of(self.rule)
         for name in ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             _integer(name, getattr(self, name), 1)
         for name in ("epochs", "max_steps", "max_length", "save_every"):
@@ -143,6 +149,17 @@ class ConstrainedSFTConfig:
         return cast(Schedule, self.beta)(positions)
 
     @property
+    def rule(self) -> str | rules.Rule:
+        """`objective` as `rules.objective_of` takes it."""
+        objective = self.objective
+        return OBJECTIVES.get(objective, objective) if isinstance(objective, str) else objective
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the rule compares with a reference model."""
+        return rules.objective_of(self.rule).needs_reference
+
+    @property
     def prefix_length(self) -> int:
         """Last position of the second group of positions in the log."""
         return getattr(self.beta, "prefix_length", 5)
@@ -159,6 +176,8 @@ class ConstrainedSFTConfig:
         out["beta"] = (
             asdict(beta) if is_dataclass(beta) and not isinstance(beta, type) else repr(beta)
         )
+        if not isinstance(self.objective, str):
+            out["objective"] = getattr(self.objective, "__qualname__", repr(self.objective))
         out["output_dir"] = str(self.output_dir)
         out["adam_betas"] = list(self.adam_betas)
         out["autocast_dtype"] = self.autocast_dtype and str(self.autocast_dtype).removeprefix(

@@ -9,8 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deepalign_kernels import rules
+from deepalign_kernels.losses import reduce_tokens
 from deepalign_kernels.ops import ConstrainedParts, constrained_loss, token_logp
+from deepalign_kernels.train.data import IGNORE
 from deepalign_kernels.train.table import Batch
+
+KERNELS = ("exact", "surrogate")  # rules that `constrained_loss` has a kernel for
 
 
 class FusedHead:
@@ -21,10 +26,12 @@ class FusedHead:
         ImportError: no transformers.
     """
 
-    def __init__(self, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, autocast_dtype: torch.dtype | None, rule: str | rules.Rule = "exact"
+    ) -> None:
         from deepalign_kernels import hf
 
-        self._hf, self._dtype = hf, autocast_dtype
+        self._hf, self._dtype, self._rule = hf, autocast_dtype, rule
 
     def check(self, name: str, model: nn.Module) -> None:
         """Refuse a model that `hf.attach` does; costs a forward of one token.
@@ -54,18 +61,18 @@ class FusedHead:
         self,
         model: nn.Module,
         batch: Batch,
-        beta: float | Tensor,
-        ref_logp: Tensor,
+        beta: Tensor | None,
+        ref_logp: Tensor | None,
         normalizer: float | None,
     ) -> tuple[Tensor, ConstrainedParts]:
-        """Equation 3: (sum over the tokens / normalizer, or each [B, T] where that is None; what
-        the log says about the tokens [B, T])."""
-        out = self._call(
-            model,
-            batch,
-            self._hf.ConstrainedLoss(beta=beta, ref_logp=ref_logp, **_reduced(normalizer)),
+        """The rule's loss: (sum over the tokens / normalizer, or each [B, T] where that is None;
+        what the log says about the tokens [B, T])."""
+        loss = self._hf.ConstrainedLoss(
+            beta=beta, ref_logp=ref_logp, objective=self._rule, **_reduced(normalizer)
         )
-        return out.loss, ConstrainedParts(out.logp, out.parts["ref_logp"], out.parts["weight"])
+        out = self._call(model, batch, loss)
+        shown = out.parts.get("ref_logp", torch.zeros_like(out.logp))
+        return out.loss, ConstrainedParts(out.logp, shown, out.parts["weight"])
 
     @torch.no_grad()
     def logp(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -88,8 +95,10 @@ class LogitsHead:
     The methods are those of FusedHead.
     """
 
-    def __init__(self, autocast_dtype: torch.dtype | None) -> None:
-        self._dtype = autocast_dtype
+    def __init__(
+        self, autocast_dtype: torch.dtype | None, rule: str | rules.Rule = "exact"
+    ) -> None:
+        self._dtype, self._rule = autocast_dtype, rule
 
     def check(self, name: str, model: nn.Module) -> None:
         """Nothing is refused before the first forward."""
@@ -103,20 +112,26 @@ class LogitsHead:
         self,
         model: nn.Module,
         batch: Batch,
-        beta: float | Tensor,
-        ref_logp: Tensor,
+        beta: Tensor | None,
+        ref_logp: Tensor | None,
         normalizer: float | None,
     ) -> tuple[Tensor, ConstrainedParts]:
-        options: Any = _reduced(normalizer)
-        result = constrained_loss(
-            self._logits(model, batch),
-            batch.targets,
-            beta=beta,
-            ref_logp=ref_logp,
-            return_parts=True,
-            **options,
-        )
-        return cast(tuple[Tensor, ConstrainedParts], result)
+        logits, target = self._logits(model, batch), batch.targets
+        if self._rule in KERNELS and beta is not None:
+            options: Any = {**_reduced(normalizer), "objective": self._rule}
+            result = constrained_loss(
+                logits, target, beta=beta, ref_logp=ref_logp, return_parts=True, **options
+            )
+            return cast(tuple[Tensor, ConstrainedParts], result)
+        logp, trained = token_logp(logits, target), target != IGNORE
+        name = rules.objective_of(self._rule).name
+        each, weight = rules.run(name, 0.0, logp.detach(), ref_logp, beta)
+        each, weight = (torch.where(trained, x, 0.0) for x in (each, weight))
+        loss = rules.attach(logp, each, weight)
+        if normalizer is not None:
+            loss = reduce_tokens(loss, trained, normalizer=normalizer)
+        shown = torch.zeros_like(weight) if ref_logp is None else ref_logp
+        return loss, ConstrainedParts(logp.detach(), shown, weight)
 
     @torch.no_grad()
     def logp(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -79,10 +79,10 @@ class ConstrainedSFTTrainer:
         if not self.params:
             raise ValueError("model: no parameter requires a gradient, nothing to train")
         self.device = self.params[0].device
-        self.constrained = config.objective == "constrained"
+        self.referenced = config.needs_reference
         self._ref_arg = ref_model
         check_models(model, ref_model, config, self.device)
-        self.head = HEADS[config.head](config.autocast_dtype)
+        self.head = HEADS[config.head](config.autocast_dtype, config.rule)
         self._models = [m for m in (model, ref_model) if m is not None]
         for name, each in zip(("model", "ref_model"), self._models, strict=False):
             self.head.check(name, each)
@@ -169,13 +169,11 @@ class ConstrainedSFTTrainer:
 
     def _micro_loss(self, batch: Batch) -> tuple[Tensor, ConstrainedParts]:
         """One micro-batch's share of the objective, and what the log says about its tokens."""
-        if not self.constrained:  # cross-entropy is the loss at beta = 0, less a constant, ref_logp
-            beta, ref_logp = 0.0, torch.zeros_like(batch.targets, dtype=torch.float32)
-        else:
+        beta = ref_logp = None
+        if self.referenced:
             beta, ref_logp = self.config.beta_at(batch.positions), batch.ref_logp
             if self.ref_model is not None:
                 ref_logp = self.head.logp(self.ref_model, batch)
-        assert ref_logp is not None
         if batch.row_scale is None:
             return self.head.loss(self.model, batch, beta, ref_logp, batch.normalizer)
         # Parts with weights, not one mean over all tokens.
@@ -227,7 +225,7 @@ class ConstrainedSFTTrainer:
         self._meter = Meter(self.device, self.config.prefix_length)
         self.optimizer = self._make_optimizer()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.constrained:
+        if self.referenced:
             self._prepare_reference(state)
         self.model.train()
         if state is not None:
@@ -327,7 +325,7 @@ class ConstrainedSFTTrainer:
         """One line of the log, if it is due."""
         if self.step % self.config.log_every and self.step != self.total_steps:
             return
-        values = self._meter.read(with_reference=self.constrained)  # waits for the device
+        values = self._meter.read(with_reference=self.referenced)  # waits for the device
         for name in ("objective", "grad_norm"):
             if not math.isfinite(values[name] or 0.0):
                 raise FloatingPointError(

@@ -37,7 +37,7 @@ class Source:
         self.changing = hasattr(data, "examples")
         self._data = data if self.changing else _static(data, tokenizer, config)
         # With a precomputed reference every epoch is needed before the first step, and kept.
-        self._keep = config.objective == "constrained" and config.reference == "precomputed"
+        self._keep = config.needs_reference and config.reference == "precomputed"
         self._tables: dict[int, TokenTable] = {}
         self._order: tuple[int, list[int]] = (-1, [])
         self._size = len(self.table(0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops._register import accumulator
+from deepalign_kernels.ops.linear.constrained_loss import values_of
 from deepalign_kernels.ops.linear.sharded import state_of
 from deepalign_kernels.ops.linear.torch_ops import attached, local_values
 from deepalign_kernels.ops.linear.types import KINDS, KNOWN, Inputs, Options, RowFunction, Rows
@@ -88,9 +89,7 @@ def _kl_rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
 
 
 def _constrained_rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
-    own = (o.ignore_index, o.surrogate, o.min_weight, o.temperature, o.softcap)
-    given = (r.policy, r.target, r.beta, r.ref, r.ref_logp)
-    *values, norm = r.call("constrained_loss_fwd", *given, *own)
+    *values, norm = values_of(r, o)
     return *values, *norm.unbind(1)
 
 
@@ -100,7 +99,7 @@ def _constrained_kl_rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
     return loss + o.kl_coef * kl, *rest, kl, *found
 
 
-_LOSS = ("constrained_loss_fwd",)
+_LOSS = ("token_logp_fwd",)
 KINDS["logp_state"] = RowFunction(_logp_rows, 3, ("token_logp_fwd",), (2.0, 0.0))
 KINDS["constrained_state"] = RowFunction(_constrained_rows, 6, _LOSS, (2.0, 0.0))
 KINDS["kl_state"] = RowFunction(_kl_rows, 6, ("token_kl_fwd",), (9.25, 0.0))

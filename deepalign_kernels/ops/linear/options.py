@@ -1,15 +1,20 @@
-"""Validation at the boundary of the linear ops; what it accepts goes to the ops as `Inputs` and
-`Options`."""
+"""The options that all linear ops share, and validation at their boundary; what it accepts goes to
+the ops as `Inputs` and `Options`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import difflib
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from deepalign_kernels import check
 from deepalign_kernels.ops.linear.types import Inputs, Options
+from deepalign_kernels.ops.shard.group import Shard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -159,36 +164,129 @@ def accumulate_dtype(asked: torch.dtype, weight: torch.dtype) -> torch.dtype:
     return asked
 
 
-class Head(NamedTuple):
-    """The keyword arguments that all linear ops share, as given by the caller."""
+class HeadOptions(TypedDict, total=False):
+    """Keyword arguments that every linear op takes, with their defaults.
+
+    Attributes:
+        bias: None, or [V], any float dtype: added to the logits.
+        softcap: None, or > 0: softcap * tanh(logit_scale * x / softcap).
+        logit_scale: 1.0; > 0, multiplies the logits before the softcap.
+        temperature: 1.0; > 0, divides the scores after it.
+        lora_a: None, or [r, H]: with lora_b a low-rank term of the head,
+            weight + lora_scale * lora_b @ lora_a. It is multiplied in the dtype of weight: beside a
+            16-bit head hidden @ lora_a.T is rounded to 16 bit, as a LoRA layer does, and with it up
+            to 2^-8 (bf16) of this term of the scores. No gradient needs a V * H buffer.
+        lora_b: None, or [V, r].
+        lora_scale: 1.0, any number.
+        max_workspace_bytes: None, or an upper bound on what a call allocates beside its inputs,
+            results and gradients (bytes), what it keeps for backward included. None: chunks of 1024
+            to 2047 tokens; on CUDA, for a 16-bit head that is trained, chunks of up to 1024 tokens,
+            and the 16-bit gradient of the logits for up to 2 H tokens. `estimate_memory` says what
+            a call takes.
+        compact: True drops ignored rows before the GEMM: the work is that of the rows left. On CUDA
+            this waits once for their number. False computes all rows, of which the ignored ones
+            give 0: fixed shapes, no wait, and the call can be captured in a CUDA graph; the hidden
+            states of ignored rows must then be finite.
+        logits_dtype: of the chunk of logits. None: fp32 (fp64 for fp64). A 16-bit head may ask for
+            its own dtype, which halves the chunk, and on a CPU makes the forward GEMM 2-3 times
+            faster; logits rounded to bf16 cost 4-23 % error in the gradient.
+        process_group: None, or the ranks that hold the head between them: weight, bias and lora_b
+            are shards [V_r, ...], and so are ref_weight and ref_bias; hidden, lora_a and the
+            targets are whole and alike on all ranks. Every rank must make the call, and each of its
+            backward. The gradient of every input is its full one: those of hidden and lora_a are
+            all-reduced in backward, so the caller must not do it again. A trainer that
+            reduce-scatters the gradient of hidden (sequence parallelism) splits it instead.
+    """
+
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    lora_scale: float
+    max_workspace_bytes: int | None
+    compact: bool
+    logits_dtype: torch.dtype | None
+    process_group: ProcessGroup | None
+
+
+class LinearOptions(HeadOptions, total=False):
+    """Keyword arguments of the linear ops that have a gradient: those of `HeadOptions`, and
+
+    Attributes:
+        grad_weight_dtype: torch.float32: what the gradient of the head is summed in over chunks; or
+            the dtype of weight (half the memory for 16-bit heads, one more rounding per chunk).
+    """
+
+    grad_weight_dtype: torch.dtype
+
+
+class _Head(NamedTuple):
+    """The options of a call, and its reference."""
 
     bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    lora_scale: float = 1.0
-    ref_hidden: Tensor | None = None
-    ref_weight: Tensor | None = None
-    ref_bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
     temperature: float = 1.0
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    lora_scale: float = 1.0
     max_workspace_bytes: int | None = None
     compact: bool = True
-    grad_weight_dtype: torch.dtype = torch.float32
     logits_dtype: torch.dtype | None = None
+    process_group: ProcessGroup | None = None
+    grad_weight_dtype: torch.dtype = torch.float32
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+    ref_bias: Tensor | None = None
+
+
+_NO_REFERENCE = (None, None, None)
+_NAMES = frozenset(LinearOptions.__annotations__)
+_NAMES_WITHOUT_GRADIENT = frozenset(HeadOptions.__annotations__)
+
+
+def _head(op: str, given: Any, reference: tuple, gradient: bool) -> _Head:
+    names = _NAMES if gradient else _NAMES_WITHOUT_GRADIENT
+    if unknown := given.keys() - names:
+        (name, *_) = unknown
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{hint}")
+    ref_hidden, ref_weight, ref_bias = reference
+    return _Head(**given, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
 
 
 class Call(NamedTuple):
-    """A checked call: `inputs` and `options` for the op, `like` to check [...] arguments
-    against."""
+    """A checked call."""
 
     inputs: Inputs
     options: Options
-    like: Tensor  # [..., V], without memory of its own
+    like: Tensor  # [..., V], without memory of its own: to check [...] arguments against
+    shard: Shard | None
 
 
-def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
-    """Check what all linear ops share."""
+def checked_call(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    given: Any,
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None] = _NO_REFERENCE,
+    *,
+    vocab_start: int | None = None,
+    gradient: bool = True,
+) -> Call:
+    """Check what all linear ops share.
+
+    Args:
+        given: the `LinearOptions` of the call (`HeadOptions` for an op without `gradient`).
+        reference: ref_hidden, ref_weight, ref_bias.
+
+    Raises:
+        TypeError: an unknown keyword, with the nearest known one. ValueError: everything else.
+    """
+    head = _head(op, given, reference, gradient)
     rows = flat_rows("hidden", hidden)
     weight = matrix("weight", weight, rows.shape[1], "the last dimension of hidden")
     check.same_device("weight", weight, "hidden", hidden)
@@ -235,7 +333,7 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
         ignore_index=-100,
         direction=0,
         max_workspace_bytes=workspace(head.max_workspace_bytes),
-        surrogate=False,
+        rule="exact",
         compact=head.compact,
         compute=compute,
         ref_compute=ref_compute,
@@ -243,11 +341,12 @@ def call(hidden: Tensor, weight: Tensor, head: Head) -> Call:
         accumulate=accumulate_dtype(head.grad_weight_dtype, weight.dtype),
     )
     like = hidden.detach()[..., :1].expand(*hidden.shape[:-1], weight.shape[0])
-    return Call(inputs, options, like)
+    shard = shard_of(head.process_group, vocab_start, weight.shape[0])
+    return Call(inputs, options, like, shard)
 
 
 def _reference(
-    hidden: Tensor, weight: Tensor, head: Head
+    hidden: Tensor, weight: Tensor, head: _Head
 ) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
     """(rows, weight, compute dtype) of the reference head; its dtype is that of `weight` where
     there is none."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepalign_kernels import rules
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear.torch_ops import attached, local_values
 from deepalign_kernels.ops.linear.types import KINDS, Inputs, Options, RowFunction, Rows
@@ -119,15 +120,17 @@ def constrained(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> tuple[Ten
     """(loss, logp, ref_logp, weight, kl) [N]; the first is differentiable, kl is there with
     kl_coef."""
     x, o = _placed(x, o, shard, shown, shard.starts_at(x.hidden.device))
-    column, beta, ref_logp = x.target, x.beta, x.ref_logp
-    assert column is not None and beta is not None
-    keep = column != IGNORED
-    kind = "logp_rows" if ref_logp is not None else "pair_kl_rows" if o.kl_coef else "pair_rows"
+    column, ref_logp = x.target, x.ref_logp
+    assert column is not None
+    keep, kind = column != IGNORED, "logp_rows"
+    if x.ref_hidden is not None:
+        kind = "pair_kl_rows" if o.kl_coef else "pair_rows"
     everyone = _exchanged(kind, x, o, shard)
     value, norm = settled(everyone[:3], column, o.logits)
-    if ref_logp is None:
+    if x.ref_hidden is not None:
         ref_logp, _ = settled(everyone[3:6], column, o.logits)
-    loss, weight = merge.constrained(value, ref_logp, beta, o.surrogate, o.min_weight)
+    loss, weight = rules.run(o.rule, o.min_weight, value, ref_logp, x.beta)
+    ref_logp = torch.zeros_like(value) if ref_logp is None else ref_logp
     loss, ref_logp, weight = merge.kept(keep, value.dtype, loss, ref_logp, weight)
     if not o.kl_coef:
         # The gradient does not need the reference's scores again.

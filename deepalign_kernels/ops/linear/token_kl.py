@@ -9,14 +9,13 @@ from deepalign_kernels import check
 from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear import sharded
-from deepalign_kernels.ops.linear.options import Head, call
+from deepalign_kernels.ops.linear.options import LinearOptions, checked_call
 from deepalign_kernels.ops.linear.torch_ops import per_token, summed
 from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops.logits.token_kl import DIRECTIONS
-from deepalign_kernels.ops.shard.group import shard_of
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 def linear_token_kl(
@@ -25,93 +24,65 @@ def linear_token_kl(
     ref_hidden: Tensor,
     ref_weight: Tensor,
     *,
-    bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     direction: str = "policy_ref",
     js_beta: float = 0.5,
     valid: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
     reduction: str = "none",
     normalizer: float | Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    lora_scale: float = 1.0,
-    max_workspace_bytes: int | None = None,
-    compact: bool = True,
-    grad_weight_dtype: torch.dtype = torch.float32,
-    logits_dtype: torch.dtype | None = None,
-    process_group: ProcessGroup | None = None,
+    **options: Unpack[LinearOptions],
 ) -> Tensor:
     """`token_kl` from the hidden states of both models, whose logits are never whole in memory.
 
-    hidden, weight, bias, softcap, logit_scale, temperature, LoRA, max_workspace_bytes, compact and
-    the dtype options: see `linear_token_logp`.
-
     Args:
-        ref_hidden: [..., R], ref_weight: [V, R], ref_bias: [V]: the reference, frozen, with its own
-            hidden size and dtype. If ref_weight is the very tensor `weight` (or its .detach()),
-            both models' rows go through one GEMM.
-        direction, js_beta: as in `token_kl`: "policy_ref" is KL(policy || ref), "ref_policy" the
-            other, "js".
+        hidden: [..., H], as in `linear_token_logp`. Receives the gradient.
+        weight: [V, H], as in `linear_token_logp`. Receives the gradient if it requires one.
+        ref_hidden: [..., R], frozen: the reference's, with its own hidden size and dtype.
+        ref_weight: [V, R], frozen. If it is the very tensor `weight` (or its .detach()), both
+            models' rows go through one GEMM.
+        ref_bias: [V], frozen, or None.
+        direction: "policy_ref" is KL(policy || ref), "ref_policy" the other, "js": see `token_kl`.
+        js_beta: of "js", as in `token_kl`.
         valid: [...] bool, or None for all. False rows give 0 and gradient 0.
-        reduction: "none", "sum" or "mean": over the number of valid rows, or `normalizer` (a number
-            > 0 or a 0-d tensor).
-        process_group: as in `linear_token_logp`; ref_weight and ref_bias are shards too.
+        reduction: "none", "sum" or "mean".
+        normalizer: what "mean" divides by, a number > 0 or a 0-d tensor; None: the number of valid
+            rows.
+        options: see `LinearOptions`.
 
     Returns:
         [...], or 0-d for "sum" and "mean"; fp32 (fp64 for fp64), in nats.
 
     Raises:
         ValueError: as in `linear_token_logp`; a reference that requires grad; an unknown direction.
-            RuntimeError: a scalar reduction backpropagated twice, or a second derivative.
+        RuntimeError: a scalar reduction backpropagated twice, or a second derivative.
 
     Memory: "sum" and "mean" make all gradients in the forward (4 GEMMs). "none" keeps the gradient
         of the policy's logits where all tokens are one chunk (4), else makes both models' logits
         again in backward (6); with a frozen head it keeps the gradient of every row of hidden (3).
         See `linear_token_logp`. The chunk holds both models' logits.
     """
-    head = Head(
-        bias=bias,
-        lora_a=lora_a,
-        lora_b=lora_b,
-        lora_scale=lora_scale,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        ref_bias=ref_bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        max_workspace_bytes=max_workspace_bytes,
-        compact=compact,
-        grad_weight_dtype=grad_weight_dtype,
-        logits_dtype=logits_dtype,
-    )
-    inputs, options, like = call(hidden, weight, head)
+    reference = ref_hidden, ref_weight, ref_bias
+    x, o, like, shard = checked_call("linear_token_kl", hidden, weight, options, reference)
     if ref_hidden is None:
         raise ValueError("ref_hidden, ref_weight: expected tensors, got None")
-    inputs = inputs._replace(valid=check.mask("valid", valid, like))
-    options = options._replace(
+    x = x._replace(valid=check.mask("valid", valid, like))
+    o = o._replace(
         direction=check.one_of("direction", direction, DIRECTIONS),
         js_beta=check.number("js_beta", js_beta, above=0.0, below=1.0)
         if direction == "js"
         else 0.5,
     )
-    counted = (
-        inputs.hidden.new_ones(len(inputs.hidden), dtype=torch.bool)
-        if inputs.valid is None
-        else inputs.valid
-    )
-    scale = scale_of_sum(counted, reduction, normalizer, accumulator(options.logits))
-    shard = shard_of(process_group, None, len(inputs.weight))
+    counted = x.valid
+    if counted is None:
+        counted = x.hidden.new_ones(len(x.hidden), dtype=torch.bool)
+    scale = scale_of_sum(counted, reduction, normalizer, accumulator(o.logits))
     if shard is not None:
-        kl = sharded.kl(inputs, options, shard)
+        kl = sharded.kl(x, o, shard)
         return kl.view(hidden.shape[:-1]) if reduction == "none" else scaled_sum(kl, scale)
     kind = "js" if direction == "js" else "kl"
     if reduction == "none":
-        return per_token(kind, inputs, options)[0].view(hidden.shape[:-1])
-    return summed(kind, inputs, options, scale)[0]
+        return per_token(kind, x, o)[0].view(hidden.shape[:-1])
+    return summed(kind, x, o, scale)[0]
 
 
 def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:

@@ -35,7 +35,7 @@ _ARGUMENTS = (
     " Tensor? beta, Tensor? ref_logp, Tensor? state, float temperature, float softcap,"
     " float lora_scale,"
     " float js_beta, float kl_coef, float min_weight, int ignore_index, int direction,"
-    " int max_workspace_bytes, bool surrogate, bool compact, ScalarType compute,"
+    " int max_workspace_bytes, str rule, bool compact, ScalarType compute,"
     " ScalarType ref_compute, ScalarType logits, ScalarType accumulate"
 )
 _K, _N = 1 + len(Inputs._fields), 1 + len(Inputs._fields) + len(Options._fields)

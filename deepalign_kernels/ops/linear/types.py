@@ -43,7 +43,7 @@ class Options(NamedTuple):
     ignore_index: int
     direction: int
     max_workspace_bytes: int  # -1: the default rule
-    surrogate: bool
+    rule: str  # of the constrained kinds: see rules.py
     compact: bool
     compute: torch.dtype
     ref_compute: torch.dtype

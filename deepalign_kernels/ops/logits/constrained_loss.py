@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign_kernels import check
+from deepalign_kernels import check, rules
 from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import (
     accumulator,
@@ -117,12 +117,7 @@ def constrained_loss(
     betas = check.vector("beta", beta, policy_logits, acc, low=0.0)
     ref, given = _reference(policy_logits, ref_logits, ref_logp, acc)
     surrogate = check.one_of("objective", objective, OBJECTIVES) == 1
-    check.number("min_weight", min_weight, low=0.0, below=2.0 + 1e-6)
-    if min_weight > 0 and not surrogate:
-        raise ValueError(
-            f"min_weight: a floor belongs to objective='surrogate', "
-            f"got {min_weight} with {objective!r}"
-        )
+    check_floor(min_weight, objective)
     options = (
         ignore_index,
         surrogate,
@@ -152,6 +147,21 @@ def _with_parts(
     loss: Tensor, rows: Sequence[Tensor], target: Tensor
 ) -> tuple[Tensor, ConstrainedParts]:
     return loss, ConstrainedParts(*(x.detach().view(target.shape) for x in rows))
+
+
+def check_floor(min_weight: float, objective: object) -> float:
+    """`min_weight` as a float.
+
+    Raises:
+        ValueError: outside of [0, 2], the range of a weight, or with an objective that has none.
+    """
+    check.number("min_weight", min_weight, low=0.0, below=2.0 + 1e-6)
+    if min_weight > 0 and objective != "surrogate":
+        raise ValueError(
+            f"min_weight: a floor belongs to objective='surrogate', got {min_weight} with "
+            f"{objective!r}"
+        )
+    return float(min_weight)
 
 
 def _reference(
@@ -261,7 +271,8 @@ def _sharded(
         if ref is not None:
             ref_logp, _ = settled(everyone[3:], column, policy.dtype)
         assert ref_logp is not None
-        loss, weight = merge.constrained(logp, ref_logp, beta, surrogate, min_weight)
+        name = "surrogate" if surrogate else "exact"
+        loss, weight = rules.run(name, min_weight, logp, ref_logp, beta)
         keep = column != IGNORED
         loss, ref_logp, weight = merge.kept(keep, logp.dtype, loss, ref_logp, weight)
     return attached(policy, column, loss, -weight, norm, *options), logp, ref_logp, weight

@@ -125,21 +125,6 @@ def logp_of(row: Whole, picked: Tensor) -> Tensor:
     return torch.where(here.sum(0) == 1, logp.clamp(max=0.0), torch.nan)
 
 
-def constrained(
-    logp: Tensor, ref_logp: Tensor, beta: Tensor, surrogate: bool, min_weight: float
-) -> tuple[Tensor, Tensor]:
-    """(loss, weight) of `reference/constrained_loss.py` from log-probabilities [N]."""
-    delta = torch.where(logp == ref_logp, 0.0, ref_logp - logp)
-    u = torch.where(beta == 0, 0.0, beta * delta)
-    weight = torch.where((beta < 0) | delta.isnan(), torch.nan, 2.0 * torch.sigmoid(u))
-    if surrogate:
-        weight = weight.clamp(min=min_weight)
-        return weight * -logp, weight
-    softplus = u.clamp(min=0.0) + torch.log1p(torch.exp(-u.abs()))
-    loss = torch.where(beta == 0, delta, 2.0 * softplus / beta)
-    return torch.where(beta < 0, torch.nan, loss), weight
-
-
 def kl_of(own: Whole, other: Whole, within: Tensor) -> Tensor:
     """KL(own || other) from that within each shard; the edge cases of `reference/token_kl.py`."""
     parts = own.log_share.exp() * (within + (own.log_share - other.log_share))
