@@ -1,6 +1,7 @@
 """The one place that decides which implementation of an op runs, and says why another cannot.
 
-eager   reference/<stem>.py        always there; the specification; the only one for fp64
+eager   reference/<stem>.py        always there; the specification; the only one for fp64, and for
+                                   an op that has no kernels yet
 triton  triton_kernels/<stem>.py   CUDA and ROCm tensors (CPU ones under TRITON_INTERPRET=1)
 native  csrc/{cpu,cuda}/<stem>, as torch.ops.deepalign_native.<op>   whatever setup.py could build
 """
@@ -15,6 +16,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -98,7 +100,17 @@ def unavailable(
         )
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return None
+    return None if _module("triton", op) else f"no Triton kernel for {op}"
+
+
+@functools.cache
+def _module(backend: str, op: str) -> ModuleType | None:
+    """The file of `op` in a backend's package; None where that does not define it."""
+    package = f"deepalign_kernels.{_PACKAGE[backend]}"
+    if importlib.util.find_spec(f"{package}.{STEMS[op]}") is None:
+        return None
+    module = importlib.import_module(f"{package}.{STEMS[op]}")
+    return module if hasattr(module, op) else None
 
 
 def _held_back(backend: str, op: str, device: str) -> str | None:
@@ -143,8 +155,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[.
     name = selected(op, device, dtype)
     if name == "native":
         return getattr(torch.ops.deepalign_native, op).default
-    module = importlib.import_module(f"deepalign_kernels.{_PACKAGE[name]}.{STEMS[op]}")
-    return getattr(module, op)
+    return getattr(_module(name, op), op)
 
 
 def native_gemm(device: str) -> bool:

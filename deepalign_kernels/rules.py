@@ -76,7 +76,6 @@ class Objective(NamedTuple):
     needs_beta: bool
 
 
-@torch.compiler.assume_constant_result
 def objective_of(objective: Any) -> Objective:
     """The rule that a caller means by a name or a function.
 
@@ -94,6 +93,10 @@ def objective_of(objective: Any) -> Objective:
         )
     function = cast(Rule, objective)
     return _objective(_name_of(function), function)
+
+
+# torch.compiler.assume_constant_result(objective_of), which would import torch._dynamo here.
+objective_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(

@@ -121,6 +121,13 @@ class Outcomes:
             print(f"SKIPPED {self.skipped.total()} tests: {whys}")
 
 
+def ops_of(request):
+    """The ops that a test parametrised by `op`, such as "token_kl/js", runs; one of all else."""
+    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("op")
+    stem = case.partition("/")[0] if isinstance(case, str) else None
+    return [op for op in backends.OPS if backends.STEMS[op] == stem] or ["token_kl_fwd"]
+
+
 @pytest.fixture
 def device(request, record_property):
     """Device to run on, with one backend forced; every op of a test runs on that backend or
@@ -128,8 +135,9 @@ def device(request, record_property):
     where, name, *isa = request.param
     record_property("device", where)
     record_property("backend", name)
-    if why := backends.unavailable(name, "token_kl_fwd", where):
-        pytest.skip(f"{name} on {where}: {why}")
+    for op in ops_of(request):
+        if why := backends.unavailable(name, op, where):
+            pytest.skip(f"{name} on {where}: {why}")
     with use_backend(name), instruction_set(*isa) if isa else contextlib.nullcontext():
         yield torch.device(where)
 

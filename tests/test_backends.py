@@ -29,6 +29,26 @@ def test_a_forced_backend_that_cannot_run_raises():
             dak.token_kl(x.float(), x.float())
 
 
+def test_an_op_with_its_specification_alone_runs_eagerly(monkeypatch):
+    """On a GPU as well: auto moves down to it, and a forced backend says what is missing."""
+    for name, there in (
+        ("STEMS", {"token_new_fwd": "token_kl"}),
+        ("native_library", lambda _: None),
+    ):
+        monkeypatch.setattr(backends, name, there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("deepalign_kernels.reference.token_kl.token_new_fwd", len, raising=False)
+    for device in ("cpu", "cuda"):
+        assert backends.selected("token_new_fwd", device) == "eager"
+        assert backends.choose("token_new_fwd", device, torch.float32) is len
+        assert "no native kernel" in (backends.reason("native", "token_new_fwd", device) or "")
+    assert (
+        backends.reason("triton", "token_new_fwd", "cuda") == "no Triton kernel for token_new_fwd"
+    )
+    with dak.use_backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel"):
+        backends.choose("token_new_fwd", "cuda", torch.float32)
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'cuda'"), dak.use_backend("cuda"):
         pass

@@ -6,8 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 import deepalign_kernels as dak
 from deepalign_kernels import backends
 
@@ -83,10 +81,22 @@ def test_no_relative_imports():
         assert not any(levels), file
 
 
-@pytest.mark.parametrize("op,stem", backends.STEMS.items())
-def test_one_stem_through_every_room(op, stem):
-    for room in ("reference", "triton_kernels", "ops/logits"):
-        assert (PACKAGE / room / f"{stem}.py").exists(), f"{op}: {room}/{stem}.py"
+# Ops that came with their specification first: (op, room) without a kernel yet. Take out what is
+# written; nothing new is left here by accident, since the test below wants exactly these.
+MISSING: set[tuple[str, str]] = set()
+
+
+def test_one_stem_through_every_room():
+    missing = set()
+    for op, stem in backends.STEMS.items():
+        for room in ("reference", "ops/logits"):
+            assert (PACKAGE / room / f"{stem}.py").exists(), f"{op}: {room}/{stem}.py"
+        kernels = {f"triton_kernels/{stem}.py": "triton_kernels", f"cpu/{stem}.cpp": "csrc/cpu"}
+        for file, room in kernels.items():
+            path = (PACKAGE if room == "triton_kernels" else ROOT / "csrc") / file
+            if not path.exists() or op not in path.read_text():
+                missing.add((op, room))
+    assert missing == MISSING
 
 
 def test_importing_the_package_is_light_and_touches_no_device():
