@@ -66,6 +66,7 @@ def _constraint(logp: Tensor, ref_logp: Tensor, beta: Tensor) -> tuple[Tensor, T
 
 
 RULES: dict[str, Rule] = {"exact": exact, "surrogate": surrogate, "nll": nll}
+KERNELS = ("exact", "surrogate")  # those that the kernels of constrained_loss have a copy of
 
 
 class Objective(NamedTuple):

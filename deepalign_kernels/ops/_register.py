@@ -61,9 +61,12 @@ def backward_body(
 
 
 def autograd(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None
+    name: str,
+    backward: Callable[..., dict[str, Any]],
+    setup_context: Callable[..., Any] | None = None,
 ) -> None:
     """`torch.library.register_autograd` for `deepalign::<name>`, whose arguments have no defaults.
+    `backward(ctx, *grads)` returns the gradients there are, by the names of the arguments.
 
     Torch looks for defaults at every call that keeps something for a backward, and copies the whole
     list of arguments for each of them: 10 us for the 5 arguments of token_logp_fwd, 287 us for the
@@ -80,9 +83,11 @@ def autograd(
                 setup_context(ctx=ctx, inputs=inputs, output=output)
         return output
 
-    def derive(ctx: Any, *grads: Any) -> Any:
+    names = [argument.name for argument in op._schema.arguments]
+
+    def derive(ctx: Any, *grads: Any) -> tuple:
         found = backward(ctx, *grads)
-        return (*found, None) if isinstance(found, tuple) else (found, None)
+        return *map(found.get, names), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(derive)}
     function = type(f"deepalign_{name}", (torch.autograd.Function,), methods)

@@ -15,8 +15,6 @@ from deepalign_kernels.ops import ConstrainedParts, constrained_loss, token_logp
 from deepalign_kernels.train.data import IGNORE
 from deepalign_kernels.train.table import Batch
 
-KERNELS = ("exact", "surrogate")  # rules that `constrained_loss` has a kernel for
-
 
 class FusedHead:
     """Through `hf.attach`: of a batch's logits only a chunk exists at a time, and untrained tokens
@@ -117,7 +115,7 @@ class LogitsHead:
         normalizer: float | None,
     ) -> tuple[Tensor, ConstrainedParts]:
         logits, target = self._logits(model, batch), batch.targets
-        if self._rule in KERNELS and beta is not None:
+        if self._rule in rules.KERNELS and beta is not None:
             options: Any = {**_reduced(normalizer), "objective": self._rule}
             result = constrained_loss(
                 logits, target, beta=beta, ref_logp=ref_logp, return_parts=True, **options

@@ -22,10 +22,10 @@ from deepalign_kernels.ops.linear import gemm
 from deepalign_kernels.ops.linear.plan import Phase, Sizes, make_plan
 from deepalign_kernels.ops.linear.types import (
     KINDS,
-    Gradients,
     Inputs,
     Options,
     Rows,
+    Trained,
     Weights,
     shares_head,
 )
@@ -160,7 +160,7 @@ class Engine:
         )
 
     @functools.cached_property
-    def grads(self) -> Gradients:
+    def grads(self) -> Trained:
         """Allocated when the first product needs them: one group's scores are gone by then."""
         x, s = self.x, self.sizes
         hidden, *head = s.wanted
@@ -172,12 +172,12 @@ class Engine:
         dtypes = total_dtypes(s, self.plan.groups)
         totals = [
             self._new(*like.shape, dtype=dtype) if want else None  # type: ignore[union-attr]
-            for like, dtype, want in zip(x[1:5], dtypes, head, strict=True)
+            for like, dtype, want in zip(x.trained[1:], dtypes, head, strict=True)
         ]
         for total in totals:
             if total is not None and not self.plan.groups:
                 total.zero_()
-        return Gradients(grad_hidden, *totals)
+        return Trained(grad_hidden, *totals)
 
     def run(self) -> Tensor:
         """Values [K, N], zero in dropped rows; the gradients are left in `self.grads`."""

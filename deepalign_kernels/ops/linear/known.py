@@ -99,7 +99,7 @@ def _constrained_kl_rows(r: Rows, o: Options) -> tuple[Tensor, ...]:
     return loss + o.kl_coef * kl, *rest, kl, *found
 
 
-_LOSS = ("token_logp_fwd",)
+_LOSS = ("constrained_loss_fwd", "token_logp_fwd")
 KINDS["logp_state"] = RowFunction(_logp_rows, 3, ("token_logp_fwd",), (2.0, 0.0))
 KINDS["constrained_state"] = RowFunction(_constrained_rows, 6, _LOSS, (2.0, 0.0))
 KINDS["kl_state"] = RowFunction(_kl_rows, 6, ("token_kl_fwd",), (9.25, 0.0))

@@ -20,7 +20,7 @@ from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear import gemm, plan
 from deepalign_kernels.ops.linear.engine import Engine, picker, sizes_of
 from deepalign_kernels.ops.linear.plan import Phase, Sizes
-from deepalign_kernels.ops.linear.types import Gradients, Inputs, Options
+from deepalign_kernels.ops.linear.types import Inputs, Options, Trained
 from deepalign_kernels.ops.shard.group import ELSEWHERE, IGNORED
 
 
@@ -92,7 +92,7 @@ class TileEngine(Engine):
         )
         self.scores, self.dz = (m.view(-1)[: len(m) * (b - a)].view(len(m), b - a) for m in memory)
 
-    def _totals(self, low: Tensor | None) -> Gradients:
+    def _totals(self, low: Tensor | None) -> Trained:
         """Memory for the gradients, by rows used: of hidden, and with it of `low` in the place of
         lora_a's, summed over the tiles; of the rest written tile by tile."""
         s, x = self.sizes, self.x
@@ -100,7 +100,7 @@ class TileEngine(Engine):
         hidden, weight, bias, lora_a, lora_b = s.wanted
         both = low is not None and (hidden or lora_a)
         assert not (bias and x.bias is None) and not (lora_b and x.lora_b is None)
-        return Gradients(
+        return Trained(
             self._new(s.rows, s.hidden, dtype=wide) if hidden else None,
             self._new(*x.weight.shape, dtype=s.weight_dtype) if weight else None,
             self._new(len(x.weight), dtype=wide) if bias else None,
@@ -108,7 +108,7 @@ class TileEngine(Engine):
             self._new(len(x.weight), s.rank, dtype=wide) if lora_b else None,
         )
 
-    def _tile_products(self, g: Gradients, rows: Tensor, low: Tensor | None, a: int) -> None:
+    def _tile_products(self, g: Trained, rows: Tensor, low: Tensor | None, a: int) -> None:
         assert self.dz is not None
         dz, scratch = self.dz[: len(rows)], self.scratch  # behind it: the reference's scores
         b, first = a + dz.shape[1], a == 0
@@ -124,7 +124,7 @@ class TileEngine(Engine):
         if g.lora_a is not None and self.lora_b is not None:
             gemm.head_gradient_add(g.lora_a, dz.t(), self.lora_b, scratch, first=first)
 
-    def _finished(self, g: Gradients, rows: Tensor) -> Gradients:
+    def _finished(self, g: Trained, rows: Tensor) -> Trained:
         """The gradients themselves, from what `_totals` made room for."""
         hidden, lora_a = g.hidden, None
         if g.lora_a is not None and self.lora_a is not None:

@@ -25,22 +25,12 @@ from deepalign_kernels.ops._reduce import scaled_sum
 from deepalign_kernels.ops._register import _LIB, accumulator, autograd, no_double_backward
 from deepalign_kernels.ops.linear import gemm, saved, tiles
 from deepalign_kernels.ops.linear.engine import Engine
-from deepalign_kernels.ops.linear.types import KINDS, KNOWN, Inputs, Options
+from deepalign_kernels.ops.linear.types import ARGUMENTS, KINDS, KNOWN, Inputs, Options, Trained
 from deepalign_kernels.ops.logits.scale_grad import hand_over
 
-# The fields of `Inputs` and `Options`, in their order.
-_ARGUMENTS = (
-    "str kind, Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b,"
-    " Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? target, Tensor? valid,"
-    " Tensor? beta, Tensor? ref_logp, Tensor? state, float temperature, float softcap,"
-    " float lora_scale,"
-    " float js_beta, float kl_coef, float min_weight, int ignore_index, int direction,"
-    " int max_workspace_bytes, str rule, bool compact, ScalarType compute,"
-    " ScalarType ref_compute, ScalarType logits, ScalarType accumulate"
-)
-_K, _N = 1 + len(Inputs._fields), 1 + len(Inputs._fields) + len(Options._fields)
-_TRAINED = ("hidden", "weight", "bias", "lora_a", "lora_b")  # the first of Inputs, in this order
-_FIVE = ", ".join(f"Tensor grad_{name}" for name in _TRAINED)
+_K = 1 + len(Inputs._fields)  # where the options begin
+_N = _K + len(Options._fields)  # where an op's own arguments begin
+_FIVE = ", ".join(f"Tensor grad_{name}" for name in Trained._fields)
 
 
 def _define(schema: str, body: Any) -> Any:
@@ -65,7 +55,7 @@ def _grad_dtypes(x: Inputs, o: Options, scaled_later: bool) -> list[torch.dtype 
     """dtype of each gradient an op returns. What is still to be scaled stays wide for fp16: its
     range is short."""
     late = scaled_later and o.compute == torch.float16
-    dtypes = [None if t is None else t.dtype for t in x[:5]]
+    dtypes = [None if t is None else t.dtype for t in x.trained]
     return dtypes[:1] + [torch.float32 if late and d is not None else d for d in dtypes[1:]]
 
 
@@ -140,18 +130,16 @@ def _row_scale_body(unit: Tensor, rows: Tensor) -> Tensor:
     return unit.to(rows.dtype, copy=True).mul_(rows[:, None]).to(unit.dtype)
 
 
-_fwd = _define(f"linear_fwd({_ARGUMENTS}) -> Tensor", _fwd_body)
-_bwd = _define(f"linear_bwd({_ARGUMENTS}, Tensor upstream, bool[] wanted) -> ({_FIVE})", _bwd_body)
-_kept = _define(
-    f"linear_kept({_ARGUMENTS}, bool whole) -> (Tensor values, Tensor kept)", _kept_body
-)
+_fwd = _define(f"linear_fwd({ARGUMENTS}) -> Tensor", _fwd_body)
+_bwd = _define(f"linear_bwd({ARGUMENTS}, Tensor upstream, bool[] wanted) -> ({_FIVE})", _bwd_body)
+_kept = _define(f"linear_kept({ARGUMENTS}, bool whole) -> (Tensor values, Tensor kept)", _kept_body)
 _kept_bwd = _define(
-    f"linear_kept_bwd({_ARGUMENTS}, Tensor upstream, bool[] wanted, Tensor kept) -> ({_FIVE})",
+    f"linear_kept_bwd({ARGUMENTS}, Tensor upstream, bool[] wanted, Tensor kept) -> ({_FIVE})",
     _kept_bwd_body,
 )
-_unit = _define(f"linear_unit({_ARGUMENTS}) -> (Tensor values, Tensor unit)", _unit_body)
+_unit = _define(f"linear_unit({ARGUMENTS}) -> (Tensor values, Tensor unit)", _unit_body)
 _fused = _define(
-    f"linear_fused({_ARGUMENTS}, Tensor scale, bool[] wanted) -> (Tensor total, Tensor values, "
+    f"linear_fused({ARGUMENTS}, Tensor scale, bool[] wanted) -> (Tensor total, Tensor values, "
     f"{_FIVE})",
     _fused_body,
 )
@@ -172,7 +160,7 @@ def _fake_grads(arguments: Sequence[Any], scaled_later: bool) -> list[Tensor]:
     dtypes = _grad_dtypes(x, o, scaled_later)
     return [
         x.hidden.new_empty(0) if not w or t is None else t.new_empty(t.shape, dtype=d)
-        for t, d, w in zip(x[:5], dtypes, arguments[_N + 1], strict=True)
+        for t, d, w in zip(x.trained, dtypes, arguments[_N + 1], strict=True)
     ]
 
 
@@ -219,12 +207,6 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return values.new_empty(()), values, *grads
 
 
-def _none(grads: Sequence[Tensor | None], total: int) -> tuple:
-    """Gradients of all arguments: None for `kind`, those of the trained inputs, None for the
-    rest."""
-    return (None, *grads, *(None,) * (total - 1 - len(grads)))
-
-
 def _save(ctx: Any, arguments: tuple, x: Inputs, kept: Tensor | None) -> None:
     ctx.kind, ctx.options = arguments[0], arguments[_K:_N]
     ctx.save_for_backward(*x, kept)
@@ -235,24 +217,30 @@ def _setup_kept(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, kept = Inputs(*inputs[1:_K]), None
     if output[1].dim() == 2:
         kept = output[1]
-        x = Inputs(*x[:5], *(None,) * (len(x) - 5))._replace(valid=x.valid)
+        only = {**dict.fromkeys(Inputs._fields), **x.trained._asdict(), "valid": x.valid}
+        x = Inputs(**only)
     _save(ctx, inputs, x, kept)
     ctx.mark_non_differentiable(output[1])
 
 
-def _from_saved(ctx: Any, grad: Tensor | None) -> tuple:
-    """Gradients of the arguments that `Inputs` and `Options` stand for, from `grad` [N]."""
+def _named(grads: Sequence[Tensor | None], wanted: Sequence[bool]) -> dict[str, Tensor | None]:
+    """By the names of the ops' arguments."""
+    each = zip(Trained._fields, grads, wanted, strict=True)
+    return {name: grad for name, grad, w in each if w}
+
+
+def _from_saved(ctx: Any, grad: Tensor | None) -> dict[str, Tensor | None]:
+    """Gradients from `grad` [N]."""
     if grad is None:
-        return (None,) * _N
+        return {}
     *x, kept = ctx.saved_tensors
-    wanted = [bool(w) for w in ctx.needs_input_grad[1:6]]
+    wanted = list(Inputs(*ctx.needs_input_grad[1:_K]).trained)
     given = ctx.kind, *x, *ctx.options, grad.contiguous(), wanted
-    grads = _bwd(*given) if kept is None else _kept_bwd(*given, kept)
-    return _none([g if w else None for g, w in zip(grads, wanted, strict=True)], _N)
+    return _named(_bwd(*given) if kept is None else _kept_bwd(*given, kept), wanted)
 
 
-def _backward_kept(ctx: Any, grad: Tensor | None, _unused: Any) -> tuple:
-    return (*_from_saved(ctx, None if grad is None else grad[0]), None)
+def _backward_kept(ctx: Any, grad: Tensor | None, _unused: Any) -> dict[str, Tensor | None]:
+    return _from_saved(ctx, None if grad is None else grad[0])
 
 
 autograd("linear_kept", _backward_kept, _setup_kept)
@@ -264,14 +252,13 @@ def _setup_unit(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_unit(ctx: Any, grad: Tensor | None, _unused: Any) -> tuple:
+def _backward_unit(ctx: Any, grad: Tensor | None, _unused: Any) -> dict[str, Tensor]:
     if grad is None:
-        return (None,) * _N
+        return {}
     unit, valid = ctx.saved_tensors
-    rows = (
-        grad[0] if valid is None else torch.where(valid, grad[0], 0.0)
-    )  # 0 * NaN of an ignored row
-    return _none([_row_scale(unit, rows)], _N)
+    # 0 * NaN of an ignored row
+    rows = grad[0] if valid is None else torch.where(valid, grad[0], 0.0)
+    return {"hidden": _row_scale(unit, rows)}
 
 
 autograd("linear_unit", _backward_unit, _setup_unit)
@@ -282,7 +269,7 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.late = o.compute == torch.float16
     ctx.dtypes = _grad_dtypes(x, o, False)
     ctx.wanted = tuple(inputs[_N + 1])
-    ctx.shapes = [None if t is None else t.shape for t in x[:5]]
+    ctx.shapes = [None if t is None else t.shape for t in x.trained]
     grads = [g if w else None for g, w in zip(output[2:], ctx.wanted, strict=True)]
     # hand_over scales all that is saved, so it gets a copy of the scale.
     ctx.save_for_backward(*grads, inputs[_N].clone().view(1, 1, 1) if ctx.late else None)
@@ -291,16 +278,16 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
+def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> dict[str, Tensor | None]:
     if grad is None:
-        return (None,) * (_N + 2)
+        return {}
     factor = grad * ctx.saved_tensors[-1].view(()) if ctx.late else grad
     grads = hand_over(ctx, "a linear loss", factor)[:-1]
     cast = [
         None if g is None else g.view(shape).to(dtype)
         for g, shape, dtype in zip(grads, ctx.shapes, ctx.dtypes, strict=True)
     ]
-    return _none(cast, _N + 2)
+    return _named(cast, ctx.wanted)
 
 
 autograd("linear_fused", _backward_fused, _setup_fused)
@@ -309,7 +296,7 @@ autograd("linear_fused", _backward_fused, _setup_fused)
 def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
     """Values [K, N]; the first is differentiable: by row scaling with a frozen head, else from the
     gradient of the scores, kept or made again, over the vocabulary where that is faster."""
-    trained = [t is not None and t.requires_grad for t in x[:5]]
+    trained = [t is not None and t.requires_grad for t in x.trained]
     if not torch.is_grad_enabled() or not any(trained):
         return _fwd(kind, *x, *o)
     if not any(trained[1:]):
@@ -324,7 +311,7 @@ def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
 def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(scale * sum(values[0]), values [K, N]); the former is differentiable, its gradients made
     right here."""
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in x[:5]]
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in x.trained]
     if any(wanted):
         total, values, *_ = _fused(kind, *x, *o, scale, wanted)
         return total, values
@@ -339,7 +326,7 @@ def _shard_body(*arguments: Any) -> Tensor:
     return arguments[_N].clone()
 
 
-_shard = _define(f"linear_shard({_ARGUMENTS}, Tensor value) -> Tensor", _shard_body)
+_shard = _define(f"linear_shard({ARGUMENTS}, Tensor value) -> Tensor", _shard_body)
 
 
 @torch.library.register_fake("deepalign::linear_shard")
@@ -347,8 +334,8 @@ def _(*arguments: Any) -> Tensor:
     return torch.empty_like(arguments[_N])
 
 
-def _backward_shard(ctx: Any, grad: Tensor | None) -> tuple:
-    return (*_from_saved(ctx, grad), None)
+def _backward_shard(ctx: Any, grad: Tensor | None) -> dict[str, Tensor | None]:
+    return _from_saved(ctx, grad)
 
 
 def _setup_shard(ctx: Any, inputs: tuple, output: Tensor) -> None:

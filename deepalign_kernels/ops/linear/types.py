@@ -13,8 +13,19 @@ from torch import Tensor
 from deepalign_kernels import backends
 
 
+class Trained(NamedTuple):
+    """One thing for each input that may be trained: the tensor itself, its gradient (None unless
+    wanted), a dtype or a flag."""
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    lora_a: Any
+    lora_b: Any
+
+
 class Inputs(NamedTuple):
-    """Tensors of one call. Rows are [N]; everything but hidden, weight, bias and LoRA is frozen."""
+    """Tensors of one call. Rows are [N]; the first are those of `Trained`, the rest is frozen."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -29,6 +40,10 @@ class Inputs(NamedTuple):
     beta: Tensor | None  # [N]
     ref_logp: Tensor | None  # [N]
     state: Tensor | None = None  # [N, 6], what a process group knows: `sharded.py`
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(*self[: len(Trained._fields)])
 
 
 class Options(NamedTuple):
@@ -54,6 +69,23 @@ class Options(NamedTuple):
     def budget(self) -> int | None:
         """max_workspace_bytes as the caller gave it."""
         return None if self.max_workspace_bytes < 0 else self.max_workspace_bytes
+
+
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "int": "int",
+    "bool": "bool",
+    "str": "str",
+    "torch.dtype": "ScalarType",
+}
+# A call as the arguments of a torch op.
+ARGUMENTS = "str kind, " + ", ".join(
+    f"{_TYPES[annotation.__forward_arg__]} {name}"
+    for part in (Inputs, Options)
+    for name, annotation in part.__annotations__.items()
+)
 
 
 class Rows(NamedTuple):
@@ -109,16 +141,6 @@ class Weights(NamedTuple):
 
     rows: Tensor  # what gradients by row are multiplied by
     sums: Tensor  # what `rows` and `low`, and so all sums over rows, have been multiplied by
-
-
-class Gradients(NamedTuple):
-    """Each None unless wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
 
 
 def shares_head(x: Inputs) -> bool:

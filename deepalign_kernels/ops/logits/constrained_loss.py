@@ -25,8 +25,6 @@ from deepalign_kernels.ops.shard.group import IGNORED, Shard, shard_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OBJECTIVES = ("exact", "surrogate")
-
 
 class ConstrainedParts(NamedTuple):
     """By-products of `constrained_loss(..., return_parts=True)`: [...], detached, 0 if ignored."""
@@ -116,7 +114,7 @@ def constrained_loss(
     acc = accumulator(policy.dtype)
     betas = check.vector("beta", beta, policy_logits, acc, low=0.0)
     ref, given = _reference(policy_logits, ref_logits, ref_logp, acc)
-    surrogate = check.one_of("objective", objective, OBJECTIVES) == 1
+    surrogate = check.one_of("objective", objective, rules.KERNELS) == 1
     check_floor(min_weight, objective)
     options = (
         ignore_index,
@@ -222,13 +220,13 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> dict[str, Tensor]:
     if grad is None:
-        return (None,) * 10
+        return {}
     policy, target, weight, norm = ctx.saved_tensors
     # 0 * NaN: an ignored row's upstream gradient must not leak; token_logp_bwd never uses it.
     out = _logp_bwd(-grad * weight, policy, target, norm, ctx.ignore_index, *ctx.options)
-    return (out, *(None,) * 9)
+    return {"policy": out}
 
 
 autograd("constrained_loss_fwd", _backward, _setup)
@@ -240,11 +238,11 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
+def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> dict[str, Tensor | None]:
     if grad is None:
-        return (None,) * 11
+        return {}
     (out,) = hand_over(ctx, "constrained_loss", grad)
-    return (out, *(None,) * 10)
+    return {"policy": out}
 
 
 autograd("constrained_loss_fused", _backward_fused, _setup_fused)

@@ -123,9 +123,8 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> tuple:
-    out = None if grad is None else _bwd(grad, *ctx.saved_tensors, *ctx.options)
-    return out, None, None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor | None, *_unused: Any) -> dict[str, Tensor]:
+    return {} if grad is None else {"policy": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
 autograd("token_kl_fwd", _backward, _setup)
@@ -199,9 +198,8 @@ def _setup_attached(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_attached(ctx: Any, grad: Tensor | None) -> tuple:
-    out = None if grad is None else _bwd(grad, *ctx.saved_tensors, *ctx.options)
-    return out, *(None,) * 10
+def _backward_attached(ctx: Any, grad: Tensor | None) -> dict[str, Tensor]:
+    return {} if grad is None else {"policy": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
 autograd("token_kl_shard", _backward_attached, _setup_attached)

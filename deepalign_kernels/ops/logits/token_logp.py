@@ -110,9 +110,8 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _norm: Any) -> tuple:
-    out = None if grad is None else _bwd(grad, *ctx.saved_tensors, *ctx.options)
-    return out, None, None, None, None
+def _backward(ctx: Any, grad: Tensor | None, _norm: Any) -> dict[str, Tensor]:
+    return {} if grad is None else {"logits": _bwd(grad, *ctx.saved_tensors, *ctx.options)}
 
 
 autograd("token_logp_fwd", _backward, _setup)
@@ -192,12 +191,11 @@ def _setup_attached(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_attached(ctx: Any, grad: Tensor | None) -> tuple:
-    out = None
-    if grad is not None:
-        logits, column, slope, norm = ctx.saved_tensors
-        out = _sharded_bwd(grad * slope, logits, column, norm, *ctx.options)
-    return out, None, None, None, None, None, None
+def _backward_attached(ctx: Any, grad: Tensor | None) -> dict[str, Tensor]:
+    if grad is None:
+        return {}
+    logits, column, slope, norm = ctx.saved_tensors
+    return {"logits": _sharded_bwd(grad * slope, logits, column, norm, *ctx.options)}
 
 
 autograd("token_logp_shard", _backward_attached, _setup_attached)
