@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/kernels.h"
+#include "cpu/rows/kernels.h"
 #include "ops.h"
 
 namespace dak {

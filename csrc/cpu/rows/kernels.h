@@ -1,7 +1,7 @@
-// Every kernels_*.cpp fills its part of the table of its instruction set.
+// Every file of csrc/cpu/rows fills its part of the table of its instruction set.
 #pragma once
 
-#include "cpu/rows.h"
+#include "cpu/rows/rows.h"
 
 #define DAK_DECLARE(isa)         \
   namespace dak::isa {           \

@@ -1,8 +1,8 @@
 // The normaliser of one row in one sweep.
 #pragma once
 
-#include "cpu/sums.h"
-#include "cpu/sweep.h"
+#include "cpu/rows/softmax.h"
+#include "cpu/rows/sweep.h"
 
 namespace dak::DAK_ISA {
 

@@ -3,8 +3,8 @@
 
 #include <math.h>
 
-#include "cpu/rows.h"
-#include "cpu/vec.h"
+#include "cpu/rows/rows.h"
+#include "cpu/vec/vec.h"
 
 namespace dak::DAK_ISA {
 

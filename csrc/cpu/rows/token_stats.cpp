@@ -1,7 +1,7 @@
 // token_stats of one row: one sweep for everything but Jensen-Shannon, which takes a second one.
-#include "cpu/js_row.h"
-#include "cpu/kernels.h"
-#include "cpu/pair.h"
+#include "cpu/rows/js_row.h"
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/pair.h"
 
 namespace dak::DAK_ISA {
 namespace {

@@ -1,8 +1,8 @@
 // log-softmax of one row and its gradient: one sweep each.
 #include <math.h>
 
-#include "cpu/kernels.h"
-#include "cpu/sum_row.h"
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/sum_row.h"
 
 namespace dak::DAK_ISA {
 namespace {

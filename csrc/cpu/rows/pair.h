@@ -1,7 +1,7 @@
 // Sums over two models' rows in one sweep: KL one way, or everything token_stats needs.
 #pragma once
 
-#include "cpu/sum_row.h"
+#include "cpu/rows/sum_row.h"
 
 namespace dak::DAK_ISA {
 

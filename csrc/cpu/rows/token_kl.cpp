@@ -1,7 +1,7 @@
 // Divergence of one row between two models: one sweep for the KLs, two for Jensen-Shannon.
-#include "cpu/js_row.h"
-#include "cpu/kernels.h"
-#include "cpu/pair.h"
+#include "cpu/rows/js_row.h"
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/pair.h"
 
 namespace dak::DAK_ISA {
 namespace {

@@ -1,8 +1,8 @@
 // The second sweep of the Jensen-Shannon divergence: last column first, out of the cache.
 #pragma once
 
-#include "cpu/mixture.h"
-#include "cpu/sums.h"
+#include "cpu/rows/mixture.h"
+#include "cpu/rows/softmax.h"
 
 namespace dak::DAK_ISA {
 

@@ -1,9 +1,9 @@
 // Gradient of token_kl with respect to the policy's logits, one row; and scaling a row in place.
 #include <math.h>
 
-#include "cpu/kernels.h"
-#include "cpu/mixture.h"
-#include "cpu/sums.h"
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/mixture.h"
+#include "cpu/rows/softmax.h"
 
 namespace dak::DAK_ISA {
 namespace {

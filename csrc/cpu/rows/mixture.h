@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "cpu/sweep.h"
+#include "cpu/rows/sweep.h"
 
 namespace dak::DAK_ISA {
 
