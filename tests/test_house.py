@@ -3,6 +3,7 @@ import."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from deepalign_kernels import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "deepalign_kernels"
+CSRC = ROOT / "csrc"
 MAY_IMPORT = {  # room -> the rooms it may import
     "reference": set(),
     "triton_kernels": {"traffic"},
@@ -78,6 +80,36 @@ def test_no_relative_imports():
 def test_one_stem_through_every_room(op, stem):
     for room in ("reference", "triton_kernels", "ops"):
         assert (PACKAGE / room / f"{stem}.py").exists(), f"{op}: {room}/{stem}.py"
+    for room in ("cpu", "cuda"):
+        assert (CSRC / room / f"{stem}.cpp").exists(), f"{op}: csrc/{room}/{stem}.cpp"
+
+
+def included_by(file):
+    """The headers of csrc that `file` includes, and those that they include."""
+    names = re.findall(r'#include "(\S+)"', file.read_text())
+    found = {CSRC / name for name in names if (CSRC / name).exists()}
+    return found.union(*map(included_by, found))
+
+
+def test_a_search_for_a_stem_prints_its_c_plus_plus_too():
+    """Every kernel is named after an op, and headers that few ops share say which ones."""
+    stems = sorted(set(backends.STEMS.values()))
+    kernels = [*(CSRC / "cpu" / "rows").glob("*.cpp"), *(CSRC / "cuda").glob("*.cu")]
+    users = {}
+    for file in kernels:
+        stem = file.stem.removesuffix("_grad") if file.stem not in stems else file.stem
+        assert stem in stems and stem in file.read_text(), file
+        for header in included_by(file):
+            users.setdefault(header, set()).add(stem)
+    for header, own in users.items():
+        told = header.read_text()
+        assert len(own) > 2 or all(stem in told for stem in own), f"{header} of {sorted(own)}"
+
+
+def test_row_kernels_know_no_torch():
+    for file in [*CSRC.glob("cpu/rows/*"), *CSRC.glob("cpu/vec/*"), *CSRC.glob("cuda/*.cu*")]:
+        for header in (file, *included_by(file)):
+            assert "#include <torch" not in header.read_text(), f"{file}: {header}"
 
 
 def test_importing_the_package_is_light_and_touches_no_device():
@@ -121,5 +153,5 @@ def test_test_files_share_through_files_of_their_own():
 
 
 def test_files_stay_small():
-    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
+    for file in [*PACKAGE.rglob("*.py"), *CSRC.rglob("*.*")]:
         assert len(file.read_text().splitlines()) <= 450, file

@@ -3,12 +3,14 @@
 
 #include "cpu/rows/rows.h"
 
-#define DAK_DECLARE(isa)         \
-  namespace dak::isa {           \
-  void fill_logp(Kernels&);      \
-  void fill_kl(Kernels&);        \
-  void fill_kl_grad(Kernels&);   \
-  void fill_stats(Kernels&);     \
+#define DAK_DECLARE(isa)                 \
+  namespace dak::isa {                   \
+  void fill_token_logp(Kernels&);        \
+  void fill_token_logp_grad(Kernels&);   \
+  void fill_token_kl(Kernels&);          \
+  void fill_token_kl_grad(Kernels&);     \
+  void fill_token_stats(Kernels&);       \
+  void fill_scale_grad(Kernels&);        \
   }
 
 DAK_DECLARE(portable)
