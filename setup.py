@@ -1,6 +1,6 @@
 """Builds the two native libraries. Everything declarative is in pyproject.toml.
 
-    deepalign_kernels/_native_cpu.so     csrc/*.cpp, csrc/cpu/*.cpp
+    deepalign_kernels/_native_cpu.so     csrc/*.cpp, csrc/cpu/**
     deepalign_kernels/_native_cuda.so    csrc/cuda/*
 
 Both are plain shared libraries on libtorch's stable ABI, loaded with torch.ops.load_library. No
@@ -45,7 +45,7 @@ NOTE = "_native_build.txt"  # one line per library; backends.py quotes it
 OLDEST_TORCH = (2, 10)
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # OLDEST_TORCH for the stable headers
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
-ISAS = {  # how csrc/cpu/kernels*.cpp is compiled on x86-64, least demanding first
+ISAS = {  # how csrc/cpu/rows/*.cpp are compiled on x86-64, least demanding first
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # -w: GCC 12 finds fault with its own AVX-512 intrinsics; the other two have checked the code.
@@ -187,8 +187,8 @@ def native_sources() -> list[str]:
 def build_cpu() -> tuple[Path, str]:
     """Compile and link the CPU library. Returns the file and a line that says how it was made."""
     compiler, torch = find_compiler(), find_torch()
-    kernels = sorted(CSRC.glob("cpu/kernels*.cpp"))
-    once = sorted({*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")} - {*kernels})
+    rows = sorted(CSRC.glob("cpu/rows/*.cpp"))
+    once = sorted(path for room in ("", "cpu/", "cpu/gemm/") for path in CSRC.glob(f"{room}*.cpp"))
     if not once:
         raise Unavailable(f"no C++ sources in {CSRC}")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -200,7 +200,7 @@ def build_cpu() -> tuple[Path, str]:
     # the linker keeps the first copy, which has to be the one that runs on every machine.
     plan = [(source, "", []) for source in once]
     for isa, flags in isas.items():
-        plan += [(source, isa, [f"-DDAK_ISA={isa}", *flags]) for source in kernels]
+        plan += [(source, isa, [f"-DDAK_ISA={isa}", *flags]) for source in rows]
     steps = []
     for source, isa, flags in plan:
         output = WORK / "cpu" / f"{source.parent.name}.{source.stem}{isa and '.' + isa}.o"

@@ -35,7 +35,7 @@ def missing() -> str | None:
     for tool in ("valgrind", compiler()[0]):
         if not shutil.which(tool):
             return f"{tool} is not installed"
-    return None if list(OBJECTS.glob("cpu.kernels*.avx2.o")) else f"run `make build`: no {OBJECTS}"
+    return None if list(OBJECTS.glob("rows.*.avx2.o")) else f"run `make build`: no {OBJECTS}"
 
 
 def version() -> str:
@@ -48,7 +48,7 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     """The driver, linked with the kernels."""
     driver = folder / "driver"
     source = pathlib.Path(__file__).with_suffix(".cpp")
-    objects = [OBJECTS / "cpu.isa.o", *sorted(OBJECTS.glob("cpu.kernels*.o"))]
+    objects = [OBJECTS / "cpu.isa.o", *sorted(OBJECTS.glob("rows.*.o"))]
     command = [*compiler(), "-O2", "-std=c++20", f"-I{ROOT / 'csrc'}", str(source)]
     subprocess.run([*command, *map(str, objects), "-o", str(driver)], check=True)
     return driver

@@ -3,6 +3,7 @@ import."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from deepalign_kernels import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "deepalign_kernels"
+CSRC = ROOT / "csrc"
 MAY_IMPORT = {  # room -> the rooms it may import
     "rules": set(),
     "reference": {"rules"},
@@ -83,7 +85,7 @@ def test_no_relative_imports():
 
 # Ops that came with their specification first: (op, room) without a kernel yet. Take out what is
 # written; nothing new is left here by accident, since the test below wants exactly these.
-MISSING: set[tuple[str, str]] = set()
+MISSING: set[tuple[str, str]] = set()  # such as ("token_new_fwd", "triton")
 
 
 def test_one_stem_through_every_room():
@@ -91,12 +93,43 @@ def test_one_stem_through_every_room():
     for op, stem in backends.STEMS.items():
         for room in ("reference", "ops/logits"):
             assert (PACKAGE / room / f"{stem}.py").exists(), f"{op}: {room}/{stem}.py"
-        kernels = {f"triton_kernels/{stem}.py": "triton_kernels", f"cpu/{stem}.cpp": "csrc/cpu"}
-        for file, room in kernels.items():
-            path = (PACKAGE if room == "triton_kernels" else ROOT / "csrc") / file
-            if not path.exists() or op not in path.read_text():
-                missing.add((op, room))
+        kernels = {
+            "triton": PACKAGE / "triton_kernels" / f"{stem}.py",
+            "cpu": CSRC / "cpu" / f"{stem}.cpp",
+            "cuda": CSRC / "cuda" / f"{stem}.cpp",
+        }
+        for place, file in kernels.items():
+            if not file.exists() or op not in file.read_text():
+                missing.add((op, place))
     assert missing == MISSING
+
+
+def included_by(file):
+    """The headers of csrc that `file` includes, and those that they include."""
+    names = re.findall(r'#include "(\S+)"', file.read_text())
+    found = {CSRC / name for name in names if (CSRC / name).exists()}
+    return found.union(*map(included_by, found))
+
+
+def test_a_search_for_a_stem_prints_its_c_plus_plus_too():
+    """Every kernel is named after an op, and headers that few ops share say which ones."""
+    stems = sorted(set(backends.STEMS.values()))
+    kernels = [*(CSRC / "cpu" / "rows").glob("*.cpp"), *(CSRC / "cuda").glob("*.cu")]
+    users = {}
+    for file in kernels:
+        stem = file.stem.removesuffix("_grad") if file.stem not in stems else file.stem
+        assert stem in stems and stem in file.read_text(), file
+        for header in included_by(file):
+            users.setdefault(header, set()).add(stem)
+    for header, own in users.items():
+        told = header.read_text()
+        assert len(own) > 2 or all(stem in told for stem in own), f"{header} of {sorted(own)}"
+
+
+def test_row_kernels_know_no_torch():
+    for file in [*CSRC.glob("cpu/rows/*"), *CSRC.glob("cpu/vec/*"), *CSRC.glob("cuda/*.cu*")]:
+        for header in (file, *included_by(file)):
+            assert "#include <torch" not in header.read_text(), f"{file}: {header}"
 
 
 def test_importing_the_package_is_light_and_touches_no_device():
@@ -140,5 +173,5 @@ def test_test_files_share_through_files_of_their_own():
 
 
 def test_files_stay_small():
-    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.*")]:
+    for file in [*PACKAGE.rglob("*.py"), *CSRC.rglob("*.*")]:
         assert len(file.read_text().splitlines()) <= 450, file

@@ -33,11 +33,11 @@ def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
     shutil.copytree(ROOT / "deepalign_kernels", copy / "deepalign_kernels", ignore=built)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    cpu = copy / "csrc" / "cpu"
-    cpu.mkdir(parents=True)
+    rows = copy / "csrc" / "cpu" / "rows"
+    rows.mkdir(parents=True)
     (copy / "csrc" / "bindings.cpp").write_text('extern "C" int probe_binding() { return 0; }\n')
-    (cpu / "kernels_probe.cpp").write_text(KERNEL)
-    (cpu / "probe.h").write_text("#define PROBE 7\n")
+    (rows / "probe.cpp").write_text(KERNEL)
+    (rows / "probe.h").write_text("#define PROBE 7\n")
     return copy
 
 
@@ -129,9 +129,9 @@ def test_inplace_build_has_every_isa_and_repeats_only_what_changed(checkout: pat
 
     again = call(checkout, *command, DEEPALIGN_BUILD_NATIVE="1")
     assert again.returncode == 0 and ".o (" not in again.stdout
-    (checkout / "csrc" / "cpu" / "probe.h").write_text("#define PROBE 8\n")
+    (checkout / "csrc" / "cpu" / "rows" / "probe.h").write_text("#define PROBE 8\n")
     changed = call(checkout, *command, DEEPALIGN_BUILD_NATIVE="1")
-    assert changed.returncode == 0 and "kernels_probe.portable.o (" in changed.stdout
+    assert changed.returncode == 0 and "rows.probe.portable.o (" in changed.stdout
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")

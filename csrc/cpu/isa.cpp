@@ -5,20 +5,22 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/kernels.h"
+#include "cpu/rows/kernels.h"
 #include "ops.h"
 
 namespace dak {
 namespace {
 
-#define DAK_TABLE(isa)        \
-  [] {                        \
-    Kernels table{};          \
-    isa::fill_logp(table);    \
-    isa::fill_kl(table);      \
-    isa::fill_kl_grad(table); \
-    isa::fill_stats(table);   \
-    return table;             \
+#define DAK_TABLE(isa)                \
+  [] {                                \
+    Kernels table{};                  \
+    isa::fill_token_logp(table);      \
+    isa::fill_token_logp_grad(table); \
+    isa::fill_token_kl(table);        \
+    isa::fill_token_kl_grad(table);   \
+    isa::fill_token_stats(table);     \
+    isa::fill_scale_grad(table);      \
+    return table;                     \
   }()
 
 enum Level : int64_t { portable_level, avx2_level, avx512_level };

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <string>
 
-#include "cpu/rows.h"
+#include "cpu/rows/rows.h"
 #include "ops.h"
 
 namespace dak {

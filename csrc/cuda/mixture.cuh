@@ -1,4 +1,5 @@
-// Jensen-Shannon: the terms of one column, and their sums over a row whose normalisers are known.
+// Jensen-Shannon, of token_kl and token_stats: the terms of one column, and their sums over a row
+// whose normalisers are known.
 //
 // With m = b p + (1 - b) q and d = log2 p - log2 q, the larger probability's log2(m / larger) is
 // log2(k 2^-|d| + (1 - k)), k being the smaller one's weight b or 1 - b; log2(m / smaller) is |d|

@@ -6,8 +6,8 @@
 
 Products with 16-bit operands must not round the scores: 8 bits of a bf16 score of 20 are an error
 of 0.06 in a log-probability. A GEMM with an fp32 result does it on CUDA. Torch has none for the CPU
-(2.13): there bf16 goes through csrc/cpu/bf16_gemm.cpp where the processor has AVX512-BF16, at the
-rate of a plain bf16 GEMM, and otherwise the head is widened tile by tile and multiplied in fp32
+(2.13): there bf16 goes through csrc/cpu/gemm/bf16_gemm.cpp where the processor has AVX512-BF16, at
+the rate of a plain bf16 GEMM, and otherwise the head is widened tile by tile and multiplied in fp32
 (`Route.TILES`): 0.4-0.8 of the rate of plain fp32.
 """
 

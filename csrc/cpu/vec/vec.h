@@ -1,6 +1,6 @@
 // One vector of floats, F, with the operations that the row kernels need, per instruction set.
 //
-// Every kernels*.cpp is compiled once per instruction set into its own namespace, so nothing here
+// Every rows/*.cpp is compiled once per instruction set into its own namespace, so nothing here
 // may leave it: no inline function of the standard library, which the linker would merge across
 // them. `load2` fills two vectors from 2 * F::lanes columns in whatever order is cheapest (bf16:
 // even columns, odd columns); `store2` undoes it. Sums and maxima do not care, gradients use
@@ -60,11 +60,11 @@ inline constexpr float inf = __builtin_inff();
 }  // namespace dak::DAK_ISA
 
 #if DAK_LEVEL == 2
-#include "cpu/vec_avx512.h"
+#include "cpu/vec/vec_avx512.h"
 #elif DAK_LEVEL == 1
-#include "cpu/vec_avx2.h"
+#include "cpu/vec/vec_avx2.h"
 #else
-#include "cpu/vec_portable.h"
+#include "cpu/vec/vec_portable.h"
 #endif
 
-#include "cpu/vec_math.h"
+#include "cpu/vec/vec_math.h"

@@ -1,7 +1,7 @@
 // token_stats of one row: one sweep for everything but Jensen-Shannon, which takes a second one.
-#include "cpu/js_row.h"
-#include "cpu/kernels.h"
-#include "cpu/pair.h"
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/mixture.h"
+#include "cpu/rows/pair.h"
 
 namespace dak::DAK_ISA {
 namespace {
@@ -32,6 +32,6 @@ StatsRow stats(Row policy, Row ref, int64_t y, double js_beta, Score options) {
 
 }  // namespace
 
-void fill_stats(Kernels& table) { table.stats = stats; }
+void fill_token_stats(Kernels& table) { table.stats = stats; }
 
 }  // namespace dak::DAK_ISA

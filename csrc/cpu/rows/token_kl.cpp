@@ -1,14 +1,14 @@
-// Divergence of one row between two models: one sweep for the KLs, two for Jensen-Shannon.
-#include "cpu/js_row.h"
-#include "cpu/kernels.h"
-#include "cpu/pair.h"
+// token_kl of one row: one sweep for the KLs, two for Jensen-Shannon.
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/mixture.h"
+#include "cpu/rows/pair.h"
 
 namespace dak::DAK_ISA {
 namespace {
 
 template <class T, bool Cap>
 KlRow js_of(const Scorer<Cap>& score, const T* q, const T* p, int64_t n, double js_beta) {
-  Model mp = sum_row(score, p, n), mq = sum_row(score, q, n);
+  RunningSoftmax mp = sum_row(score, p, n), mq = sum_row(score, q, n);
   LogProb log_q = log_prob_of(mq, score.inverse), log_p = log_prob_of(mp, score.inverse);
   JsSums sums = js_row(score, q, p, n, js_beta, log_q, log_p);
   float value = float(js_beta * sums.p + (1.0 - js_beta) * sums.q);
@@ -45,7 +45,7 @@ JsParts js_parts(Row policy, Row ref, Norm norm_q, Norm norm_p, double js_beta, 
 
 }  // namespace
 
-void fill_kl(Kernels& table) {
+void fill_token_kl(Kernels& table) {
   table.kl = kl;
   table.js_parts = js_parts;
 }

@@ -1,8 +1,8 @@
 // How a row is walked: scores of two vectors at a time, the ragged end, and rows that are written.
 #pragma once
 
-#include "cpu/rows.h"
-#include "cpu/vec.h"
+#include "cpu/rows/rows.h"
+#include "cpu/vec/vec.h"
 
 namespace dak::DAK_ISA {
 

@@ -1,10 +1,9 @@
-// What is known of one model's row while it is swept, and how it ends up in the results.
+// The softmax of a row: what is known of it while the row is swept once, and what it ends up as.
 #pragma once
 
 #include <math.h>
 
-#include "cpu/rows.h"
-#include "cpu/vec.h"
+#include "cpu/rows/sweep.h"
 
 namespace dak::DAK_ISA {
 
@@ -13,7 +12,7 @@ namespace dak::DAK_ISA {
 // it is summed again: below that, the roundings of (score - shift) * exponent cost 5e-7 at most.
 inline constexpr float lag = 6.0f;
 
-struct Model {
+struct RunningSoftmax {
   float shift = -inf;  // -inf: nothing but -inf so far
   float top = -inf;    // the exact maximum
   int64_t top_from = 0;  // first column of the block that has its first occurrence
@@ -85,5 +84,77 @@ struct LogRatio {
     return fma((zq - shift_q) - (zp - shift_p), inverse, set(0.0f) - log_sums);
   }
 };
+
+// sum of 2^((score - shift) * exponent) and the largest score over whole steps.
+template <class T, bool Cap>
+inline double exp_sum(const Scorer<Cap>& score, const T* p, int64_t n, float shift, float& top) {
+  F a, b, zero = set(0.0f), sum_a = zero, sum_b = zero, top_a = set(-inf), top_b = set(-inf);
+  F m = set(shift), c = set(score.exponent);
+  Sum sum;
+  auto add = [&](int64_t i) __attribute__((always_inline)) {
+    load_scores(score, p + i, a, b);
+    top_a = max(a, top_a);
+    top_b = max(b, top_b);
+    sum_a = sum_a + exp2((a - m) * c);
+    sum_b = sum_b + exp2((b - m) * c);
+  };
+  in_groups(n, add, [&]() __attribute__((always_inline)) {
+    sum.add(sum_a + sum_b);
+    sum_a = sum_b = zero;
+  });
+  top = max_of(max(top_a, top_b));
+  return sum.total();
+}
+
+template <class T, bool Cap>
+inline double exp_sum_rest(
+    const Scorer<Cap>& score, const T* p, int64_t n, float shift, float& top) {
+  F a, b, m = set(shift), c = set(score.exponent);
+  load_rest(score, p, n, a, b);
+  top = max_of(max(a, b));
+  return sum_of(exp2((a - m) * c) + exp2((b - m) * c));
+}
+
+template <class T, bool Cap>
+inline RunningSoftmax sum_row(const Scorer<Cap>& score, const T* p, int64_t n) {
+  RunningSoftmax softmax;
+  softmax.raise(largest(score, p, n < peek ? n : peek), score.exponent);
+  for (int64_t i = 0; i < n;) {
+    int64_t columns = n - i >= block ? block : n - i >= step ? (n - i) / step * step : n - i;
+    for (;;) {
+      float top;
+      double sum;
+      if (columns < step) {
+        sum = exp_sum_rest(score, p + i, columns, softmax.from(), top);
+      } else {
+        sum = exp_sum(score, p + i, columns, softmax.from(), top);
+      }
+      if (softmax.too_low_for(top, score.exponent)) {
+        softmax.raise(top, score.exponent);
+        continue;
+      }
+      softmax.add(sum, top, i);
+      if (softmax.should_follow(score.exponent)) softmax.raise(softmax.top, score.exponent);
+      break;
+    }
+    i += columns;
+  }
+  return softmax;
+}
+
+// The column of the first maximum, found again in its block. Some column of the row where there is
+// none: a row of only NaN under a softcap starts from a shift that no score has.
+template <class T, bool Cap>
+inline int64_t top_column(const Scorer<Cap>& score, const T* p, int64_t n,
+                          const RunningSoftmax& softmax) {
+  F a, b, top = set(softmax.top);
+  int64_t i = softmax.top_from;
+  for (; i + step <= n; i += step) {
+    load_scores(score, p + i, a, b);
+    if (any(eq(a, top)) || any(eq(b, top))) break;
+  }
+  while (i < n && !(score_at(score, p, i) == softmax.top)) i++;
+  return i < n ? i : n - 1;
+}
 
 }  // namespace dak::DAK_ISA

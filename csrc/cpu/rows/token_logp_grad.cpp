@@ -1,20 +1,11 @@
-// log-softmax of one row and its gradient: one sweep each.
+// Gradient of token_logp with respect to the logits, one row: one sweep.
 #include <math.h>
 
-#include "cpu/kernels.h"
-#include "cpu/sum_row.h"
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/softmax.h"
 
 namespace dak::DAK_ISA {
 namespace {
-
-LogpRow logp(Row x, int64_t y, Score options) {
-  return with_type(x, options, [&](auto* p, auto score) -> LogpRow {
-    Model model = sum_row(score, p, x.columns);
-    LogpRow out{model.norm(score.inverse), 0.0};
-    if (y >= 0) out.logp = model.log_prob(score_at(score, p, y), score.inverse);
-    return out;
-  });
-}
 
 // out = by * 2^((score - shift) * exponent) * slope
 template <class T, class O, bool Cap>
@@ -69,9 +60,6 @@ void logp_grad(Row x, int64_t y, Score options, Norm norm, double grad, OutRow t
 
 }  // namespace
 
-void fill_logp(Kernels& table) {
-  table.logp = logp;
-  table.logp_grad = logp_grad;
-}
+void fill_token_logp_grad(Kernels& table) { table.logp_grad = logp_grad; }
 
 }  // namespace dak::DAK_ISA

@@ -5,7 +5,7 @@
 // A packed panel holds pairs of neighbours along the inner dimension, as vdpbf16ps takes them: 14
 // (of a) or 32 (of b) of them, then the next pair. oneDNN's own only gives bf16 results:
 // `python -m benchmarks.pieces --only gemm` times the two in turns.
-#include "cpu/bf16_gemm.h"
+#include "cpu/gemm/bf16_gemm.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -15,7 +15,7 @@
 #include <cstring>
 #include <memory>
 
-#include "cpu/kernels.h"
+#include "cpu/rows/kernels.h"
 
 // GCC 12 takes its own _mm512_undefined_epi32() for a mistake (bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,9 +1,8 @@
-// Gradient of token_kl with respect to the policy's logits, one row; and scaling a row in place.
+// Gradient of token_kl with respect to the policy's logits, one row.
 #include <math.h>
 
-#include "cpu/kernels.h"
-#include "cpu/mixture.h"
-#include "cpu/sums.h"
+#include "cpu/rows/kernels.h"
+#include "cpu/rows/mixture.h"
 
 namespace dak::DAK_ISA {
 namespace {
@@ -125,29 +124,8 @@ void kl_grad(Row policy, Row ref, const KlGrad& g, Score options, OutRow to) {
   });
 }
 
-template <class T>
-struct Scaled {
-  F by;
-  template <bool Stream>
-  DAK_INLINE void operator()(T* out, const T* p) const {
-    F a, b;
-    load2(p, a, b);
-    store2<Stream, T>(out, a * by, b * by);
-  }
-};
-
-void scale(Row x, float by) {
-  with_type(x, Score{}, [&](auto* p, auto) {
-    using T = plain<decltype(*p)>;
-    map_row<false>(const_cast<T*>(p), x.columns, Scaled<T>{factor(by)}, p);
-  });
-}
-
 }  // namespace
 
-void fill_kl_grad(Kernels& table) {
-  table.kl_grad = kl_grad;
-  table.scale = scale;
-}
+void fill_token_kl_grad(Kernels& table) { table.kl_grad = kl_grad; }
 
 }  // namespace dak::DAK_ISA

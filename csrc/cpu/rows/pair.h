@@ -1,7 +1,7 @@
-// Sums over two models' rows in one sweep: KL one way, or everything token_stats needs.
+// Sums over two models' rows in one sweep: KL one way for token_kl, or everything token_stats needs.
 #pragma once
 
-#include "cpu/sum_row.h"
+#include "cpu/rows/softmax.h"
 
 namespace dak::DAK_ISA {
 
@@ -16,7 +16,7 @@ enum class Want { kl, stats };
 
 template <Want W>
 struct PairSums {
-  Model x, y;
+  RunningSoftmax x, y;
   double cross_x = 0, cross_y = 0, self_x = 0, self_y = 0;
   double at_x = 0, at_y = 0;              // x - y, and y - x, in the likeliest column of x, and of y
   bool x_alone = false, y_alone = false;  // a column that only one of the two models can produce
@@ -36,7 +36,8 @@ struct PairSums {
   double entropy_y(double inverse) const { return y.lse(inverse) - self_y / y.sum * inverse; }
 
  private:
-  static double kl(const Model& own, const Model& other, double cross, bool alone, double inverse) {
+  static double kl(const RunningSoftmax& own, const RunningSoftmax& other, double cross, bool alone,
+                   double inverse) {
     // A row of only -inf, or with NaN, has no finite positive sum: NaN.
     if (alone) return own.sum > 0 && other.sum > 0 ? double(inf) : double(inf) - double(inf);
     return cross / own.sum * inverse - own.lse(inverse) + other.lse(inverse);
@@ -168,8 +169,8 @@ inline PairBlock pair_block(
 // The difference of the scores in the likeliest column of `own`; 0 where it is not finite.
 template <class T, bool Cap>
 inline double at_top(const Scorer<Cap>& score, const T* own, const T* other, int64_t n,
-                     const Model& model) {
-  int64_t column = top_column(score, own, n, model);
+                     const RunningSoftmax& softmax) {
+  int64_t column = top_column(score, own, n, softmax);
   double d = double(score_at(score, own, column)) - double(score_at(score, other, column));
   return d - d == 0.0 ? d : 0.0;
 }
@@ -180,7 +181,7 @@ inline void follow(const Scorer<Cap>& score, const T* px, const T* py, int64_t f
                    float top_x, float top_y, PairSums<W>& s) {
   bool new_x = top_x > s.x.shift, new_y = W == Want::stats && top_y > s.y.shift;
   s.raise(top_x, top_y, score.exponent);
-  Model x{.top = top_x, .top_from = from}, y{.top = top_y, .top_from = from};
+  RunningSoftmax x{.top = top_x, .top_from = from}, y{.top = top_y, .top_from = from};
   if (new_x) s.at_x = at_top(score, px, py, from + n, x);
   if (new_y) s.at_y = at_top(score, py, px, from + n, y);
 }

@@ -1,6 +1,6 @@
 // out = a b, or out += a b: bf16 matrices, fp32 result. For the linear ops; torch has no such product
 // on the CPU.
-#include "cpu/bf16_gemm.h"
+#include "cpu/gemm/bf16_gemm.h"
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
