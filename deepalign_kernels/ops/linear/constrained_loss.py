@@ -109,9 +109,10 @@ def linear_constrained_loss(
     rule = rules.objective_of(objective)
     _check_given(rule, objective, beta, ref_logp, ref_hidden, kl_coef)
     flat = check.targets("target", target, like, ignore_index, shard=shard is not None)
+    valid = flat != ignore_index
     x = x._replace(
         target=flat,
-        valid=flat != ignore_index,
+        valid=valid,
         beta=None if beta is None else check.vector("beta", beta, like, acc, low=0.0),
         ref_logp=None if ref_logp is None else check.vector("ref_logp", ref_logp, like, acc),
     )
@@ -123,7 +124,7 @@ def linear_constrained_loss(
         direction=check.one_of("kl_direction", kl_direction, DIRECTIONS),
         js_beta=check.number("js_beta", js_beta, above=0.0, below=1.0),
     )
-    scale = scale_of_sum(flat != ignore_index, reduction, normalizer, acc)
+    scale = scale_of_sum(valid, reduction, normalizer, acc)
     kind = "constrained"
     if kl_coef > 0:
         kind = "constrained_js" if kl_direction == "js" else "constrained_kl"

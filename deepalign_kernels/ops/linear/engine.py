@@ -69,7 +69,7 @@ def sizes_of(
 
 
 def eager_copies(kind: str, device: str, logits: torch.dtype, gradients: bool) -> float:
-    eager = any(backends.selected(op, device, logits) == "eager" for op in KINDS[kind].ops)
+    eager = any(backends.runs_eagerly(op, device, logits) for op in KINDS[kind].ops)
     return KINDS[kind].eager_copies[gradients] if eager else 0.0
 
 
@@ -364,7 +364,7 @@ class Engine:
 
 def picker(a: int, b: int, index: Tensor | None) -> Callable[[Tensor | None], Tensor | None]:
     def pick(x: Tensor | None) -> Tensor | None:
-        if x is None or x.dim() == 0:
+        if x is None or x.dim() == 0 or (index is None and b - a == len(x)):
             return x
         return x[a:b] if index is None else x.index_select(0, index)
 

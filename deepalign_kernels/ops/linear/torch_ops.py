@@ -38,9 +38,12 @@ def _define(schema: str, body: Any) -> Any:
     _LIB.define(schema)
 
     def run(*arguments: Any) -> Any:
-        device = next(x for x in arguments if isinstance(x, Tensor)).device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return body(*arguments)
+        device = next(x for x in arguments if isinstance(x, Tensor)).device.type
+        with torch.no_grad():
+            if not torch.is_autocast_enabled(device):
+                return body(*arguments)
+            with torch.autocast(device, enabled=False):
+                return body(*arguments)
 
     for key in ("CPU", "CUDA"):
         _LIB.impl(name, run, key)
