@@ -10,6 +10,7 @@ import argparse
 import json
 import pathlib
 import re
+import string
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,9 @@ from benchmarks.harness import Row
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINE = re.compile(r"(<!-- headline -->\n).*?(<!-- end of headline -->)", re.S)
-WARNING = "<!-- Written by `python -m benchmarks page` from benchmarks/results/. Do not edit. -->\n"
+WARNING = (
+    "<!-- Written by `python -m benchmarks page` from benchmarks/results/. Do not edit. -->\n\n"
+)
 
 LOGITS, AVX2 = "cpu-2core-2026-11-24.json", "cpu-2core-avx2-2026-11-24.json"
 MORE_LAPS = "cpu-2core-more-laps-2026-11-24.json"
@@ -74,10 +77,12 @@ class File(NamedTuple):
         ]
 
     def source(self, command: str) -> str:
-        return (
-            f"`python -m benchmarks {command}`, `benchmarks/results/{self.name}`.\n"
-            f"Measured on {report.machine_text(self.machine)}."
-        )
+        return source(f"python -m benchmarks {command}", self.name, self.machine)
+
+
+def source(command: str, name: str, machine: dict[str, Any]) -> str:
+    told = report.machine_text({"packages": {}, **machine})
+    return f"`{command}`, `benchmarks/results/{name}`.\nMeasured on {told}."
 
 
 def load(name: str) -> File:
@@ -171,164 +176,84 @@ def head_picture() -> str:
     )
 
 
-# Pages
+# Pages: benchmarks/pages/NAME.md with its $names filled in
 
 
-def logits_page() -> str:
+def logits_page() -> dict[str, str]:
     f, old, laps = load(LOGITS), load(AVX2), load(MORE_LAPS)
-    both = [LOGP, *LOSSES]
-    fp32 = "2048x32000 fp32"
-    trl = f.all_times([LOGP], "fwd", "trl")
-    trl_both = f.all_times([LOGP], "fwd_bwd", "trl")
-    trl_loss = f.all_times(LOSSES, "fwd_bwd", "trl")
-    few, many = f.rows[LOGP, "fwd_bwd", fp32, "native"], laps.rows[LOGP, "fwd_bwd", fp32, "native"]
-    return f"""{WARNING}
-# Logits ops on a CPU
+    where = LOGP, "fwd_bwd", "2048x32000 fp32"
+    few, many = f.rows[(*where, "native")], laps.rows[(*where, "native")]
+    shown, phases = (KL, LOGP, *LOSSES), {"fwd": "fwd", "fwd_bwd": "fwd+bwd"}
 
-`python -m benchmarks run` (`make bench`); the tables: `python -m benchmarks readme
-benchmarks/results/{f.name}`.
+    def line(op: str, phase: str) -> list[str]:
+        times = (old.times(op, phase, f"1024x32000 {d}", "eager") for d in ("fp32", "bf16"))
+        return [f"`{op}`", phases[phase], *(f"{x:.1f}x" for x in times)]
 
-{report.readme(str(RESULTS / f.name))}
-
-## Targets that are not met
-
-- Rows of bf16 hold twice as many columns per byte, so there arithmetic limits the speed and not
-  memory, as the column "in cache" shows.
-- Forward + backward of `token_logp` in fp32 waits for the memory pages of its fresh gradient. Its
-  {few.laps} laps in the table have a median of {few.ms:.1f} ms and a tenth above {few.p90_ms:.0f}
-  ms; the same cell with {many.laps} laps
-  (`--seconds 4`, `benchmarks/results/{laps.name}`) takes {many.ms:.1f} ms,
-  {laps.times(LOGP, "fwd_bwd", fp32, "eager"):.2f} times faster than eager.
-
-Fresh gradients and workspaces are asked for in pages of 2 MiB (Linux, `madvise`). In a virtual
-machine that reports free pages to its host the first such gradient after some idle seconds is
-slow; the tables are the steady state.
-
-## With AVX2 only
-
-{old.source("run")}
-
-Times faster than eager:
-
-{
-        table(
-            ("op", "phase", "fp32", "bf16"),
-            [
-                (
-                    f"`{op}`",
-                    phase.replace("fwd_bwd", "fwd+bwd"),
-                    *(
-                        f"{old.times(op, phase, f'1024x32000 {d}', 'eager'):.1f}x"
-                        for d in ("fp32", "bf16")
-                    ),
-                )
-                for op in (KL, *both)
-                for phase in ("fwd", "fwd_bwd")
-            ],
-        )
+    return {
+        "file": f.name,
+        "tables": report.readme(str(RESULTS / f.name)),
+        "few_laps": str(few.laps),
+        "few_ms": f"{few.ms:.1f}",
+        "few_p90": f"{few.p90_ms:.0f}",
+        "many_file": laps.name,
+        "many_laps": str(many.laps),
+        "many_ms": f"{many.ms:.1f}",
+        "many_times": f"{laps.times(*where, 'eager'):.2f}",
+        "avx2_source": old.source("run"),
+        "avx2_table": table(
+            ("op", "phase", "fp32", "bf16"), [line(op, p) for op in shown for p in phases]
+        ),
+        "avx2_compile": span(
+            [x for p in phases for x in old.all_times(shown, p, "compile")], "{:.1f}"
+        ),
+        "trl_forward": span(f.all_times([LOGP], "fwd", "trl")),
+        "trl_both": span(f.all_times([LOGP], "fwd_bwd", "trl")),
+        "trl_loss": span(f.all_times(LOSSES, "fwd_bwd", "trl")),
     }
 
-Against torch.compile: {
-        span(
-            [
-                x
-                for phase in ("fwd", "fwd_bwd")
-                for x in old.all_times([KL, *both], phase, "compile")
-            ],
-            "{:.1f}",
-        )
-    } times faster.
 
-## Beside other libraries
+def linear_page() -> dict[str, str]:
+    f, laps, heap, peers = load(LINEAR), load(LINEAR_LAPS), load(KEPT_HEAP), load(PEERS)
+    wide = {dtype: load(name) for dtype, name in WIDE.items()}
+    place, masked = "2048x2048x32000 fp32", HEAD_CASES[2]
 
-TRL's `selective_log_softmax` in the run of the first tables, over both shapes and dtypes:
-`token_logp` forward takes {span(trl)} times as long there, forward + backward {span(trl_both)}
-times; the constrained loss built on it, forward + backward, {span(trl_loss)} times. The other
-libraries of `benchmarks/peers.py` for logits run on GPUs only.
-"""
-
-
-def linear_page() -> str:
-    f, laps, heap = load(LINEAR), load(LINEAR_LAPS), load(KEPT_HEAP)
-    place, wide = "2048x2048x32000 fp32", "1024x2048x128256"
-
-    def gemms(file: File, op: str, where: str, of: str = "native") -> str:
-        return f"{file.times(op, 'fwd_bwd', where, of, 'gemms'):.2f}x"
+    def gemms(file: File, op: str, at: str, provider: str = "native") -> str:
+        return f"{file.times(op, 'fwd_bwd', at, provider, 'gemms'):.2f}x"
 
     def wide_line(op: str, dtype: str) -> list[str]:
-        file, at = load(WIDE[dtype]), f"{wide} {dtype}"
-        beyond = (f"{file.mib(op, 'fwd_bwd', at, p):.0f}" for p in ("native", "compile"))
-        return [
-            f"`{op}` {dtype}",
-            *(gemms(file, op, at, p) for p in ("native", "compile")),
-            *beyond,
-        ]
+        file, at, both = wide[dtype], f"1024x2048x128256 {dtype}", ("native", "compile")
+        beyond = (f"{file.mib(op, 'fwd_bwd', at, p):.0f}" for p in both)
+        return [f"`{op}` {dtype}", *(gemms(file, op, at, p) for p in both), *beyond]
 
-    masked = heap.rows[HEAD_CASES[2], "fwd_bwd", f"{wide} fp32", "native"]
-    ruler = heap.ms(HEAD_CASES[2], "fwd_bwd", f"{wide} fp32", "gemms")
-    logits_mib = {d: 2048 * 32000 * s / 2**20 for d, s in (("fp32", 4), ("bf16", 2))}
-    return f"""{WARNING}
-# Linear ops on a CPU
-
-`python -m benchmarks linear --ops {HEAD} --phase fwd_bwd --shapes 2048x2048x32000 --rounds 2`.
-Shapes are tokens x hidden size x vocabulary; "gemms" are the matrix products of the case alone, as
-torch runs them in the dtype of the inputs.
-
-{report.readme(str(RESULTS / f.name))}
-
-## Targets that are not met
-
-Two laps scatter by 5 %. {len(HEAD_CASES)} cases with {
-        laps.rows[HEAD, "fwd_bwd", place, "native"].laps
-    } laps in fp32 (commit {laps.machine["commit"]},
-`benchmarks/results/{laps.name}`) took {
-        ", ".join(gemms(laps, op, place) for op in HEAD_CASES)
-    } of their GEMMs, and torch.compile of the plain formula {
-        ", ".join(gemms(laps, op, place, "compile") for op in HEAD_CASES)
-    }; in bf16 it
-stays within the scatter on either side. torch.compile
-
-- holds the whole logits, {logits_mib["fp32"]:.0f} MiB here in fp32 and {
-        logits_mib["bf16"]:.0f} MiB in bf16, which grow with the tokens while
-  this library's workspace does not (in bf16 {
-        2048 * 32000 * 4 / 2**20:.0f} MiB of it are the fp32 sum of the head's gradient);
-- cannot leave prompt tokens out;
-- rounds the scores of bf16 heads to bf16.
-
-## A vocabulary of 128256
-
-`benchmarks/results/{WIDE["fp32"]}` and `-bf16-`, same machine, commit {
-        load(WIDE["fp32"]).machine["commit"]
-    }. Forward + backward over
-the time of the GEMMs of all tokens, {wide}; the aim is 1.15x, and 0.4x with 70 % of the tokens
-masked.
-
-{
-        table(
+    kept = heap.rows[masked, "fwd_bwd", "1024x2048x128256 fp32", "native"]
+    ruler = heap.ms(masked, "fwd_bwd", "1024x2048x128256 fp32", "gemms")
+    asked = "linear --ops linear_token_logp,linear_token_kl/policy_ref --phase fwd_bwd"
+    return {
+        "tables": report.readme(str(RESULTS / f.name)),
+        "laps": str(laps.rows[HEAD, "fwd_bwd", place, "native"].laps),
+        "laps_commit": laps.machine["commit"],
+        "laps_file": laps.name,
+        "laps_native": ", ".join(gemms(laps, op, place) for op in HEAD_CASES),
+        "laps_compile": ", ".join(gemms(laps, op, place, "compile") for op in HEAD_CASES),
+        "wide_fp32": wide["fp32"].name,
+        "wide_commit": wide["fp32"].machine["commit"],
+        "wide_table": table(
             ("case", "native", "compile", "extra MiB, native", "extra MiB, compile"),
-            [wide_line(op, d) for d in WIDE for op in HEAD_CASES],
-        )
+            [wide_line(op, dtype) for dtype in WIDE for op in HEAD_CASES],
+        ),
+        "wide_frozen": " and ".join(
+            gemms(file, HEAD_CASES[1], f"1024x2048x128256 {dtype}") for dtype, file in wide.items()
+        ),
+        "heap_file": heap.name,
+        "heap_laps": str(kept.laps),
+        "heap_low": f"{(kept.p10_ms or 0) / ruler:.2f}x",
+        "heap_high": f"{(kept.p90_ms or 0) / ruler:.2f}x",
+        "peers_source": peers.source(f"{asked} --shapes 512x1024x32000"),
+        "peers_table": _peers(peers, "512x1024x32000"),
     }
 
-Not met in fp32 and, by little, in bf16. The limit here is the head's gradient, {
-        128256 * 2048 * 4 / 2**30:.2f} GiB (bf16: {128256 * 2048 * 2 / 2**30:.2f}) of
-fresh memory a step, where the GEMMs alone write to memory that stays: with a frozen head the
-ratios are {gemms(load(WIDE["fp32"]), HEAD_CASES[1], f"{wide} fp32")} and {
-        gemms(load(WIDE["bf16"]), HEAD_CASES[1], f"{wide} bf16")
-    }. Where the process keeps its
-heap (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000`,
-`benchmarks/results/{heap.name}`) {masked.laps} laps of the masked fp32 step took {
-        (masked.p10_ms or 0) / ruler:.2f}x
-to {(masked.p90_ms or 0) / ruler:.2f}x.
 
-## Per-token results, beside other libraries
-
-{_peers()}
-"""
-
-
-def _peers() -> str:
-    f, shape = load(PEERS), "512x1024x32000"
+def _peers(f: File, shape: str) -> str:
     ways = {
         "native": "native",
         "eager": "eager",
@@ -338,115 +263,76 @@ def _peers() -> str:
         "torch-chunked": "torch `linear_cross_entropy`",
         "liger-chunked": "Liger chunked",
     }
+
+    def line(op: str, at: str) -> list[str]:
+        times = [
+            f"{f.times(op, 'fwd_bwd', at, p, 'gemms'):.2f}x"
+            if (op, "fwd_bwd", at, p) in f.rows
+            else "-"
+            for p in ways
+        ]
+        beyond = [f"{f.mib(op, 'fwd_bwd', at, p):.0f}" for p in ("native", "eager", "compile")]
+        return [f"`{op}` {at.split()[1]}", *times, ", ".join(beyond)]
+
     ops = ("linear_token_logp", "linear_token_logp/frozen_head", "linear_token_kl/policy_ref")
-    lines = []
-    for op in ops:
-        for dtype in ("fp32", "bf16"):
-            at = f"{shape} {dtype}"
-            has = [p for p in ways if (op, "fwd_bwd", at, p) in f.rows]
-            times = [
-                f"{f.times(op, 'fwd_bwd', at, p, 'gemms'):.2f}x" if p in has else "-" for p in ways
-            ]
-            beyond = [f"{f.mib(op, 'fwd_bwd', at, p):.0f}" for p in ("native", "eager", "compile")]
-            lines.append([f"`{op}` {dtype}", *times, ", ".join(beyond)])
     header = ["case", *ways.values(), "extra MiB: native, eager, compile"]
-    return f"""Per-token results, which any loss can follow, keep the gradient of the logits where all
-tokens are one chunk (up to 2047 tokens, or what `max_workspace_bytes` allows): no GEMM more than
-the whole logits need. Longer batches make the logits again, 4 GEMMs for 3 (KL: 6 for 4).
-
-{f.source(f"linear --ops linear_token_logp,{ops[2]} --phase fwd_bwd --shapes {shape}")} (The edit
-under way then was in the rulers of bandwidth, which these cells do not use.) Forward + backward
-over the time of the GEMMs, {shape}:
-
-{table(header, lines)}
-
-Liger's chunked divergence gives the mean only. cut-cross-entropy and Liger's Triton kernels need a
-GPU.
-"""
+    return table(header, [line(op, f"{shape} {d}") for op in ops for d in ("fp32", "bf16")])
 
 
-def other_page() -> str:
-    pieces = json.loads((RESULTS / PIECES).read_text())
-    demo = json.loads((RESULTS / DEMO).read_text())
-    return f"""{WARNING}
-# Other measurements on a CPU
-
-## Growth with tokens and vocabulary
-
-{_growth()}
-
-## The parts of a step
-
-`python -m benchmarks.pieces`, `benchmarks/results/{PIECES}`.
-Measured on {report.machine_text({"packages": {}, **pieces["machine"]})}.
-
-{
-        table(
+def other_page() -> dict[str, str]:
+    pieces, gcg, demo = (_json(name) for name in (PIECES, GCG, DEMO))
+    grown, a = load(GROWTH), gcg["arguments"]
+    hidden, layers, vocab = a["sizes"]
+    return {
+        "growth_source": grown.source("growth"),
+        "growth_table": _growth(list(grown.rows.values())),
+        "pieces_source": source("python -m benchmarks.pieces", PIECES, pieces["machine"]),
+        "pieces_table": table(
             ("part", "case", "variant", "threads", "median", "unit"),
             [
-                (
-                    x["piece"],
-                    x["case"],
-                    x["variant"],
-                    str(x["threads"]),
-                    f"{x['value']:.3g}",
-                    x["unit"],
-                )
+                (x["piece"], x["case"], x["variant"], str(x["threads"]), f"{x['value']:.3g}", unit)
                 for x in pieces["lines"]
+                for unit in [x["unit"]]
             ],
-        )
+        ),
+        "gcg_source": source("python -m benchmarks.gcg", GCG, gcg["machine"]),
+        "gcg_hidden": str(hidden),
+        "gcg_layers": str(layers),
+        "gcg_vocab": str(vocab),
+        "gcg_dtype": a["dtype"],
+        "gcg_candidates": str(a["candidates"]),
+        "gcg_tokens": f"{a['prompt']} + {a['suffix']} + {a['target']}",
+        "gcg_table": _gcg(gcg["rows"]),
+        "demo_table": table(demo["header"], [[str(x) for x in line] for line in demo["lines"]]),
+        "demo_minutes": str(demo["minutes_per_seed"]),
+        **{f"demo_{name}": demo[name] for name in ("command", "machine", "commit", "note")},
     }
 
-## A step of GCG
 
-{_gcg()}
-
-## Demo
-
-`{demo["command"]}`: {demo["machine"]}, commit {demo["commit"]}, under {
-        demo["minutes_per_seed"]
-    } minutes a seed.
-{demo["note"]} All ten claims that the demo checks hold on each seed. Percent of the
-restricted (made-up, benign) requests that are answered, without a prefill; in the last two columns
-with the first 7 tokens of an answer prefilled:
-
-{table(demo["header"], [[str(x) for x in line] for line in demo["lines"]])}
-"""
-
-
-def _growth() -> str:
-    f = load(GROWTH)
-    rows = list(f.rows.values())
+def _growth(rows: list[Row]) -> str:
     lines = []
-    # The sweep over T has one V, and the other way round.
-    for axis, other in (("T", "V"), ("V", "T")):
+    for axis, other in (
+        ("T", "V"),
+        ("V", "T"),
+    ):  # the sweep over one has a single size of the other
         fixed = max(
             {getattr(r, other) for r in rows},
             key=lambda n: len({getattr(r, axis) for r in rows if getattr(r, other) == n}),
         )
-        of_axis = [r for r in rows if getattr(r, other) == fixed]
-        for (op, provider), points in growth.series(of_axis, axis).items():
+        swept = [r for r in rows if getattr(r, other) == fixed]
+        for (op, provider), points in growth.series(swept, axis).items():
             sizes = [float(getattr(r, axis)) for r in points]
-            time = growth.exponent(sizes, [r.ms or 0.0 for r in points])
-            space = growth.exponent(sizes, [float(r.extra_bytes or 0) for r in points])
-            lines.append(
-                [
-                    f"`{op}`",
-                    provider,
-                    f"{axis} = {sizes[0]:.0f} to {sizes[-1]:.0f}, {other} = {fixed}",
-                    *(f"{axis}^{x:.2f}" if x is not None else "-" for x in (time, space)),
-                ]
+            exponents = (
+                growth.exponent(sizes, [r.ms or 0.0 for r in points]),
+                growth.exponent(sizes, [float(r.extra_bytes or 0) for r in points]),
             )
-    return f"""{f.source("growth")} fp32, forward + backward; figures of time and memory stand beside
-the file. The exponent is the slope in log-log over the larger half of the sizes; 1 is linear.
+            told = f"{axis} = {sizes[0]:.0f} to {sizes[-1]:.0f}, {other} = {fixed}"
+            shown = (f"{axis}^{x:.2f}" if x is not None else "-" for x in exponents)
+            lines.append([f"`{op}`", provider, told, *shown])
+    return table(("op", "backend", "sizes", "time grows as", "memory grows as"), lines)
 
-{table(("op", "backend", "sizes", "time grows as", "memory grows as"), lines)}
-"""
 
-
-def _gcg() -> str:
-    data = json.loads((RESULTS / GCG).read_text())
-    machine, a = data["machine"], data["arguments"]
+def _gcg(rows: list[dict[str, Any]]) -> str:
     parts = {
         "gradient": "token gradient",
         "score": "candidate losses",
@@ -454,21 +340,13 @@ def _gcg() -> str:
     }
     ways = {"logits": "whole logits", "logits_to_keep": "`logits_to_keep`", "dak": "this library"}
     shown = {
-        (r["part"], r["way"]): f"{r['ms']:.3g} ms, {r['extra_bytes'] / 2**20:.0f} MiB"
-        for r in data["rows"]
+        (r["part"], r["way"]): f"{r['ms']:.3g} ms, {r['extra_bytes'] / 2**20:.0f} MiB" for r in rows
     }
     lines = [[title, *(shown[part, way] for way in ways)] for part, title in parts.items()]
-    hidden, layers, vocab = a["sizes"]
-    return f"""`python -m benchmarks.gcg`, `benchmarks/results/{GCG}`.
-Measured on {report.machine_text({"packages": {}, **machine})}.
+    return table(("part", *ways.values()), lines)
 
-The parts of a step of greedy coordinate gradient that end in the output head, on a randomly
-initialised Llama with random token ids. Hidden size {hidden}, {layers} layers, V = {vocab},
-{a["dtype"]}, {a["candidates"]} candidates of {a["prompt"]} + {a["suffix"]} + {a["target"]} tokens;
-MiB beyond the model:
 
-{table(("part", *ways.values()), lines)}
-"""
+PAGES = {"logits": logits_page, "linear": linear_page, "other": other_page}
 
 
 def pages() -> dict[pathlib.Path, str]:
@@ -476,14 +354,21 @@ def pages() -> dict[pathlib.Path, str]:
     readme = ROOT / "README.md"
     text = readme.read_text()
     assert HEADLINE.search(text), "README.md: no <!-- headline --> ... <!-- end of headline -->"
-    folder = ROOT / "docs" / "benchmarks"
-    return {
-        folder / "logits.md": logits_page(),
-        folder / "linear.md": linear_page(),
-        folder / "other.md": other_page(),
-        ROOT / "docs" / "assets" / "head-step.svg": head_picture(),
-        readme: HEADLINE.sub(lambda m: m[1] + headline() + m[2], text),
+    filled = {
+        ROOT / "docs" / "benchmarks" / f"{name}.md": WARNING + _template(name).substitute(values())
+        for name, values in PAGES.items()
     }
+    picture_file = ROOT / "docs" / "assets" / "head-step.svg"
+    readme_text = HEADLINE.sub(lambda m: m[1] + headline() + m[2], text)
+    return {**filled, picture_file: head_picture(), readme: readme_text}
+
+
+def _template(name: str) -> string.Template:
+    return string.Template((ROOT / "benchmarks" / "pages" / f"{name}.md").read_text())
+
+
+def _json(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
 
 
 def main(check: bool = False) -> int:
