@@ -107,6 +107,14 @@ def test_hf_trainer(run):
     assert out.loss.isfinite() and example["ref_logp"].shape == example["labels"].shape
 
 
+def test_custom_rule(run):
+    left = run("10_custom_rule")
+    weight = left["parts"].weight
+    assert weight[0] > 0.9 and weight[3] < 0.01 and weight[2] == 0  # likely, unlikely, ignored
+    assert left["hidden"].grad[0].norm() > 100 * left["hidden"].grad[3].norm() > 0
+    assert left["out"].loss.isfinite() and left["result"].steps == 2
+
+
 def test_each_example_is_short_and_has_a_test():
     text = pathlib.Path(__file__).read_text()
     for name, path in EXAMPLES.items():
