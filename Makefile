@@ -19,7 +19,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast matrix bench lint format build clean
+.PHONY: help demo test test-fast matrix bench lint docs format build clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -33,7 +33,7 @@ help: ## this list
 demo: build ## the whole method end to end on a toy model, into demo_output/
 	$(PY) -m deepalign_kernels.toyworld.demo --out demo_output $(DEMO_ARGS)
 
-test: lint ## all checks: build, lint, pytest
+test: lint docs ## all checks: build, lint, documentation, pytest
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: build ## pytest without the slow tests: under two minutes on two idle cores
@@ -50,6 +50,11 @@ lint: build ## ruff check, ruff format --check, pyright
 	$(PY) -m ruff format --check
 	$(PYRIGHT)
 
+docs: build ## the documentation, into site/; a warning is an error
+	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))'; then \
+		NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build; \
+	else echo "docs: NOT built, its tools need Python 3.11.5"; fi
+
 format: build ## rewrite the Python files as `make lint` wants them
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
@@ -59,6 +64,6 @@ build: ## .venv with torch and the tools, then the native libraries
 	@$(PY) setup.py --quiet build_ext --inplace
 
 clean: ## remove what the targets made, except .venv
-	rm -rf build dist demo_output .matrix deepalign_kernels.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist site demo_output .matrix deepalign_kernels.egg-info .pytest_cache .ruff_cache .benchmarks
 	rm -f deepalign_kernels/_native_*
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

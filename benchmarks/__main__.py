@@ -1,5 +1,5 @@
 """`python -m benchmarks COMMAND`: run (the default), linear, growth, offline, instructions,
-compare, readme, harvest.
+compare, readme, page, harvest.
 
 Exit status 0, unless one of this library's own kernels was refused by the correctness gate (run,
 linear) or something got worse (compare, instructions).
@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threshold", type=float, default=compare.THRESHOLD, help="default 0.1 = 10 %%")
     p = commands.add_parser("readme", help="markdown tables from a result file")
     p.add_argument("file", metavar="FILE.json")
+    p = commands.add_parser("page", help="write the benchmark pages of docs/ and README's figures")
+    p.add_argument("--check", action="store_true", help="exit with 1 if one is stale")
     p = commands.add_parser("harvest", help="what follows from the files of gpu.sh")
     p.add_argument("dirs", nargs="+", metavar="DIR")
     return top
@@ -172,7 +174,7 @@ def print_offline() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    commands = tuple("run linear growth offline instructions compare readme harvest".split())
+    commands = tuple("run linear growth offline instructions compare readme page harvest".split())
     if not argv or (argv[0] not in commands and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
     args = parser().parse_args(argv)
@@ -199,6 +201,10 @@ def _dispatch(args: argparse.Namespace) -> int:
         from benchmarks import harvest
 
         return harvest.main(args.dirs)
+    if args.command == "page":
+        from benchmarks import page
+
+        return page.main(args.check)
     if args.command == "instructions":
         from benchmarks import instructions
 

@@ -125,6 +125,10 @@ def available(
     """(providers that can try, the others) for one case.
 
     Args:
+        case: the op and its options.
+        device: "cpu" or "cuda".
+        dtype: of the logits or hidden states.
+        phase: "fwd" or "fwd_bwd".
         wanted: comma-separated names of providers or of GROUPS; None: all.
     """
     names = set(wanted.split(",")) if wanted and wanted != "all" else set(GROUPS)

@@ -198,6 +198,8 @@ def overlapping(blocks: list[list[Any]], value: Any, assign: Callable[[Any], Non
 
     Args:
         blocks: [[what holds outside of all blocks]], and [value] of each one that is open.
+        value: what holds in this block.
+        assign: makes a value the one that holds.
     """
     mine = [value]
     with _lock:

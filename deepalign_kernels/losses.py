@@ -72,6 +72,7 @@ def response_positions(
 
     Args:
         labels: [T] or [B, T] integers, `ignore_index` where nothing is trained.
+        ignore_index: the label that marks a token that is not trained.
         position_ids: same shape, or None.
 
     Returns:
@@ -113,9 +114,9 @@ def reduce_tokens(
     Args:
         values: [...] float, 0 where not valid (as all ops of this package give).
         valid: [...] bool, the tokens that count for "mean".
-        reduction: "mean", "sum" or "none". normalizer: for "mean", a number > 0 or a 0-d tensor:
-            the token count over all accumulation steps and ranks. Without a valid token the result
-            is 0, not NaN.
+        reduction: "mean", "sum" or "none". Without a valid token the result is 0, not NaN.
+        normalizer: for "mean", a number > 0 or a 0-d tensor: the token count over all accumulation
+            steps and ranks.
 
     Returns:
         [...] as `values` for "none", else 0-d fp32 (fp64 for fp64 values), counted and summed in

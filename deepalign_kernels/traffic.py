@@ -51,10 +51,13 @@ def ideal_bytes(
     """(bytes read, bytes written) that `op`, a key of IDEAL, needs.
 
     Args:
+        op: a key of IDEAL.
         rows: rows of V columns, those left out included.
-        itemsize: bytes per logit; out_itemsize: per element of the gradient, if it differs.
+        V: columns.
+        itemsize: bytes per logit.
         ignored: how many of the rows are left out: they are not read, and their gradient is
-        written as 0.
+            written as 0.
+        out_itemsize: bytes per element of the gradient; None: as itemsize.
         perfect_cache: count a second sweep over a row as free.
     """
     t = IDEAL[op]

@@ -68,7 +68,8 @@ def detach(model: nn.Module) -> nn.Module:
     """Undo `attach`: `model` is as it was before, with nothing left in its __dict__; returned.
 
     Raises:
-        ValueError: not attached. RuntimeError: `forward` was wrapped again since; undo that first.
+        ValueError: not attached.
+        RuntimeError: `forward` was wrapped again since; undo that first.
     """
     forward = _forward_of(model)
     inner = forward.model
@@ -117,7 +118,8 @@ def verify(
         The largest difference, in nats.
 
     Raises:
-        RuntimeError: a larger one, or NaN. ValueError: not attached.
+        RuntimeError: a larger one, or NaN.
+        ValueError: not attached.
     """
     inner = _forward_of(model).model
     ids = input_ids[:1, :9]

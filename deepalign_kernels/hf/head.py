@@ -122,7 +122,8 @@ def read_weights(module: Any) -> Weights:
 
     Raises:
         TypeError: neither nn.Linear nor a PEFT layer known here (quantised heads, DoRA, others).
-        RuntimeError: weights that are not whole here. ValueError: LoRA dropout in training.
+        RuntimeError: weights that are not whole here.
+        ValueError: LoRA dropout in training.
     """
     lora = sys.modules.get("peft.tuners.lora.layer")
     tokens = sys.modules.get("peft.tuners.trainable_tokens.layer")

@@ -154,10 +154,11 @@ class TokenKL:
 
     Args:
         ref_rows: the reference's hidden states, from `hidden_rows` on the same batch.
-        ref_weight, ref_bias: [V, H], [V], the reference's head. None: policy and reference are one
-            model (without its adapters for the reference) with one frozen head, then read once for
-            both.
-        direction, js_beta: as in `dak.token_kl`.
+        ref_weight: [V, H], the reference's head. None: policy and reference are one model (without
+            its adapters for the reference) with one frozen head, then read once for both.
+        ref_bias: [V], of the reference's head.
+        direction: "policy_ref", "ref_policy" or "js", as in `dak.token_kl`.
+        js_beta: weight of the reference in the mixture, as in `dak.token_kl`.
         reduction: "mean" over the trained tokens, "sum", or "none": loss [B, T'], 0 where not
             trained.
         normalizer: for "mean", as in `TokenLogp`.

@@ -37,11 +37,16 @@ def widen_refusal_margin(
     an answer followed in 17 % of the cases.
 
     Args:
+        model: stays as it is.
+        tokenizer: the toy world's.
         triplets: restricted prompts with an answer and a refusal, see `World.triplets`.
         anchors: benign records that have to stay as they are.
         margin: nats. With 14 the constrained attack came out at 0 to 27 %, depending on the seed
             and on roundings; with 22, which makes the first token of an answer cost 14.7 to 15.8
             nats, at 0 to 1 % on three seeds, while SFT reached 93 to 97 %.
+        steps: optimizer steps.
+        learning_rate: of AdamW.
+        seed: of the draw of batches.
     """
     model = copy.deepcopy(model).train()
     rng = random.Random(seed)

@@ -57,7 +57,8 @@ class RecoveryAugmentation:
             useful; None: none.
         alpha: weight of the recovery mean in every step's loss, 1 - alpha that of the anchor mean,
             however many tokens either has. Without anchors the recovery mean is the whole loss.
-        p0: probability of k = 0. max_k: largest k; never more than the answer has tokens.
+        p0: probability of k = 0.
+        max_k: largest k; never more than the answer has tokens.
         anchors_per_recovery: anchor examples per recovery example in an epoch (the paper: 64 to
             16), taken in turn from a shuffled round through all of them.
         separator: text between the cut answer and the refusal.

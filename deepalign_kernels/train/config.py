@@ -49,14 +49,20 @@ class ConstrainedSFTConfig:
         position_origin: where a response begins to count: at its "content", behind what the chat
             template itself puts there (an empty think block, a channel header), or at the start of
             its "span".
-        learning_rate: peak, reached after `warmup_steps`; then held or brought to 0 by
-            `lr_schedule`. As in transformers, the first of several warm-up steps has rate 0.
-        batch_size: conversations per forward; one step takes `gradient_accumulation_steps` of them.
-        epochs, max_steps: exactly one of the two; with neither, one epoch.
+        learning_rate: peak, reached after `warmup_steps`.
+        lr_schedule: "linear" or "cosine" bring the rate to 0 at the end, "constant" holds it.
+        warmup_steps: steps of linear warm-up. As in transformers, the first of several has rate 0.
+        batch_size: conversations per forward.
+        gradient_accumulation_steps: forwards per optimizer step.
+        epochs: rounds through the data; without this and max_steps, one. Not both.
+        max_steps: optimizer steps, instead of epochs.
+        adam_betas: of AdamW; the paper has 0.5 and 0.999.
+        adam_eps: of AdamW.
         weight_decay: decoupled, on parameters with two or more dimensions.
         max_grad_norm: 2-norm to which the gradient is clipped; None leaves it as it is.
-        max_length: tokens per conversation; None asks the model's config. `on_too_long`: "error"
-            refuses a longer one, "drop" leaves it out, "truncate" keeps its beginning.
+        max_length: tokens per conversation; None asks the model's config.
+        on_too_long: "error" refuses a longer one, "drop" leaves it out, "truncate" keeps its
+            beginning.
         autocast_dtype: "bfloat16" runs the forward in it. Keep the weights in fp32: a step at a
             rate of 2e-5 is mostly below the resolution of bf16 weights.
         gradient_checkpointing: recompute activations in the backward.
@@ -65,6 +71,7 @@ class ConstrainedSFTConfig:
         keep_checkpoints: how many of the newest stay.
         log_every: steps that one line of the log sums up; the only time the loop waits for the
             device.
+        progress: a line on the terminal with the step and the loss.
 
     Raises:
         ValueError: naming the field.

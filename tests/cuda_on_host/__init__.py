@@ -104,8 +104,9 @@ def pretend(
 
     Args:
         shared: bytes of shared memory that a block may have; a multiprocessor has 1 KiB more.
-        major: compute capability; clusters from 9 on. big_clusters: some of 16 blocks fit.
+        major: compute capability; clusters from 9 on.
         ptx: what the kernels were compiled for; 80 on a GPU newer than the build.
+        big_clusters: whether clusters of 16 blocks fit.
         order: of the warps of a cluster: 0 ascending, 1 descending, else a seed.
     """
     library = load()

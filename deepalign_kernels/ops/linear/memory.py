@@ -88,17 +88,26 @@ def estimate_memory(
 
     Args:
         op: name of the op, such as "linear_constrained_loss".
-        tokens: N, all rows of hidden. trained_tokens: those not ignored; None: all of them.
-        hidden_size, vocab_size: H and V.
-        dtype: of hidden, and of weight unless `weight_dtype` says otherwise (as under autocast, to
-            `autocast_dtype`).
+        tokens: N, all rows of hidden.
+        hidden_size: H.
+        vocab_size: V.
+        dtype: of hidden, and of weight unless `weight_dtype` says otherwise.
+        weight_dtype: of weight; None: as hidden.
+        autocast_dtype: what torch.autocast casts both to; None: no autocast.
+        trained_tokens: rows that are not ignored; None: all of them.
         requires_grad: which of "hidden", "weight", "bias", "lora_a", "lora_b" do; () for none.
         reduction: that of the call; None: the default of the op.
-        ref_hidden_size: R, where the reference comes as hidden states. ref_dtype: None: as the
-            policy's.
+        ref_hidden_size: R, where the reference comes as hidden states.
+        ref_dtype: of the reference's hidden states and head; None: as the policy's.
         shared_head: ref_weight is the tensor `weight`.
-        lora_rank: r, 0 without. kl_direction: also the direction of linear_token_kl. kl_coef and
-            the rest: as in the call.
+        lora_rank: r, 0 without.
+        kl_coef: as in the call.
+        kl_direction: as in the call; also the direction of linear_token_kl.
+        max_workspace_bytes: as in the call.
+        compact: whether ignored rows are dropped first.
+        grad_weight_dtype: what the gradient of the head is summed in.
+        logits_dtype: of the chunk of logits.
+        device: "cpu" or "cuda", where the call would run.
 
     Raises:
         ValueError: an unknown name, an argument that no call of this op could have, a budget too

@@ -280,11 +280,17 @@ def checked_call(
     """Check what all linear ops share.
 
     Args:
+        op: its name, for messages.
+        hidden: [..., H].
+        weight: [V, H].
         given: the `LinearOptions` of the call (`HeadOptions` for an op without `gradient`).
         reference: ref_hidden, ref_weight, ref_bias.
+        vocab_start: the first column of this rank's shard.
+        gradient: whether the op has one.
 
     Raises:
-        TypeError: an unknown keyword, with the nearest known one. ValueError: everything else.
+        TypeError: an unknown keyword, with the nearest known one.
+        ValueError: everything else.
     """
     head = _head(op, given, reference, gradient)
     rows = flat_rows("hidden", hidden)

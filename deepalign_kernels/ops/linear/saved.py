@@ -33,6 +33,9 @@ def forward(kind: str, x: Inputs, o: Options, whole: bool) -> tuple[Tensor, Tens
     """(values [K, N], kept): the rows that are not dropped, in front.
 
     Args:
+        kind: name of the row function.
+        x: the tensors of the call.
+        o: its options.
         whole: kept is [N, V], a shape that does not depend on data, of which the rows beyond are
             never written; else it has no others.
     """

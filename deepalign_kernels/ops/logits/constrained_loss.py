@@ -74,6 +74,7 @@ def constrained_loss(
         ref_logits: [..., V], frozen, same dtype and device: both models are read in one launch; or
         ref_logp: [...] float, frozen: log-probabilities of the target under the reference, computed
             before (at the same temperature and softcap). Exactly one of the two must be given.
+        ignore_index: the target value that marks a row to leave out.
         reduction: "mean" divides the sum by the number of targets that are not ignored, or by
             `normalizer`; "sum"; or "none".
         normalizer: for "mean": a number > 0 or a 0-d tensor, such as the token count of all
@@ -84,11 +85,12 @@ def constrained_loss(
         objective: "exact", or "surrogate" (value w * NLL with w held fixed: what the authors' code
             computes, with min_weight=1e-3). The gradients are equal but for the floor.
         min_weight: floor of w, in [0, 2], with "surrogate" only.
-        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
-            None.
+        temperature: divides both models' scores, > 0.
+        softcap: tanh cap applied before the temperature, > 0, or None.
         return_parts: also return logp, ref_logp and weight of every token.
-        process_group, vocab_start: [..., V_r] shards of both models' logits, as in `token_logp`;
-            everything but the logits is alike on all ranks, ref_logp too.
+        process_group: the ranks that hold [..., V_r] shards of both models' logits, as in
+            `token_logp`; everything but the logits is alike on all ranks, ref_logp too.
+        vocab_start: the first column of this rank's shard, as in `token_logp`.
 
     Returns:
         0-d for "mean" and "sum", else [...]; fp32 (fp64 for fp64 logits), in nats. With
@@ -96,11 +98,12 @@ def constrained_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device or stride, a missing or doubled reference, one that
-            requires grad, a negative beta; the message names the argument. RuntimeError: a scalar
-            reduction backpropagated twice, or a second derivative.
+            requires grad, a negative beta; the message names the argument.
+        RuntimeError: a scalar reduction backpropagated twice, or a second derivative.
 
     Communication (`process_group`): one all-gather, 24 bytes per row from every other rank (12 with
         ref_logp; double for fp64), and none in backward.
+
     Memory: a scalar reduction of bf16 and fp32 logits writes the gradient in the forward launch and
         keeps nothing else, neither policy nor reference logits; so it can be backpropagated once.
         fp16 logits (whose gradient must be scaled before it is rounded) and reduction="none" keep

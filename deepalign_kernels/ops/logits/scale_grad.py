@@ -42,6 +42,7 @@ def hand_over(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
 
     Args:
         ctx: the autograd context: its saved tensors (or None) are the gradients of the loss.
+        op: name of the op that the error message names.
         factor: 0-d, the upstream gradient of the scalar loss.
 
     Raises:

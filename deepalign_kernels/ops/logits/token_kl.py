@@ -56,8 +56,8 @@ def token_kl(
             || q) there, JS / (1 - js_beta) to KL(q || p), so ask for that direction instead.
         valid: [...] bool, or None for all. False rows give 0 and gradient 0; their logits are never
             used, so padding may hold NaN.
-        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
-            None.
+        temperature: divides both models' scores, > 0.
+        softcap: tanh cap applied before the temperature, > 0, or None.
         process_group: the ranks that hold the vocabulary between them, as in `token_logp`; both
             models' shards have the same columns. No start is needed: no column is named.
 

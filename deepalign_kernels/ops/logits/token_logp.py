@@ -48,7 +48,8 @@ def token_logp(
             NaN in that row and in its gradient row, without a device sync; inside `checked()` it
             raises.
         ignore_index: the target value that marks a row to leave out.
-        temperature: divides the scores, > 0. softcap: tanh cap applied first, > 0, or None.
+        temperature: divides the scores, > 0.
+        softcap: tanh cap applied before the temperature, > 0, or None.
         process_group: the ranks that hold the vocabulary between them, [..., V_r] each: shards of
             any width, the rows and the global targets alike on all. Every rank must make the call.
             It returns the same values on all of them and the gradient of its own shard, which is

@@ -43,17 +43,20 @@ def token_stats(
     """What two models say about each position: one launch over both logits, no gradients.
 
     Args:
-        policy_logits, ref_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), one
-            shape, dtype and device, last stride 1, any row stride. Gradients do not flow; pass
-            either detached or not.
+        policy_logits: [..., V] bf16, fp16 or fp32 (fp64 on the eager backend), last stride 1, any
+            row stride. No gradient flows, whether it is detached or not.
+        ref_logits: same shape, dtype and device; no gradient flows.
         target: [...] int32 or int64, or None. Rows with `ignore_index` are left out.
         valid: [...] bool, or None for all. Rows left out give 0 (False) in every field.
+        ignore_index: the target value that marks a row to leave out.
         js_beta: weight of the reference in the mixture, strictly between 0 and 1, or None: no JS.
             It alone needs both normalisers first, so it costs a second look at the row (in reverse,
             out of the cache).
-        temperature: divides both models' scores, > 0. softcap: tanh cap applied first, > 0, or
-            None.
-        process_group, vocab_start: [..., V_r] shards of both models' logits, as in `token_logp`.
+        temperature: divides both models' scores, > 0.
+        softcap: tanh cap applied before the temperature, > 0, or None.
+        process_group: the ranks that hold [..., V_r] shards of both models' logits, as in
+            `token_logp`.
+        vocab_start: the first column of this rank's shard, as in `token_logp`.
 
     Returns:
         TokenStats; fp32 (fp64 for fp64 logits), top1_agree bool.

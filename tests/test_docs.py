@@ -1,0 +1,65 @@
+"""The documentation beside the code: names, messages, links and figures that must agree.
+
+`make docs` builds the pages and fails on a warning: broken links, missing snippets, parameters that
+a docstring names and the function does not have.
+"""
+
+import pathlib
+import re
+
+import deepalign_kernels as dak
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+CODE = [
+    path
+    for pattern in (
+        *("deepalign_kernels/**/*.py", "benchmarks/**/*.py", "benchmarks/*.sh", "setup.py"),
+        *("csrc/**/*.*", ".ci/*", "Makefile", "tests/**/*.py"),
+    )
+    for path in ROOT.glob(pattern)
+    if path.is_file() and path != pathlib.Path(__file__)
+]
+
+
+def test_every_environment_variable_is_documented():
+    name = re.compile(r"\bDEEPALIGN_[A-Z_]*[A-Z]\b")
+    used = {found for path in CODE for found in name.findall(path.read_text())}
+    assert used == set(name.findall((DOCS / "environment.md").read_text()))
+
+
+def test_messages_of_the_troubleshooting_page_are_the_codes_own():
+    """Each `message` in a heading, in parts where it says "...", stands in the code's strings."""
+    source = "".join(path.read_text() for path in (ROOT / "deepalign_kernels").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go on in the next line
+    headings = re.findall(r"^### (.*)", (DOCS / "troubleshooting.md").read_text(), re.M)
+    quoted = [part for line in headings for part in re.findall(r"`([^`]* [^`]*)`", line)]
+    assert len(quoted) > 20
+    for message in quoted:
+        for part in filter(None, re.split(r"\s*\.\.\.\s*|'[a-z]+'|FILE:LINE|_\w+\.so", message)):
+            assert part.strip(" ,") in source, message
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    text = "".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
+    listed = set(re.findall(r"^::: deepalign_kernels\.(\S+)", text, re.M))
+    wanted = {*dak.__all__, *(f"hf.{n}" for n in dak.hf.__all__)}
+    wanted |= {f"train.{n}" for n in dak.train.__all__}
+    assert wanted <= listed, wanted - listed
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(), re.M) if anchor else []
+        slugs = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+        assert not anchor or anchor in slugs, target
+
+
+def test_figures_are_those_of_the_results():
+    from benchmarks import page
+
+    assert page.main(check=True) == 0, "run `python -m benchmarks page`"

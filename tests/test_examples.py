@@ -1,0 +1,130 @@
+"""Every example runs as it stands, and the README's Python is cut out of examples."""
+
+import os
+import pathlib
+import re
+import runpy
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+pytest.importorskip("transformers")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("[0-9]*.py"))}
+MARK = re.compile(r"^[ ]*# --8<-- \[(start|end):(\w+)\]\n", re.M)
+
+
+def snippets(text: str) -> dict[str, str]:
+    """What stands between `# --8<-- [start:NAME]` and `# --8<-- [end:NAME]`, by name."""
+    marks = list(MARK.finditer(text))
+    found = {}
+    for start, end in zip(marks[::2], marks[1::2], strict=True):
+        assert (start[1], end[1], start[2]) == ("start", "end", end[2])
+        found[start[2]] = textwrap.dedent(text[start.end() : end.start()]).strip("\n")
+    return found
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(name) -> what the example leaves behind; it runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(sys, "argv", ["example"])
+    return lambda name: runpy.run_path(str(EXAMPLES[name]), run_name="__main__")
+
+
+def test_logits(run):
+    left = run("01_logits")
+    trained = left["labels"] != -100
+    assert left["loss"].isfinite() and not left["weight"][~trained].any()
+    assert left["weight"][trained].mean() < 1  # 20 steps towards the data: the weights fall
+
+
+def test_hidden_states(run):
+    left = run("02_hidden_states")
+    assert left["hidden"].shape == (4, 64, 64) and left["head"].weight.grad.any()
+    assert left["need"].peak < 3.1 * 2**30  # less than the logits and their gradient
+
+
+def test_hugging_face(run):
+    left = run("03_hugging_face")
+    assert left["out"].logp.shape == (1, left["labels"].shape[1] - 1)  # positions with a target
+    assert left["out"].loss.isfinite() and left["out"].parts["log_ratio"].abs().max() > 1e-3
+    assert left["loss"].isfinite() and "forward" not in vars(left["model"])  # detached
+
+
+def test_lora(run):
+    pytest.importorskip("peft")
+    left = run("04_lora_kl")
+    assert left["kl"] > 1e-3 and left["out"].parts["kl"].sum() > 0
+
+
+def test_trainer(run, tmp_path):
+    left = run("05_trainer")
+    assert left["result"].steps == 6 and (tmp_path / "out" / "train_log.jsonl").exists()
+    assert left["result"].step0_max_log_ratio < 1e-4
+
+
+def test_token_kl(run):
+    left = run("06_token_kl")
+    kl = left["by_position"]
+    assert kl[0] > kl[1] > kl[2] > 5 * kl[3:].max()  # the change was made in the first tokens
+    assert left["stats"].entropy.shape == left["labels"].shape and not left["kl"][:32, 15:].any()
+
+
+def test_custom_loss(run):
+    left = run("07_custom_loss")
+    assert left["policy_logits"].grad[0, 2].any() and not left["policy_logits"].grad[0, 0].any()
+    assert left["official"].isfinite() and left["out"].loss > 0
+
+
+def test_tensor_parallel():
+    """As torchrun starts it, less its search for a host name: a minute without a DNS."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(EXAMPLES["08_tensor_parallel"])]
+    ranks = [
+        subprocess.Popen(command, env={**env, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        said = rank.communicate(timeout=300)[1]
+        assert rank.returncode == 0, said[-2000:]
+
+
+def test_hf_trainer(run):
+    pytest.importorskip("accelerate")
+    left = run("09_hf_trainer")
+    example = left["rows"][0]
+    out = left["model"](**{name: column[None] for name, column in example.items()})
+    assert out.loss.isfinite() and example["ref_logp"].shape == example["labels"].shape
+
+
+def test_custom_rule(run):
+    left = run("10_custom_rule")
+    weight = left["parts"].weight
+    assert weight[0] > 0.9 and weight[3] < 0.01 and weight[2] == 0  # likely, unlikely, ignored
+    assert left["hidden"].grad[0].norm() > 100 * left["hidden"].grad[3].norm() > 0
+    assert left["out"].loss.isfinite() and left["result"].steps == 2
+
+
+def test_each_example_is_short_and_has_a_test():
+    text = pathlib.Path(__file__).read_text()
+    for name, path in EXAMPLES.items():
+        assert f'"{name}"' in text, name
+        assert len(path.read_text().splitlines()) <= 60, name
+
+
+def test_python_of_the_readme_is_cut_out_of_the_examples():
+    blocks = re.findall(r"^```python\n(.*?)\n```", (ROOT / "README.md").read_text(), re.M | re.S)
+    known = {text for path in EXAMPLES.values() for text in snippets(path.read_text()).values()}
+    assert blocks
+    for block in blocks:
+        assert block in known, f"in no example between two marks:\n{block}"
