@@ -56,6 +56,15 @@ def nll(
     return -logp, torch.ones_like(logp)
 
 
+def dft(
+    logp: Tensor, ref_logp: Tensor | None = None, beta: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Dynamic fine-tuning (arXiv 2508.05629): cross-entropy times the probability of the token,
+    that held fixed. What the policy finds unlikely is hardly learnt."""
+    p = logp.exp()
+    return p * -logp, p
+
+
 def _constraint(logp: Tensor, ref_logp: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(Delta, beta Delta, 2 sigmoid(beta Delta)), with the edge cases of
     `reference/constrained_loss.py`."""
@@ -65,7 +74,7 @@ def _constraint(logp: Tensor, ref_logp: Tensor, beta: Tensor) -> tuple[Tensor, T
     return delta, u, weight
 
 
-RULES: dict[str, Rule] = {"exact": exact, "surrogate": surrogate, "nll": nll}
+RULES: dict[str, Rule] = {"exact": exact, "surrogate": surrogate, "nll": nll, "dft": dft}
 KERNELS = ("exact", "surrogate")  # those that the kernels of constrained_loss have a copy of
 
 

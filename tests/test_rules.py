@@ -32,12 +32,19 @@ def plain(name, logp, ref_logp, beta):
         return torch.where(beta == 0, delta, -2 / b * F.logsigmoid(-b * delta))
     if name == "surrogate":
         return (2 * torch.sigmoid(beta * (ref_logp - logp))).clamp(min=0.3).detach() * -logp
-    if name == "nll":
-        return -logp
+    if name in ("nll", "dft"):
+        return -logp * (logp.exp().detach() if name == "dft" else 1.0)
     return {"focal": focal, "cubed": cubed}[name](logp, ref_logp, beta)[0]
 
 
-NAMED = {"exact": "exact", "surrogate": "surrogate", "nll": "nll", "focal": focal, "cubed": cubed}
+NAMED = {
+    "exact": "exact",
+    "surrogate": "surrogate",
+    "nll": "nll",
+    "dft": "dft",
+    "focal": focal,
+    "cubed": cubed,
+}
 
 
 @pytest.mark.parametrize("name", sorted({*NAMED, *rules.RULES}))
@@ -67,7 +74,7 @@ def test_no_token_trains_on_a_broken_reference():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", ["nll", "focal", "cubed"])
+@pytest.mark.parametrize("name", ["dft", "focal", "cubed"])
 def test_linear_loss_with_another_rule(name, reduction):
     p = make(dtype=torch.float64).leaves(only=("hidden", "weight"))
     logits, ref = (x / p.options["temperature"] for x in plain_logits(p))
