@@ -122,9 +122,10 @@ class Outcomes:
 
 
 def ops_of(request):
-    """The ops that a test parametrised by `op`, such as "token_kl/js", runs; one of all else."""
+    """The ops that a test parametrised by `op`, such as "token_kl/js" or "token_kl_fwd", runs; one
+    of all else."""
     case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("op")
-    stem = case.partition("/")[0] if isinstance(case, str) else None
+    stem = backends.STEMS.get(case, case.partition("/")[0]) if isinstance(case, str) else None
     return [op for op in backends.OPS if backends.STEMS[op] == stem] or ["token_kl_fwd"]
 
 
