@@ -100,11 +100,11 @@ def unavailable(
         )
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return None if _module("triton", op) else f"no Triton kernel for {op}"
+    return None if module_of("triton", op) else f"no Triton kernel for {op}"
 
 
 @functools.cache
-def _module(backend: str, op: str) -> ModuleType | None:
+def module_of(backend: str, op: str) -> ModuleType | None:
     """The file of `op` in a backend's package; None where that does not define it."""
     package = f"deepalign_kernels.{_PACKAGE[backend]}"
     if importlib.util.find_spec(f"{package}.{STEMS[op]}") is None:
@@ -166,7 +166,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[.
     name = selected(op, device, dtype)
     if name == "native":
         return getattr(torch.ops.deepalign_native, op).default
-    return getattr(_module(name, op), op)
+    return getattr(module_of(name, op), op)
 
 
 def native_gemm(device: str) -> bool:

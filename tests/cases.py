@@ -163,6 +163,7 @@ class Case:
 
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
+    complete: bool = True  # has kernels on every backend, and a form over a process group
 
 
 def _kl_case(direction, **kw):
@@ -206,6 +207,9 @@ CASES: dict[str, Case] = {
     "constrained_loss/ref_logp": _constrained_case(True),
     "constrained_loss/surrogate": _constrained_case(False, "surrogate", 0.2),
 }
+
+
+COMPLETE = {name: case for name, case in CASES.items() if case.complete}
 
 
 def values_and_grad(fn: Callable[..., Tensor], rows: Rows, **options) -> tuple[Tensor, Tensor]:

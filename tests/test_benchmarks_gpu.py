@@ -117,7 +117,7 @@ def test_a_peer_that_cannot_run_is_played_in_a_rehearsal_alone(monkeypatch):
 def test_every_op_is_tested_as_itself_on_a_gpu():
     """An op that a backend lacks must keep no other from being tested."""
     needed = [set(ops) for _, ops in OPS.values()]
-    assert set.union(*needed) == set(backends.OPS)
+    assert set.union(*needed) == {op for op in backends.OPS if backends.module_of("triton", op)}
     assert {"token_js_parts"} in needed and sum("token_js_parts" in ops for ops in needed) == 1
 
 

@@ -5,7 +5,9 @@ import cuda_on_host
 import pytest
 import torch
 from cases import (
-    CASES,
+    COMPLETE as CASES,
+)
+from cases import (
     DTYPES,
     FUSED,
     KINDS,

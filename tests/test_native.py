@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, Rows, values_and_grad
+from cases import COMPLETE as CASES
+from cases import Rows, values_and_grad
 from conftest import ISAS, instruction_set, lesser_isas
 
 from deepalign_kernels import backends, use_backend
@@ -20,14 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (-100, 1.0, 0.0)  # ignore_index, temperature, softcap
 
 
-def _why_not():
-    for op in backends.OPS:
-        if why := backends.unavailable("native", op, "cpu"):
-            return why
-    return None
-
-
-pytestmark = pytest.mark.skipif(_why_not() is not None, reason=f"native: {_why_not()}")
+_WHY_NOT = backends.native_library("cpu")
+pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=f"native: {_WHY_NOT}")
 
 
 def isa_now():
@@ -35,7 +30,7 @@ def isa_now():
 
 
 def isas_here():
-    return (*lesser_isas(), isa_now()) if _why_not() is None else ()
+    return (*lesser_isas(), isa_now()) if _WHY_NOT is None else ()
 
 
 @pytest.fixture(autouse=True, params=isas_here())
@@ -278,7 +273,10 @@ def test_gradients_of_huge_logits(name, size, temperature):
     rows = Rows(policy, ref, target, torch.ones(4), torch.ones(4))
     (_, got), (_, gold) = (
         values_and_grad(f, r, temperature=temperature)
-        for f, r in ((CASES[name].ours, rows), (CASES[name].plain, rows.to("cpu", torch.float64)))
+        for f, r in (
+            (CASES[name].ours, rows),
+            (CASES[name].plain, rows.to("cpu", torch.float64)),
+        )
     )
     assert (got - gold).abs().max() <= 2e-5 * gold.abs().max().clamp(min=1.0)
 

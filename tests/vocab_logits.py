@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from cases import (
-    CASES,
+    COMPLETE as CASES,
+)
+from cases import (
     DTYPES,
     IGNORE,
     KINDS,
