@@ -38,6 +38,8 @@ STEMS = {  # internal op -> file name in every room
     "constrained_loss_fwd": "constrained_loss",
     "constrained_loss_fused": "constrained_loss",
     "token_stats_fwd": "token_stats",
+    "token_entropy_fwd": "token_entropy",
+    "token_entropy_bwd": "token_entropy",
     "scale_grad": "scale_grad",
 }
 OPS = tuple(STEMS)

@@ -141,6 +141,12 @@ def plain_kl(policy, ref, target, direction, js_beta=0.5, temperature=1.0, softc
     return torch.where(target != IGNORE, kl, torch.zeros_like(kl))
 
 
+def plain_entropy(logits, target, temperature=1.0, softcap=None):
+    logp = F.log_softmax(_z(logits, temperature, softcap), -1)
+    entropy = F.kl_div(torch.zeros_like(logp), logp, reduction="none", log_target=True).sum(-1)
+    return torch.where(target != IGNORE, -entropy, torch.zeros_like(entropy))
+
+
 def plain_constrained(
     policy, ref, target, beta, objective="exact", floor=0.0, temperature=1.0, softcap=None
 ):
@@ -195,6 +201,11 @@ def _constrained_case(given: bool, objective="exact", floor=0.0):
 
 
 CASES: dict[str, Case] = {
+    "token_entropy": Case(
+        lambda r, **o: dak.token_entropy(r.policy, valid=r.target != IGNORE, **o),
+        lambda r, **o: plain_entropy(r.policy, r.target, **o),
+        complete=False,
+    ),
     "token_logp": Case(
         lambda r, **o: dak.token_logp(r.policy, r.target, **o),
         lambda r, **o: plain_logp(r.policy, r.target, **o),

@@ -50,6 +50,8 @@ def op_inputs(device, dtype):
         "constrained_loss_fwd": (policy, r.target, beta, ref, None, *options),
         "constrained_loss_fused": (policy, r.target, beta, None, logp, scale, *options),
         "token_stats_fwd": (detached, ref, r.target, valid, -100, 0.5, 1.0, 0.0),
+        "token_entropy_fwd": (policy, valid, 0.7, 0.0),
+        "token_entropy_bwd": (grad, detached, None, norm, logp, 0.7, 30.0),
         "scale_grad": (detached.clone(), scale),
         "scaled_grad": (detached, scale),
     }

@@ -11,6 +11,7 @@ from deepalign_kernels.ops.linear.token_kl import linear_token_kl
 from deepalign_kernels.ops.linear.token_logp import linear_token_logp
 from deepalign_kernels.ops.linear.token_stats import linear_token_stats
 from deepalign_kernels.ops.logits.constrained_loss import ConstrainedParts, constrained_loss
+from deepalign_kernels.ops.logits.token_entropy import token_entropy
 from deepalign_kernels.ops.logits.token_kl import token_kl
 from deepalign_kernels.ops.logits.token_logp import token_logp
 from deepalign_kernels.ops.logits.token_stats import TokenStats, token_stats
@@ -27,6 +28,7 @@ __all__ = [
     "linear_token_kl",
     "linear_token_logp",
     "linear_token_stats",
+    "token_entropy",
     "token_kl",
     "token_logp",
     "token_stats",
