@@ -6,40 +6,45 @@
 Both are plain shared libraries on libtorch's stable ABI, loaded with torch.ops.load_library. No
 Python symbols are inside, so one build serves every CPython and every torch >= 2.10. They are two
 because the CUDA one needs symbols that a CPU-only torch lacks; those are looked up at load time.
+Ninja compiles what changed since the last build, headers included.
 
 Environment:
     DEEPALIGN_BUILD_NATIVE   auto (default): build what this machine can and say what is missing;
                              0: pure Python and Triton; 1: fail loudly
-    DEEPALIGN_BUILD_CUDA     the same for the CUDA library; auto builds it where nvcc is, GPU or not
+    DEEPALIGN_BUILD_CUDA     the same for the CUDA library; auto builds it where nvcc and a GPU are
     DEEPALIGN_CUDA_ARCHS     default "80 90a 100", less what nvcc does not know
-    DEEPALIGN_BUILD_TIMEOUT  seconds for one compiler call, default 900
-    CXX, CXXFLAGS, NVCC, CUDA_HOME, MAX_JOBS  as usual
+    CXX, CXXFLAGS, LDFLAGS, NVCC, CUDA_HOME, MAX_JOBS  as usual; CXXFLAGS also links
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Command, Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build import build
-from setuptools.command.sdist import sdist
-from setuptools.errors import SetupError
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    have = f"setuptools {setuptools.__version__} is too old to build with"
+    sys.exit(f"deepalign_kernels: {have}, 77 is the oldest: pip install 'setuptools>=77'")
+
+from setuptools import Command, Distribution, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
+from setuptools.errors import SetupError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-WORK = ROOT / "build" / "native"  # objects and logs, kept between builds
+WORK = ROOT / "build" / "native"  # objects and ninja's files, kept between builds
 PACKAGE = "deepalign_kernels"
 NOTE = "_native_build.txt"  # one line per library; backends.py quotes it
 OLDEST_TORCH = (2, 10)
@@ -55,6 +60,17 @@ GET_COMPILER = (
     "Debian/Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
     "macOS: xcode-select --install; or point CXX at one"
 )
+RULES = """
+rule compile
+  command = $call -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $of
+rule link
+  command = $call -o $out
+  description = $of
+"""
+GPUS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, WSL
 SWITCHES = ("DEEPALIGN_BUILD_NATIVE", "DEEPALIGN_BUILD_CUDA")
 
 
@@ -63,51 +79,12 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Step:
-    """One compiler or linker call; it runs again when `command` changed or an input is newer."""
+class Compiled:
+    """An object file, and the compiler call that makes it."""
 
+    source: Path
     output: Path
     command: list[str]
-    inputs: list[Path]
-
-    def beside(self, end: str) -> Path:
-        return self.output.with_name(self.output.name + end)
-
-    def run(self) -> None:
-        stamp = self.beside(".cmd")
-        line = shlex.join(self.command)
-        if stamp.exists() and self.output.exists() and stamp.read_text() == line:
-            made = stamp.stat().st_mtime
-            if all(path.stat().st_mtime <= made for path in self.inputs):
-                return
-        stamp.unlink(missing_ok=True)
-        started = time.time()
-        self._call()
-        stamp.write_text(line)
-        os.utime(stamp, (started, started))  # an input edited meanwhile counts as newer
-        print(f"  {self.output.name} ({time.time() - started:.1f} s)", flush=True)
-
-    def _call(self) -> None:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        log = self.beside(".log")
-        limit = float(os.environ.get("DEEPALIGN_BUILD_TIMEOUT") or 900)
-        try:
-            with log.open(
-                "w"
-            ) as sink:  # through a pipe, what a killed nvcc leaves behind would hold us
-                done = subprocess.run(
-                    self.command, stdout=sink, stderr=subprocess.STDOUT, timeout=limit
-                )
-        except subprocess.TimeoutExpired as error:
-            more = "DEEPALIGN_BUILD_TIMEOUT allows more"
-            raise Unavailable(f"{self.output.name} took over {limit:.0f} s; {more}") from error
-        said = log.read_text(errors="replace").strip()
-        if said:
-            print(said, flush=True)
-        if done.returncode:
-            lines = said.splitlines() or [f"exit status {done.returncode}"]
-            first = next((line for line in lines if "error" in line), lines[-1]).strip()
-            raise Unavailable(f"{self.command[0]} failed on {self.output.name}: {first}")
 
 
 def switch(name: str) -> str:
@@ -118,20 +95,57 @@ def switch(name: str) -> str:
     return value
 
 
-def jobs() -> int:
-    """Compilers to run side by side."""
-    wanted = os.environ.get("MAX_JOBS")
-    return max(1, int(wanted)) if wanted else max(2, min(4, os.cpu_count() or 2))
+def flags(name: str) -> list[str]:
+    """What the user has put into CXXFLAGS or LDFLAGS."""
+    return shlex.split(os.environ.get(name, ""))
 
 
-def run_all(steps: list[Step]) -> None:
-    """Run independent steps side by side; the first failure cancels those not begun."""
-    pool = ThreadPoolExecutor(jobs())
-    try:
-        for future in [pool.submit(step.run) for step in steps]:
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def call(command: list[str]) -> None:
+    """Run a compiler or ninja, showing what it says.
+
+    Raises:
+        Unavailable: it failed; the message is its first line with "error".
+    """
+    pipe, said = subprocess.PIPE, []
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            if not line.startswith("ninja: no work"):
+                print(line, end="", flush=True)
+            said.append(line.strip())
+    if process.returncode:
+        said = [line for line in said if line] or [f"exit status {process.returncode}"]
+        first = next((line for line in said if "error" in line), said[-1])
+        raise Unavailable(f"{Path(command[0]).name} failed: {first}")
+
+
+def find_ninja() -> str:
+    """Path of ninja: where pip puts it beside this Python, or on PATH."""
+    places = (sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))
+    found = shutil.which("ninja", path=os.pathsep.join(places))
+    if not found:
+        raise Unavailable("no ninja found (pip install ninja)")
+    return found
+
+
+def link(library: Path, objects: list[Compiled], command: list[str]) -> None:
+    """Bring `library` up to date: compile what is not, then call `command`."""
+
+    def path(x: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(x))
+
+    def step(output: Path, rule: str, inputs: list[Path], call: list[str]) -> str:
+        line = f"build {path(output)}: {rule} {' '.join(map(path, inputs))}"
+        return f"{line}\n  call = {shlex.join(call).replace('$', '$$')}\n  of = {output.name}\n"
+
+    steps = [step(x.output, "compile", [x.source], x.command) for x in objects]
+    steps.append(step(library, "link", [x.output for x in objects], command))
+    plan = library.with_suffix(".ninja")
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_text(f"builddir = {path(plan.parent)}\n{RULES}{''.join(steps)}")
+    jobs = os.environ.get("MAX_JOBS")
+    call([find_ninja(), "-f", str(plan), *(["-j", jobs] if jobs else [])])
 
 
 def find_compiler() -> list[str]:
@@ -157,31 +171,25 @@ def find_nvcc() -> str:
 
 
 def find_torch() -> Path:
-    """Folder of the installed torch. It is not imported: that takes seconds."""
+    """Folder of the installed torch. It is not imported: that takes seconds.
+
+    pip hides the environment it installs into from an isolated build, torch with it; that Python's
+    own folder still tells where it is. Any torch will do: see the stable ABI above.
+    """
     how = "pip install torch, then pip install --no-build-isolation ."
     spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    found = spec.submodule_search_locations if spec else None
+    folder = Path(found[0] if found else Path(sysconfig.get_path("platlib")) / "torch")
+    if not (folder / "version.py").exists():
         raise Unavailable(f"no torch to build against in {sys.executable} ({how})")
-    version = importlib.metadata.version("torch")
+    version = re.findall(r"__version__ = '(.*)'", (folder / "version.py").read_text())[0]
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         raise Unavailable(
             f"torch {version} is too old to build against, 2.10 is the oldest ({how})"
         )
-    folder = Path(spec.submodule_search_locations[0])
     if not (folder / "include/torch/csrc/stable/library.h").exists():
         raise Unavailable(f"torch {version} in {folder} comes without the stable ABI's headers")
     return folder
-
-
-def headers(other: str) -> list[Path]:
-    """Headers that the sources of one library may include: all but those of the `other` one."""
-    found = [path for end in ("h", "hpp", "cuh", "inc") for path in CSRC.rglob(f"*.{end}")]
-    return [path for path in found if path.parent.name != other]
-
-
-def native_sources() -> list[str]:
-    """Everything in csrc/, relative to this file."""
-    return sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.is_file())
 
 
 def build_cpu() -> tuple[Path, str]:
@@ -194,28 +202,23 @@ def build_cpu() -> tuple[Path, str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = ISAS if x86 else {"portable": []}
     base = [*compiler, *CXX_FLAGS, *DEFINES, *([] if x86 else ["-DDAK_ONLY_PORTABLE"])]
-    base += [f"-I{CSRC}", "-isystem", str(torch / "include")]
-    base += shlex.split(os.environ.get("CXXFLAGS", ""))
+    base += [f"-I{CSRC}", "-isystem", str(torch / "include"), *flags("CXXFLAGS")]
     # This is also the link order, and it matters: of a template that several objects instantiate
     # the linker keeps the first copy, which has to be the one that runs on every machine.
     plan = [(source, "", []) for source in once]
-    for isa, flags in isas.items():
-        plan += [(source, isa, [f"-DDAK_ISA={isa}", *flags]) for source in rows]
-    steps = []
-    for source, isa, flags in plan:
-        output = WORK / "cpu" / f"{source.parent.name}.{source.stem}{isa and '.' + isa}.o"
-        command = [*base, *flags, "-c", str(source), "-o", str(output)]
-        steps.append(Step(output, command, [source, *headers("cuda")]))
-    run_all(steps)
-
-    library = WORK / "_native_cpu.so"
-    objects = [step.output for step in steps]
+    for isa, options in isas.items():
+        plan += [(source, f".{isa}", [f"-DDAK_ISA={isa}", *options]) for source in rows]
+    objects = []
+    for source, isa, options in plan:
+        output = WORK / "cpu" / f"{source.parent.name}.{source.stem}{isa}.o"
+        objects.append(Compiled(source, output, [*base, *options]))
     if sys.platform == "darwin":
-        link = ["-undefined", "dynamic_lookup"]
+        libraries = ["-undefined", "dynamic_lookup"]
     else:
-        link = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
-    command = [*compiler, "-shared", *map(str, objects), "-o", str(library), *link]
-    Step(library, command, objects).run()
+        libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+    command = [*compiler, "-shared", *flags("CXXFLAGS"), *(str(x.output) for x in objects)]
+    library = WORK / "cpu" / "_native_cpu.so"
+    link(library, objects, [*command, *libraries, *flags("LDFLAGS")])
     return library, f"built with {' '.join(compiler)}: {' '.join(isas)}"
 
 
@@ -232,36 +235,35 @@ def cuda_archs(nvcc: str) -> list[str]:
     return archs
 
 
-def build_cuda() -> tuple[Path, str]:
-    """Compile and link the CUDA library; needs nvcc but no GPU. Returns what `build_cpu` does."""
-    sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
-    if not any(path.suffix == ".cu" for path in sources):
+def build_cuda(asked: bool, cpu: str) -> tuple[Path, str]:
+    """Compile and link the CUDA library: if `asked`, GPU or not. Returns what `build_cpu` does."""
+    if not cpu.startswith("built"):  # the schemas are registered by the CPU library
+        raise Unavailable(f"it needs the CPU library, which is {cpu}")
+    if not list(CSRC.glob("cuda/*.cu")):
         raise Unavailable("no CUDA sources in csrc/cuda")
+    if not asked and not any(Path(device).exists() for device in GPUS):
+        raise Unavailable(f"no NVIDIA GPU here ({SWITCHES[1]}=1 builds it all the same)")
+    sources = sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
     nvcc, torch = find_nvcc(), find_torch()
     archs = cuda_archs(nvcc)
     host = ["-ccbin", find_compiler()[0]] if os.environ.get("CXX") else []
     base = [nvcc, *host, "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     base += [*DEFINES, "-DUSE_CUDA", f"-I{CSRC}", "-isystem", str(torch / "include")]
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    code += ["--threads", str(max(1, jobs() // len(sources)))]  # architectures side by side
     oldest = archs[0].rstrip("a")
     code.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")  # PTX for GPUs not listed
 
-    steps = []
+    objects = []
     for source in sources:
-        output = WORK / "cuda" / f"{source.name}.o"
-        flags = code if source.suffix == ".cu" else []
-        command = [*base, *flags, "-c", str(source), "-o", str(output)]
-        steps.append(Step(output, command, [source, *headers("cpu")]))
-    run_all(steps)
-
-    library = WORK / "_native_cuda.so"
-    objects = [step.output for step in steps]
+        command = [*base, *code] if source.suffix == ".cu" else base
+        objects.append(Compiled(source, WORK / "cuda" / f"{source.name}.o", command))
     # libtorch by name, although nothing is taken from it: in a CUDA build of torch it brings
     # libtorch_cuda, which the torch at hand may lack, into reach of the loader.
-    link = ["-shared", "-cudart", "static", f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed"]
-    link += ["-Xlinker", "--exclude-libs=ALL", "-ltorch", "-ltorch_cpu"]
-    Step(library, [nvcc, *host, *map(str, objects), "-o", str(library), *link], objects).run()
+    command = [nvcc, *host, "-shared", "-cudart", "static", *(str(x.output) for x in objects)]
+    command += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed"]
+    command += ["-Xlinker", "--exclude-libs=ALL", "-ltorch", "-ltorch_cpu"]
+    library = WORK / "cuda" / "_native_cuda.so"
+    link(library, objects, command)
     return library, f"built with {nvcc}: {' '.join('sm_' + arch for arch in archs)}"
 
 
@@ -303,18 +305,10 @@ class BuildNative(Command):
         target = self._target()
         target.mkdir(parents=True, exist_ok=True)
         native, cuda = (switch(name) for name in SWITCHES)
-        lines = {"cpu": self._one(build_cpu, target / "_native_cpu.so", native, SWITCHES[0])}
-        if not lines["cpu"].startswith("built"):  # the schemas are registered by the CPU library
-            if native != "0" and cuda == "1":
-                raise SetupError(f"{SWITCHES[1]}=1, but the CPU library is {lines['cpu']}")
-            cuda = "0"
-            (target / "_native_cuda.so").unlink(missing_ok=True)
-            lines["cuda"] = f"not built: it needs the CPU library, which is {lines['cpu']}"
-        elif cuda == "auto" and not list(CSRC.glob("cuda/*.cu")):  # nothing missing, nothing to say
-            (target / "_native_cuda.so").unlink(missing_ok=True)
-            lines["cuda"] = "not built: no CUDA sources in csrc/cuda"
-        else:
-            lines["cuda"] = self._one(build_cuda, target / "_native_cuda.so", cuda, SWITCHES[1])
+        cpu = self._one(build_cpu, target / "_native_cpu.so", native, SWITCHES[0])
+        make = functools.partial(build_cuda, cuda == "1", cpu)
+        mode, name = (native, SWITCHES[0]) if native == "0" else (cuda, SWITCHES[1])
+        lines = {"cpu": cpu, "cuda": self._one(make, target / "_native_cuda.so", mode, name)}
         (target / NOTE).write_text("".join(f"{name}: {line}\n" for name, line in lines.items()))
         self.distribution.native = lines
 
@@ -352,7 +346,7 @@ class BuildNative(Command):
         return {}
 
     def get_source_files(self) -> list[str]:
-        return native_sources()
+        return []  # MANIFEST.in names them
 
 
 class Wheel(bdist_wheel):
@@ -367,21 +361,8 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-class SourceArchive(sdist):
-    """Takes csrc/ along."""
-
-    def make_distribution(self) -> None:
-        self.filelist.extend(native_sources())
-        super().make_distribution()
-
-
 if __name__ == "__main__":  # also how build frontends call it
     setup(
         distclass=NativeDistribution,
-        cmdclass={
-            "build": Build,
-            "build_ext": BuildNative,
-            "bdist_wheel": Wheel,
-            "sdist": SourceArchive,
-        },
+        cmdclass={"build": Build, "build_ext": BuildNative, "bdist_wheel": Wheel},
     )

@@ -1,5 +1,7 @@
 """How a backend is chosen, forced and refused."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -47,6 +49,32 @@ def test_an_op_with_its_specification_alone_runs_eagerly(monkeypatch):
     )
     with dak.use_backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel"):
         backends.choose("token_new_fwd", "cuda", torch.float32)
+
+
+def test_want_of_native_code_is_told_once_with_its_cure(monkeypatch):
+    """Not where the user asked for eager, and not for fp64, which has no other backend."""
+    x = torch.randn(2, 5)
+    caches = (backends._choose, backends._runs_eagerly, backends._warn_of_device)
+    monkeypatch.setattr(backends, "native_library", lambda _: "no C++ compiler")
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with dak.use_backend("eager"):
+                dak.token_kl(x, x)
+            dak.token_kl(x.double(), x.double())
+            assert not told
+            for _ in range(2):
+                dak.token_kl(x, x)
+                dak.linear_token_logp(x, x, torch.tensor([0, 1]))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    (warning,) = told
+    assert warning.category is RuntimeWarning
+    for part in ("25 times slower", "no C++ compiler", "pip install"):
+        assert part in str(warning.message)
 
 
 def test_an_unknown_backend_is_refused():

@@ -11,6 +11,7 @@ import sys
 import zipfile
 
 import pytest
+import setuptools
 
 from deepalign_kernels import backends
 
@@ -22,6 +23,12 @@ KERNEL = """
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
 extern "C" __attribute__((visibility("default"))) int JOIN(probe_, DAK_ISA)() { return PROBE; }
+"""
+
+
+SEEN_BY_AN_ISOLATED_BUILD = """
+import sys
+sys.path[:] = [path for path in sys.path if "site-packages" not in path]
 """
 
 
@@ -43,7 +50,7 @@ def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def call(folder: pathlib.Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run `python COMMAND` in `folder` with none of the build's variables set but `variables`."""
-    ours = ("CXX", "CXXFLAGS", "NVCC", "CUDA_HOME", "MAX_JOBS")
+    ours = ("CXX", "CXXFLAGS", "LDFLAGS", "NVCC", "CUDA_HOME", "MAX_JOBS")
     kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("DEEPALIGN_")}
     return subprocess.run(
         [sys.executable, *command],
@@ -54,6 +61,15 @@ def call(folder: pathlib.Path, *command: str, **variables: str) -> subprocess.Co
         text=True,
         timeout=300,
     )
+
+
+def isolated(folder: pathlib.Path) -> str:
+    """PYTHONPATH of a build that sees setuptools and no other installed package, as pip makes it."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SEEN_BY_AN_ISOLATED_BUILD)
+    for part in pathlib.Path(setuptools.__file__).parents[1].glob("setuptools*"):
+        (folder / part.name).symlink_to(part)  # its metadata too, for its version
+    return str(folder)
 
 
 def wheel(folder: pathlib.Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -114,10 +130,30 @@ def test_native_wheel_is_for_the_platform_and_any_python(checkout: pathlib.Path)
     assert "cpu: built with " in note and "cuda: not built: no CUDA sources" in note
 
 
+def test_cuda_is_left_alone_where_no_gpu_is(checkout: pathlib.Path) -> None:
+    if any(pathlib.Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
+        pytest.skip("a GPU is here")
+    (checkout / "csrc" / "cuda").mkdir()
+    (checkout / "csrc" / "cuda" / "probe.cu").write_text("not CUDA\n")
+    command = ("setup.py", "build_ext", "--inplace")
+    assert "no NVIDIA GPU here" in call(checkout, *command, NVCC=sys.executable).stdout
+    asked = call(checkout, *command, NVCC=sys.executable, DEEPALIGN_BUILD_CUDA="1")
+    assert asked.returncode != 0 and "_native_cuda.so cannot be built" in asked.stdout
+
+
+def test_an_old_setuptools_is_told_in_one_line(checkout: pathlib.Path) -> None:
+    (checkout / "old").mkdir()
+    (checkout / "old" / "setuptools.py").write_text('__version__ = "65.5.0"\n')
+    built = call(checkout, "setup.py", "--version", PYTHONPATH=str(checkout / "old"))
+    assert built.returncode != 0 and len(built.stdout.splitlines()) == 1
+    assert "setuptools 65.5.0 is too old" in built.stdout and "pip install" in built.stdout
+
+
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def test_inplace_build_has_every_isa_and_repeats_only_what_changed(checkout: pathlib.Path) -> None:
     command = ("setup.py", "build_ext", "--inplace")
-    first = call(checkout, *command, DEEPALIGN_BUILD_NATIVE="1")
+    hidden = isolated(checkout / "isolated")  # torch as well, which is found all the same
+    first = call(checkout, *command, DEEPALIGN_BUILD_NATIVE="1", PYTHONPATH=hidden)
     assert first.returncode == 0, first.stdout
     library = checkout / "deepalign_kernels" / "_native_cpu.so"
     isas = (
@@ -128,10 +164,11 @@ def test_inplace_build_has_every_isa_and_repeats_only_what_changed(checkout: pat
     assert [getattr(loaded, f"probe_{isa}")() for isa in isas] == [7] * len(isas)
 
     again = call(checkout, *command, DEEPALIGN_BUILD_NATIVE="1")
-    assert again.returncode == 0 and ".o (" not in again.stdout
+    assert again.returncode == 0 and "[1/" not in again.stdout
     (checkout / "csrc" / "cpu" / "rows" / "probe.h").write_text("#define PROBE 8\n")
     changed = call(checkout, *command, DEEPALIGN_BUILD_NATIVE="1")
-    assert changed.returncode == 0 and "rows.probe.portable.o (" in changed.stdout
+    assert changed.returncode == 0 and "rows.probe.portable.o" in changed.stdout
+    assert "bindings" not in changed.stdout  # it does not include the header
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
