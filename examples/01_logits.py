@@ -34,7 +34,7 @@ for _ in range(20):
 # The same loss without this library, to compare with.
 logits = model(ids)
 # --8<-- [start:before]
-logp = logits.float().log_softmax(-1)  # one [B, T, V] copy in fp32, a second one in backward
+logp = logits.float().log_softmax(-1)  # a [B, T, V] copy, one more in backward
 logp = logp.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
 loss = (2 / beta * F.softplus(beta * (ref_logp - logp)))[labels != -100].mean()
 # --8<-- [end:before]

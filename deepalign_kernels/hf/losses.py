@@ -99,8 +99,8 @@ class ConstrainedLoss:
             kl_direction, max_workspace_bytes, ...).
 
     Result: loss, with gradient; logp; parts "weight" (what each token's cross-entropy gradient is
-        multiplied by, 0 to 2 for the paper's) and, with a reference, "ref_logp" and "log_ratio"
-        (log policy - log reference) and, with kl_coef, "kl". All [B, T'].
+    multiplied by, 0 to 2 for the paper's) and, with a reference, "ref_logp" and "log_ratio"
+    (log policy - log reference) and, with kl_coef, "kl". All [B, T'].
 
     Raises:
         ValueError: no reference or two, a tensor of another shape, a trained head without

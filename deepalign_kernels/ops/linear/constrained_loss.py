@@ -95,10 +95,10 @@ def linear_constrained_loss(
         RuntimeError: a scalar reduction backpropagated twice, or a second derivative.
 
     Memory: a scalar reduction makes all gradients in the forward, in 3 GEMMs (one less with a
-        frozen head, one more for a reference head), and keeps only them; so it can be
-        backpropagated once. "none" keeps the gradient of the policy's logits where all tokens are
-        one chunk, else makes the logits again in backward; with a frozen head it keeps the gradient
-        of every row of hidden. See `linear_token_logp`.
+    frozen head, one more for a reference head), and keeps only them; so it can be
+    backpropagated once. "none" keeps the gradient of the policy's logits where all tokens are
+    one chunk, else makes the logits again in backward; with a frozen head it keeps the gradient
+    of every row of hidden. See `linear_token_logp`.
     """
     reference = ref_hidden, ref_weight, ref_bias
     op = "linear_constrained_loss"

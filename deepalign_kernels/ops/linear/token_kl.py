@@ -57,9 +57,9 @@ def linear_token_kl(
         RuntimeError: a scalar reduction backpropagated twice, or a second derivative.
 
     Memory: "sum" and "mean" make all gradients in the forward (4 GEMMs). "none" keeps the gradient
-        of the policy's logits where all tokens are one chunk (4), else makes both models' logits
-        again in backward (6); with a frozen head it keeps the gradient of every row of hidden (3).
-        See `linear_token_logp`. The chunk holds both models' logits.
+    of the policy's logits where all tokens are one chunk (4), else makes both models' logits
+    again in backward (6); with a frozen head it keeps the gradient of every row of hidden (3).
+    See `linear_token_logp`. The chunk holds both models' logits.
     """
     reference = ref_hidden, ref_weight, ref_bias
     x, o, like, shard = checked_call("linear_token_kl", hidden, weight, options, reference)

@@ -52,21 +52,21 @@ def linear_token_logp(
         RuntimeError: a second derivative.
 
     Memory: per-token results do not know their upstream gradient, but it is a factor of each row.
-        Where all N tokens, ignored ones included, fit in one chunk, the forward keeps the gradient
-        of the logits at an upstream of 1: trained rows * V elements (under torch.compile N * V) in
-        the dtype of its products, 16 bit for 16-bit heads where their GEMMs are fast. Then
-        backward is two GEMMs (3 in all). On a CPU a step does not take more for that than without,
-        since a backward that makes the logits again holds the same chunk; but of several calls
-        before one backward each keeps its own. A longer batch, or a max_workspace_bytes for two
-        chunks or more, keeps nothing and makes the logits again (4 GEMMs). On CUDA that goes over
-        tiles of the vocabulary for a head that is trained (not under torch.compile): every part of
-        its gradient is written once and has no fp32 sum of its own. With a frozen head, of any
-        length, the forward keeps the gradient of every row of hidden instead (2 GEMMs, [N, H]).
-        Over a process group all linear ops make the logits again in backward, also with a frozen
-        head and for scalar reductions; js makes them a third time.
+    Where all N tokens, ignored ones included, fit in one chunk, the forward keeps the gradient
+    of the logits at an upstream of 1: trained rows * V elements (under torch.compile N * V) in
+    the dtype of its products, 16 bit for 16-bit heads where their GEMMs are fast. Then
+    backward is two GEMMs (3 in all). On a CPU a step does not take more for that than without,
+    since a backward that makes the logits again holds the same chunk; but of several calls
+    before one backward each keeps its own. A longer batch, or a max_workspace_bytes for two
+    chunks or more, keeps nothing and makes the logits again (4 GEMMs). On CUDA that goes over
+    tiles of the vocabulary for a head that is trained (not under torch.compile): every part of
+    its gradient is written once and has no fp32 sum of its own. With a frozen head, of any
+    length, the forward keeps the gradient of every row of hidden instead (2 GEMMs, [N, H]).
+    Over a process group all linear ops make the logits again in backward, also with a frozen
+    head and for scalar reductions; js makes them a third time.
 
     Communication (`process_group`): forward as in the op of the logits level, once per call and not
-        per chunk; backward one all-reduce of the gradient of hidden, and one of lora_a's.
+    per chunk; backward one all-reduce of the gradient of hidden, and one of lora_a's.
     """
     x, o, like, shard = checked_call(
         "linear_token_logp", hidden, weight, options, vocab_start=vocab_start

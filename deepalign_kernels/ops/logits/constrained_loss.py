@@ -102,14 +102,14 @@ def constrained_loss(
         RuntimeError: a scalar reduction backpropagated twice, or a second derivative.
 
     Communication (`process_group`): one all-gather, 24 bytes per row from every other rank (12 with
-        ref_logp; double for fp64), and none in backward.
+    ref_logp; double for fp64), and none in backward.
 
     Memory: a scalar reduction of bf16 and fp32 logits writes the gradient in the forward launch and
-        keeps nothing else, neither policy nor reference logits; so it can be backpropagated once.
-        fp16 logits (whose gradient must be scaled before it is rounded) and reduction="none" keep
-        the policy logits and two fp32 numbers per row and compute the gradient in backward; so does
-        a process group, where nobody knows the normaliser during the launch.
-        Formulas and edge cases: `reference/constrained_loss.py`.
+    keeps nothing else, neither policy nor reference logits; so it can be backpropagated once.
+    fp16 logits (whose gradient must be scaled before it is rounded) and reduction="none" keep
+    the policy logits and two fp32 numbers per row and compute the gradient in backward; so does
+    a process group, where nobody knows the normaliser during the launch.
+    Formulas and edge cases: `reference/constrained_loss.py`.
     """
     policy = check.logits3("policy_logits", policy_logits)
     shard = shard_of(process_group, vocab_start, policy.shape[-1])

@@ -71,11 +71,11 @@ def token_kl(
             unknown direction, a group this rank is not in; the message names the argument.
 
     Communication (`process_group`): one all-gather, 20 bytes per row from every other rank (40 for
-        fp64), and none in backward. "js" needs both normalisers first: 28 bytes in two all-gathers,
-        and the shards are read once more.
+    fp64), and none in backward. "js" needs both normalisers first: 28 bytes in two all-gathers,
+    and the shards are read once more.
 
     Memory: saves the two inputs and five fp32 numbers per row; the gradient is the only [..., V]
-        allocation. Formulas, gradients and edge cases: `reference/token_kl.py`.
+    allocation. Formulas, gradients and edge cases: `reference/token_kl.py`.
     """
     policy = check.logits3("policy_logits", policy_logits)
     check.same_kind("ref_logits", ref_logits, "policy_logits", policy_logits)

@@ -66,10 +66,10 @@ def token_logp(
             names the argument.
 
     Communication (`process_group`): one all-gather, 12 bytes per row from every other rank (24 for
-        fp64), and none in backward.
+    fp64), and none in backward.
 
     Memory: saves the logits and two fp32 numbers per row for backward; the gradient is the only
-        [..., V] allocation. Numerics, gradient and edge cases: `reference/token_logp.py`.
+    [..., V] allocation. Numerics, gradient and edge cases: `reference/token_logp.py`.
     """
     x = check.logits3("logits", logits)
     shard = shard_of(process_group, vocab_start, x.shape[-1])

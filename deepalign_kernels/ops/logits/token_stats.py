@@ -66,7 +66,7 @@ def token_stats(
             names the argument.
 
     Communication (`process_group`): one all-gather of 48 bytes per row from every other rank, and
-        one of 8 for js (double for fp64); the shards are read twice, three times for js.
+    one of 8 for js (double for fp64); the shards are read twice, three times for js.
 
     Formulas and edge cases: `reference/token_stats.py`.
     """
