@@ -6,16 +6,15 @@ csrc/cuda/plan.h; a test holds both to the same choices.
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 import re
-import shutil
 import subprocess
 from typing import NamedTuple
 
 import deepalign_kernels
 from benchmarks import report
 from deepalign_kernels.traffic import IDEAL, ideal_bytes
+from deepalign_kernels.triton_kernels import _sass
 
 LIBRARY = pathlib.Path(deepalign_kernels.__file__).parent / "_native_cuda.so"
 THREADS = 256
@@ -95,19 +94,9 @@ def plan(gpu: Gpu, columns: int, itemsize: int, matrices: int) -> Plan:
     return Plan(cluster, size, gpu.sm_shared // (size + 1024), False)
 
 
-def cuobjdump() -> str | None:
-    """The toolkit's, else the one that comes with Triton."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    spec = importlib.util.find_spec("triton")
-    folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
-    path = folder / "backends" / "nvidia" / "bin" / "cuobjdump" if folder else None
-    return str(path) if path and path.exists() else None
-
-
 def kernels(library: pathlib.Path = LIBRARY) -> list[Kernel] | str:
     """Every compiled kernel of the library, or why they cannot be listed."""
-    tool = cuobjdump()
+    tool = _sass.cuobjdump()
     if not library.exists():
         return f"{library.name} is not built (python -m deepalign_kernels says why)"
     if tool is None:

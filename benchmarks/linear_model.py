@@ -27,22 +27,12 @@ from torch.utils._pytree import tree_leaves
 
 import deepalign_kernels as dak
 from benchmarks import report
+from benchmarks.cards import CARDS, Card
 from benchmarks.cases import Shape
 from deepalign_kernels import backends
 from deepalign_kernels.ops.linear import torch_ops
 from deepalign_kernels.traffic import ideal_bytes
 
-
-class Card(NamedTuple):
-    """bf16 operations per second of large products, bytes per second read + written."""
-
-    flops: float
-    bandwidth: float
-
-
-# H100: Liger's rate for the products of this shape (its #1400), 90 % of 3.35 TB/s, as QuACK's row
-# kernels reach. H200: 25.8 TFLOP in 35 ms (Liger #1472), and what a torch copy was measured at.
-CARDS = {"H100": Card(700e12, 3.0e12), "H200": Card(736e12, 4.3e12)}
 SHAPE = Shape(8192, 128256, 4096)
 
 
@@ -61,8 +51,8 @@ class Launch(NamedTuple):
         return 2 * self.gemm[0] * self.gemm[1] * self.gemm[2] if self.gemm else 0
 
     def seconds(self, card: Card, one_sweep: bool) -> float:
-        moved = (self.bytes if one_sweep else self.asked) / card.bandwidth
-        return max(self.flops / card.flops, moved) + 0.5 * self.adds / card.bandwidth
+        moved = (self.bytes if one_sweep else self.asked) / card.copy
+        return max(self.flops / card.flops, moved) + 0.5 * self.adds / card.copy
 
 
 class Step(NamedTuple):

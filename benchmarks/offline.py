@@ -19,11 +19,12 @@ import sys
 import tempfile
 
 from benchmarks import cuda_cpp, interpreted, linear_model, report
+from benchmarks.cards import CARDS
 from benchmarks.cases import DTYPES, LOGITS, Shape, traffic, work_of
 from benchmarks.harness import Row
 from benchmarks.machine import ROOT
 
-H200_COPY = 4.3e12  # bytes/s read + written, device-to-device copy through torch, one H200, 2026-10
+H200_COPY = CARDS["H200"].copy
 SHAPE, DTYPE = Shape(8192, 128256), "bf16"
 ISSUE = (
     132 * 4 * 32 * 1.98e9

@@ -19,9 +19,11 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from benchmarks import cuda_cpp, instructions, report
+from benchmarks import cuda_cpp, report
+from benchmarks.instructions import RECORD as CPU_RECORD
+from deepalign_kernels.triton_kernels._sass import Instruction, cuobjdump, instructions
 
-RECORD = instructions.RECORD.with_name("cuda-instructions.json")
+RECORD = CPU_RECORD.with_name("cuda-instructions.json")
 TYPES = {"f": "fp32", "NS0_4bf16E": "bf16", "NS0_3f16E": "fp16"}
 # What the summing loops of a kernel are, in order, with the matrices that each reads.
 SUMS = {
@@ -50,13 +52,6 @@ OPS = {
 }
 
 
-class Instruction(NamedTuple):
-    address: int
-    predicated: bool
-    name: str
-    target: int  # of a branch, else -1
-
-
 class Path(NamedTuple):
     """Instructions on it, by name, and how many chunks of 16 bytes it moves."""
 
@@ -64,16 +59,6 @@ class Path(NamedTuple):
     loads: int
     stores: int
     copies: int
-
-
-def _parse(text: str) -> list[Instruction]:
-    found = []
-    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*([^;]*);"
-    for m in re.finditer(line, text, re.MULTILINE):
-        to = re.search(r"0x([0-9a-f]+)\s*$", m[4]) if m[3].startswith("BRA") else None
-        predicated = bool(m[2]) or bool(re.match(r"!?U?P\d", m[4]))
-        found.append(Instruction(int(m[1], 16), predicated, m[3], int(to[1], 16) if to else -1))
-    return found
 
 
 def _wide(name: str) -> bool:
@@ -88,11 +73,11 @@ def _hot_path(code: list[Instruction], first: int, last: int | None) -> Path:
     follow: dict[int, int] = {}
     for i in range(end - 1, first - 1, -1):
         ins, own = code[i], int(_wide(code[i].name))
-        ends = i == last or (last is None and ins.name == "EXIT" and not ins.predicated)
+        ends = i == last or (last is None and ins.name == "EXIT" and not ins.conditional)
         if ends:
             best[i] = (own, -1)
             continue
-        stops = ins.name in ("EXIT", "RET") or (ins.name.startswith("BRA") and not ins.predicated)
+        stops = ins.name in ("EXIT", "RET") or (ins.name.startswith("BRA") and not ins.conditional)
         ways = [] if stops else [i + 1]
         if ins.target >= 0 and i < at.get(ins.target, -1) < end:
             ways.append(at[ins.target])
@@ -149,7 +134,7 @@ def _parts(kernel: str, code: list[Instruction], vec: int) -> dict[str, float]:
 
 def counts(file: pathlib.Path, arch: str = "sm_90a", dtype: str = "bf16") -> dict[str, float] | str:
     """{op: instructions per column} without a softcap, or why they cannot be counted."""
-    tool = cuda_cpp.cuobjdump()
+    tool = cuobjdump()
     if not file.exists() or tool is None:
         return f"no {file.name}" if tool else "there is no cuobjdump"
     command = [tool, "-sass", *(["-arch", arch] if file.suffix == ".so" else []), str(file)]
@@ -161,7 +146,7 @@ def counts(file: pathlib.Path, arch: str = "sm_90a", dtype: str = "bf16") -> dic
         m = re.match(name, function)
         if m and TYPES[m[2]] == dtype:
             kernel = m[1] + (m[3] or "")
-            found[kernel] = _parts(kernel, _parse(function), 4 if dtype == "fp32" else 8)
+            found[kernel] = _parts(kernel, instructions(function), 4 if dtype == "fp32" else 8)
     return {
         op: round(sum(found[kernel][part] for part in parts), 2)
         for op, (kernel, parts) in OPS.items()

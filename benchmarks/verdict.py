@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from benchmarks.cards import CARDS, Card, card_of
 from benchmarks.ceilings import Ceilings
 from benchmarks.harness import Row
 from benchmarks.report import bandwidth_of, best_of_ours, cells, ratio
 
-# Bytes/s read + written of a device-to-device copy through torch: the card's part in a target.
-COPY = {"H200": 4.3e12, "H100 80GB HBM3": 3.0e12}
 BYTES_PER_TOKEN = 1024  # "O(T) beyond the gradient": a few vectors per token, whatever V
 NOISE = 1.03  # "never slower": two medians this close are equal
 
@@ -130,19 +128,6 @@ def _at_most(n: float) -> Callable[[float], bool]:
     return lambda x: x <= n
 
 
-class Card(NamedTuple):
-    """A GPU as the targets see it: copy is bytes per second read + written; 0: not known."""
-
-    name: str
-    copy: float
-
-    @classmethod
-    def of(cls, gpu: str, ceilings: Ceilings) -> Card:
-        """The card by its name as torch gives it; one that is not in COPY by what was measured."""
-        known = next((name for name in COPY if name in gpu), None)
-        return cls(known or gpu or "unknown card", COPY[known] if known else ceilings.copy)
-
-
 def targets(device: str, card: Card | None = None) -> list[Target]:
     if device == "cpu":
         kl, eager = ("token_kl/policy_ref",), _speedup("eager", "cpu")
@@ -192,7 +177,7 @@ def targets(device: str, card: Card | None = None) -> list[Target]:
         "constrained_loss/ref_logits": 2.3,
     }
     return [
-        *(_on_card(op, ms, card or Card("H200", COPY["H200"])) for op, ms in limits.items()),
+        *(_on_card(op, ms, card or CARDS["H200"]) for op, ms in limits.items()),
         Target(
             "token_kl fwd >= 80% of read bandwidth",
             ("token_kl/policy_ref",),
@@ -206,7 +191,7 @@ def targets(device: str, card: Card | None = None) -> list[Target]:
 
 
 def _on_card(op: str, h200_ms: float, card: Card) -> Target:
-    limit = h200_ms * COPY["H200"] / card.copy if card.copy else 0.0
+    limit = h200_ms * CARDS["H200"].copy / card.copy if card.copy else 0.0
 
     def measure(cell: dict[str, Row], _: Ceilings) -> float | None:
         row = best_of_ours(cell)
@@ -227,7 +212,7 @@ def judge(
     places = list(dict.fromkeys(f"{r.shape} {r.dtype}" for r in rows))
     lines = []
     choice = linear_targets if any(r.H for r in rows) else targets
-    for t in choice(device, Card.of(gpu, ceilings)):
+    for t in choice(device, card_of(gpu, ceilings.copy)):
         found: dict[str, list[float]] = {place: [] for place in places}
         refused = False
         for (op, phase, *_), cell in by_cell.items():

@@ -193,6 +193,7 @@ def choose(op: str, device: str, dtype: torch.dtype) -> Callable[..., object]:
 
 @functools.cache  # `forced` makes an entry for every backend that was ever forced
 def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[..., object]:
+    # `forced` is only a part of the cache's key: `selected` reads the same value from `_forced`.
     name = selected(op, device, dtype)
     _warn_if_slow(name, device, dtype, forced)
     if name == "native":

@@ -20,9 +20,7 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -231,15 +229,10 @@ def _layouts(ttgir: str) -> str:
 
 
 def _read_cuda(compiled: Any, warps: int) -> tuple[int, int, int, int, int]:
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [tool, "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    usage = {k: int(n) for k, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    text = _sass.dump(compiled.asm["cubin"], "-res-usage")
+    usage = {k: int(n) for k, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     if usage.keys() != {"REG", "STACK", "LOCAL"}:
-        raise RuntimeError(f"cuobjdump: expected REG, STACK and LOCAL, got {done.stdout!r}")
+        raise RuntimeError(f"cuobjdump: expected REG, STACK and LOCAL, got {text!r}")
     ptx = compiled.asm["ptx"]
     if "ld.local" in ptx or "st.local" in ptx:
         usage["LOCAL"] += 1  # an array that the compiler could not keep in registers

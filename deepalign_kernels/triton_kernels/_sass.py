@@ -1,4 +1,5 @@
-"""Instructions that a compiled CUDA kernel issues per column, read from its machine code.
+"""Machine code of compiled CUDA kernels, and how many instructions a Triton kernel issues per
+column.
 
 A kernel that is not bound by memory is bound by these: one multiprocessor of a Hopper GPU issues 4
 warp instructions per cycle, and a transcendental (MUFU) holds its unit for 8 cycles of a warp.
@@ -6,45 +7,69 @@ warp instructions per cycle, and a transcendental (MUFU) holds its unit for 8 cy
 
 from __future__ import annotations
 
-import os
+import importlib.util
+import pathlib
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import triton
-
 
 class Instruction(NamedTuple):
     address: int
     name: str  # such as "MUFU.EX2"
-    operands: str
+    conditional: bool
+    target: int  # of a branch, else -1
 
 
-def disassemble(cubin: bytes) -> list[Instruction]:
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+def cuobjdump() -> str | None:
+    """Path of the toolkit's, else of the one that comes with Triton; None without either."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    folder = pathlib.Path(spec.origin).parent if spec and spec.origin else None
+    path = folder / "backends" / "nvidia" / "bin" / "cuobjdump" if folder else None
+    return str(path) if path and path.exists() else None
+
+
+def dump(cubin: bytes, what: str) -> str:
+    """What `cuobjdump WHAT` prints for a cubin in memory.
+
+    Raises:
+        RuntimeError: there is no cuobjdump.
+    """
+    if (tool := cuobjdump()) is None:
+        raise RuntimeError("cuobjdump: expected the CUDA toolkit's or Triton's, found neither")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);"
-    found = re.findall(line, text, re.MULTILINE)
+        command = [tool, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Those of what `cuobjdump -sass` printed.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    found = []
+    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*([^;]*);"
+    for m in re.finditer(line, text, re.MULTILINE):
+        to = re.search(r"0x([0-9a-f]+)\s*$", m[4]) if m[3].startswith("BRA") else None
+        conditional = bool(m[2]) or bool(re.match(r"!?U?P\d", m[4]))
+        found.append(Instruction(int(m[1], 16), m[3], conditional, int(to[1], 16) if to else -1))
     if not found:
         raise RuntimeError(f"cuobjdump: expected machine code, got {text[:300]!r}")
-    return [Instruction(int(at, 16), name, rest) for at, name, rest in found]
+    return found
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
     """The bodies of all loops: from the target of each backward branch to the branch."""
-    bodies = []
-    for branch in code:
-        goal = re.search(r"0x([0-9a-f]+)", branch.operands)
-        if branch.name.startswith("BRA") and goal and int(goal[1], 16) < branch.address:
-            start = int(goal[1], 16)
-            bodies.append([i for i in code if start <= i.address <= branch.address])
-    return bodies
+    back = [branch for branch in code if 0 <= branch.target < branch.address]
+    return [[i for i in code if b.target <= i.address <= b.address] for b in back]
 
 
 def sweeps(code: list[Instruction], columns: int) -> list[list[Instruction]]:
@@ -59,5 +84,6 @@ def sweeps(code: list[Instruction], columns: int) -> list[list[Instruction]]:
 
 def per_column(cubin: bytes, constexprs: Mapping[str, Any]) -> float:
     """Instructions per column, summed over the sweeps of a row."""
+    code = instructions(dump(cubin, "-sass"))
     columns = constexprs["VEC"] * constexprs["REPEATS"]  # of one thread and tile
-    return round(sum(map(len, sweeps(disassemble(cubin), columns))) / columns, 1)
+    return round(sum(map(len, sweeps(code, columns))) / columns, 1)
