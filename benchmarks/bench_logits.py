@@ -13,9 +13,10 @@ import functools
 
 import torch
 
-from benchmarks import cases, gate, machine, measure, memory, providers
-from benchmarks.cases import DTYPES, LOGITS, Shape
-from benchmarks.harness import GIB, Caller
+from benchmarks.cases import logits as cases
+from benchmarks.cases.logits import DTYPES, LOGITS, Shape
+from benchmarks.harness import gate, machine, measure, memory, providers
+from benchmarks.harness.cells import GIB, Caller
 
 
 def pytest_generate_tests(metafunc):

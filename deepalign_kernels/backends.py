@@ -172,7 +172,9 @@ def _warn_of_device(device: str) -> None:
     else:
         # 256 x 49152 fp32, forward and backward: 0.78 s against 0.031 s of processor time (Zen 3)
         what, why = "up to 25 times slower than native code", native_library(device)
-        cure = "`pip install --force-reinstall --no-deps .` in the source folder of deepalign_kernels"
+        cure = (
+            "`pip install --force-reinstall --no-deps .` in the source folder of deepalign_kernels"
+        )
     if why:
         warnings.warn(
             f"deepalign_kernels runs {device} tensors in plain torch, {what}: {why}. The cure: {cure}."
@@ -212,7 +214,7 @@ def native_gemm(device: str) -> bool:
 
 def fresh_pages(x: torch.Tensor) -> torch.Tensor:
     """`x`, which nobody has written to yet, in large pages where the native CPU library can ask for
-    them: one page fault per 2 MiB instead of 512. `benchmarks/pieces.py` times it.
+    them: one page fault per 2 MiB instead of 512. `benchmarks/studies/pieces.py` times it.
     """
     large = x.device.type == "cpu" and x.numel() * x.element_size() > LARGE
     if large and _forced in ("auto", "native") and not native_library("cpu"):

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from benchmarks import ceilings, harness, machine
-from benchmarks.cases import LOGITS, Shape
-from benchmarks.harness import Row
+from benchmarks.cases.logits import LOGITS, Shape
+from benchmarks.harness import ceilings, cells, machine
+from benchmarks.harness.cells import Row
 
 SHAPE = Shape(12, 640)
 
 
 def run(table, wanted="ours,eager", shape=SHAPE, dtypes=("fp32",), **more):
-    plan = harness.Plan(list(table), [shape], list(dtypes), wanted=wanted, seconds=0.002, **more)
-    return harness.run(plan, ceilings.Ceilings(), lambda text: None)
+    plan = cells.Plan(list(table), [shape], list(dtypes), wanted=wanted, seconds=0.002, **more)
+    return cells.run(plan, ceilings.Ceilings(), lambda text: None)
 
 
 @pytest.fixture(autouse=True)

@@ -11,19 +11,13 @@ from bench_runs import SHAPE, _row, cell, run, small_rulers  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepalign_kernels as dak
-from benchmarks import (
-    ceilings,
-    compare,
-    gate,
-    machine,
-    peers,
-    report,
-)
-from benchmarks.__main__ import main, plan_of
-from benchmarks.cases import LOGITS, Shape, for_case, make_inputs, traffic, work_of
-from benchmarks.harness import Caller
-from benchmarks.linear_cases import LINEAR
-from benchmarks.providers import Provider, available
+from benchmarks.__main__ import main
+from benchmarks.cases.linear import LINEAR
+from benchmarks.cases.logits import LOGITS, Shape, for_case, make_inputs, traffic, work_of
+from benchmarks.harness import ceilings, compare, gate, machine, peers, report
+from benchmarks.harness.cells import Caller
+from benchmarks.harness.main import parser, plan_of
+from benchmarks.harness.providers import Provider, available
 from deepalign_kernels import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,9 +88,7 @@ def test_command_line_quick(tmp_path, capsys):
 
 
 def test_default_plan_covers_the_shapes_and_dtypes_of_the_targets():
-    from benchmarks.__main__ import parser
-
-    plan = plan_of(parser().parse_args(["run", "--device", "cpu"]))
+    plan = plan_of(parser("run").parse_args(["--device", "cpu"]))
     assert [str(s) for s in plan.shapes] == ["2048x32000", "1024x128256"]
     assert plan.dtypes == ["fp32", "bf16"] and plan.phases == ("fwd", "fwd_bwd")
     assert not plan.once & {"token_logp", "token_kl/policy_ref", "constrained_loss/ref_logits"}

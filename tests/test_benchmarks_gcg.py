@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="benchmarks.gcg needs transformers")
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import gcg, gcg_job
+from benchmarks.studies import gcg, gcg_job
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--quick --device cpu --model 64x2x211 --candidates 5 --prompt 6 --suffix 4 --target 3"
@@ -99,7 +99,7 @@ def test_a_wrong_way_is_refused(monkeypatch, capsys, name, wrong, dtype):
     monkeypatch.setattr(
         gcg.measure, "interleave", lambda runners, *_, **__: [r.run("cpu", 1) for r in runners]
     )
-    status = gcg.main(flags(f"--dtype {dtype}"))
+    status = gcg.command(flags(f"--dtype {dtype}"))
     assert status == (1 if name == "dak" else 0)  # only our own failure is the benchmark's
     refused = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
     assert {line.split("  ")[0] for line in refused} >= {"score", "score cached"}
@@ -170,20 +170,20 @@ BAD = {
 
 @pytest.mark.parametrize("bad,named", BAD.items())
 def test_bad_arguments(bad, named, capsys):
-    assert gcg.main(flags(bad)) == 2
+    assert gcg.command(flags(bad)) == 2
     out, err = capsys.readouterr()
     assert out == "" and named in err and err.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_cuda_without_a_device(capsys):
-    assert gcg.main(["--device", "cuda"]) == 2
+    assert gcg.command(["--device", "cuda"]) == 2
     assert "device" in capsys.readouterr().err
 
 
 def test_json_and_table(tmp_path, capsys):
     file = tmp_path / "new" / "gcg.json"
-    assert gcg.main([*flags(), "--json", str(file)]) == 0
+    assert gcg.command([*flags(), "--json", str(file)]) == 0
     printed = capsys.readouterr().out.splitlines()
     data = json.loads(file.read_text())
     assert {"cpu", "threads", "torch", "commit", "dirty"} <= data["machine"].keys()
@@ -219,6 +219,6 @@ def test_no_logits_of_ignored_positions():
 
 @pytest.mark.slow
 def test_from_a_shell():
-    command = [sys.executable, "-m", "benchmarks.gcg", "--model", "4"]
+    command = [sys.executable, "-m", "benchmarks", "gcg", "--model", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model" in done.stderr

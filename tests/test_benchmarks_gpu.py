@@ -13,26 +13,17 @@ import torch
 from bench_runs import SHAPE, _row, cell, small_rulers  # noqa: F401
 from gpu_ops import OPS
 
-from benchmarks import (
-    ceilings,
-    gpu,
-    gpu_plan,
-    harness,
-    harvest,
-    machine,
-    measure,
-    peers,
-    providers,
-    report,
-    verdict,
-)
-from benchmarks.cases import LOGITS
-from benchmarks.gpu_plan import Call, Step
+from benchmarks.cases.logits import LOGITS
+from benchmarks.gpu import calls as gpu
+from benchmarks.gpu import harvest
+from benchmarks.gpu import plan as gpu_plan
+from benchmarks.gpu.plan import Call, Step
+from benchmarks.harness import ceilings, cells, machine, measure, peers, providers, report, verdict
 from deepalign_kernels import backends
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = [pytest.mark.clean_memory, pytest.mark.usefixtures("one_thread")]
-CHUNKS = ("-m", "benchmarks.sweep", "chunks", "--device", "cpu", "--dtype", "fp32", "--shapes",
+CHUNKS = ("-m", "benchmarks", "sweep", "chunks", "--device", "cpu", "--dtype", "fp32", "--shapes",
           "16x8x64", "--json", "{out}/chunks.json", "--workspaces")  # fmt: skip
 
 
@@ -57,9 +48,9 @@ def test_a_rehearsal_leaves_files_that_harvest_reads(tmp_path, monkeypatch, capf
     steps = (Step("chunks", 1, 90, (), (*CHUNKS, "1,2")), Step("ncu native", 1, 9, (), None, "ncu"))
     monkeypatch.setattr(gpu, "CALLS", (Call(4, "linear", steps),))
     monkeypatch.setattr(gpu, "SITE", tmp_path / "peers")
-    assert gpu.main(["--rehearse", str(tmp_path / "out")]) == 0
+    assert gpu.command(["--rehearse", str(tmp_path / "out")]) == 0
     assert len(json.loads((tmp_path / "out" / "chunks.json").read_text())["lines"]) == 3
-    assert harvest.main([str(tmp_path)]) == 0
+    assert harvest.command([str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     assert printed.count("default rule") >= 1 and "A REHEARSAL" in printed
     assert "not played" in printed and "conformance  " in printed and "not begun" in printed
@@ -68,10 +59,11 @@ def test_a_rehearsal_leaves_files_that_harvest_reads(tmp_path, monkeypatch, capf
 def test_a_call_that_is_ended_leaves_what_it_has_and_no_process(tmp_path):
     many = ",".join(["1"] * 20_000)
     script = (
-        "import sys; from benchmarks import gpu; from benchmarks.gpu_plan import Call, Step\n"
+        "import sys; from benchmarks.gpu import calls as gpu\n"
+        "from benchmarks.gpu.plan import Call, Step\n"
         f"step = Step('chunks', 1, 500, (), {(*CHUNKS, many)!r})\n"
         "gpu.CALLS = (Call(4, 'linear', (step,)),)\n"
-        f"sys.exit(gpu.main(['--rehearse', {str(tmp_path)!r}]))"
+        f"sys.exit(gpu.command(['--rehearse', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     file, stop = tmp_path / "chunks.json", time.monotonic() + 120
@@ -99,8 +91,8 @@ def test_a_step_that_runs_too_long_is_stopped(tmp_path):
 
 def test_results_are_kept_after_every_cell():
     kept = []
-    plan = harness.Plan([LOGITS["token_logp"]], [SHAPE], ["fp32"], wanted="eager", seconds=0.001)
-    harness.run(plan, ceilings.Ceilings(), lambda t: None, lambda rows, _: kept.append(len(rows)))
+    plan = cells.Plan([LOGITS["token_logp"]], [SHAPE], ["fp32"], wanted="eager", seconds=0.001)
+    cells.run(plan, ceilings.Ceilings(), lambda t: None, lambda rows, _: kept.append(len(rows)))
     assert kept[:2] == [1, 2]  # forward, then forward and backward
 
 
@@ -251,4 +243,4 @@ def test_wrong_predictions_are_those_far_from_bytes_and_operations():
 
 def test_harvest_says_where_there_is_nothing(tmp_path):
     with pytest.raises(ValueError, match="DIR: expected the results"):
-        harvest.main([str(tmp_path)])
+        harvest.command([str(tmp_path)])

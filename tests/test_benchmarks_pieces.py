@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import pieces
+from benchmarks.studies import pieces
 from deepalign_kernels import backends
 
 needs_gemm = pytest.mark.skipif(
@@ -20,7 +20,7 @@ pytestmark = [  # its memory is its business, and timed
 
 def test_a_quick_run_prints_and_writes_every_line(tmp_path, capsys):
     file = tmp_path / "pieces.json"
-    assert pieces.main(["--quick", "--json", str(file)]) == 0
+    assert pieces.command(["--quick", "--json", str(file)]) == 0
     printed = capsys.readouterr().out.splitlines()
     data = json.loads(file.read_text())
     assert data["format"] == pieces.FORMAT and data["machine"]["commit"] in printed[0]
@@ -80,5 +80,5 @@ def test_memory_that_was_not_written_gets_no_number(monkeypatch):
 def test_what_it_cannot_run_is_refused(capsys):
     for wrong in (["--only", "gemms"], ["--shape", "16x40"]):
         with pytest.raises(SystemExit):
-            pieces.main(["--quick", *wrong])
+            pieces.command(["--quick", *wrong])
     assert "expected some of gemm, pages, columns" in capsys.readouterr().err

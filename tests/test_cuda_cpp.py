@@ -8,7 +8,7 @@ import cuda_on_host
 import pytest
 import torch
 
-from benchmarks import cuda_cpp, sass
+from benchmarks.offline import cuda_cpp, sass
 from deepalign_kernels import backends
 
 ARCHS = ("sm_80", "sm_90a", "sm_100")
@@ -77,7 +77,7 @@ def test_rows_of_real_vocabularies_stay_on_the_chip():
 )
 @pytest.mark.parametrize("shared,major", [(227 << 10, 9), (163 << 10, 8), (128 << 10, 9)])
 def test_the_report_plans_as_the_kernels_do(shared, major):
-    """benchmarks/cuda_cpp.py repeats make_plan of csrc/cuda/plan.h, but for the block size."""
+    """offline/cuda_cpp.py repeats make_plan of csrc/cuda/plan.h, but for the block size."""
     gpu = cuda_cpp.Gpu(shared, shared + 1024, major >= 9)
     target = torch.zeros(1, dtype=torch.int64)
     for columns in (5, 4099, 32000, 128256):

@@ -60,6 +60,6 @@ def test_readme_is_short_and_its_links_lead_somewhere():
 
 
 def test_figures_are_those_of_the_results():
-    from benchmarks import page
+    from benchmarks.studies import page
 
     assert page.main(check=True) == 0, "run `python -m benchmarks page`"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import instructions
+from benchmarks.offline import instructions
 
 
 def test_changed_counts_are_listed():

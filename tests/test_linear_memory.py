@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import deepalign_kernels as dak
-from benchmarks import linear_model
-from benchmarks.cases import Shape
+from benchmarks.cases.logits import Shape
+from benchmarks.offline import linear_model
 from deepalign_kernels import backends
 from deepalign_kernels._memory import measure
 from deepalign_kernels.ops.linear import gemm

@@ -9,7 +9,7 @@
 namespace dak {
 
 // Large pages for memory that is about to be written for the first time: one page fault per 2 MiB
-// instead of 512, and as many fewer pages to give back (`python -m benchmarks.pieces --only pages`
+// instead of 512, and as many fewer pages to give back (`python -m benchmarks pieces --only pages`
 // times both). Only whole large pages inside the tensor are named, so nobody else's memory is
 // touched; on pages that are there already it changes nothing.
 void prefer_large_pages(char* data, int64_t bytes) {

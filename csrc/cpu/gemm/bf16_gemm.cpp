@@ -4,7 +4,7 @@
 //
 // A packed panel holds pairs of neighbours along the inner dimension, as vdpbf16ps takes them: 14
 // (of a) or 32 (of b) of them, then the next pair. oneDNN's own only gives bf16 results:
-// `python -m benchmarks.pieces --only gemm` times the two in turns.
+// `python -m benchmarks pieces --only gemm` times the two in turns.
 #include "cpu/gemm/bf16_gemm.h"
 
 #include <torch/csrc/stable/ops.h>

@@ -1,0 +1,1 @@
+"""What is measured: ops, shapes, inputs and the work they need at least."""

@@ -1,0 +1,178 @@
+"""What `benchmarks/gpu.sh` does: calls, their steps, the peers' wheels, and what they answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+COMMAND_SECONDS = 600  # a command may take so long
+TOTAL_SECONDS = 1800  # and the GPU is there for so long
+START_SECONDS = 75  # of them go by before the first command runs
+CARRY_BYTES = 64 << 20  # may travel with one call, the working tree included
+
+# Python 3.12 on x86-64 Linux with torch 2.11 and triton 3.6; nothing of theirs is fetched again.
+# nvidia-cutlass-dsl 4.7.0 is the newest with which quack-kernels 0.6.5 imports.
+WHEELS = (
+    "liger_kernel==0.8.5", "trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19",
+    "cut_cross_entropy==25.1.1", "quack-kernels==0.6.5", "nvidia-cutlass-dsl==4.7.0",
+    "nvidia-cutlass-dsl-libs-base==4.7.0", "nvidia-cutlass-dsl-libs-core==4.7.0",
+    "nvidia-cutlass-dsl-libs-cu13==4.7.0", "apache-tvm-ffi==0.1.15.post2",
+    "torch-c-dlpack-ext==0.1.5",
+)  # fmt: skip
+PART_BYTES = 45_000_000  # a wheel that is larger travels in parts, one with each call
+
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+LOGITS = "native,triton,eager,liger-ce,liger-jsd,trl,quack"
+LINEAR = (
+    "native,triton,gemms,liger-flce-16,liger-flce-sm90,liger-flsce,liger-fljsd,liger-chunked,"
+    "quack-linear,trl-chunked,trl-divergence,cce"
+)
+MAIN_OPS = "token_logp,token_kl/policy_ref,constrained_loss/ref_logits"
+METRICS = ",".join(
+    (
+        "gpu__time_duration.sum",
+        "dram__bytes_read.sum",
+        "dram__bytes_write.sum",
+        "smsp__inst_executed.sum",
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+        "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. seconds: as predicted. limit: it is stopped after so many. command: Python's
+    arguments, or with `tool` that program's, "{out}" being the folder of the results; rehearsal:
+    the same at tiny shapes on a CPU, None: nothing to play there. env: added to the environment.
+    """
+
+    name: str
+    seconds: int
+    limit: int
+    command: tuple[str, ...]
+    rehearsal: tuple[str, ...] | None = None
+    tool: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One command of at most COMMAND_SECONDS. wheels: it uses the peers'. parts: which of the parts
+    of large wheels travel with it."""
+
+    number: int
+    name: str
+    steps: tuple[Step, ...]
+    wheels: bool = False
+    parts: tuple[int, ...] = ()
+
+    @property
+    def seconds(self) -> int:
+        return sum(s.seconds for s in self.steps)
+
+    @property
+    def limit(self) -> int:
+        return sum(s.limit for s in self.steps)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _sanitizer(tool: str) -> Step:
+    ops = ("-m", "benchmarks", "each_op", "--backend", "native")
+    # Every tensor its own allocation, so that a step past the end of one is seen.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    own = ("--tool", tool, "--error-exitcode", "86", "--print-limit", "20", sys.executable, *ops)
+    tiny = (*ops, "--device", "cpu", "--shapes", "6x257")
+    return Step(tool, 20, 45, own, tiny, "compute-sanitizer", alone)
+
+
+def _tests(call: int, workers: int, most: int, *which: str) -> tuple[str, ...]:
+    return (*PYTEST, "-n", str(workers), f"--maxfail={most}", "--durations=5", *which)
+
+
+def _run(kind: str, options: str, file: str) -> tuple[str, ...]:
+    return ("-m", "benchmarks", kind, *_split(options), "--json", "{out}/" + file)
+
+
+def _log(call: int) -> dict[str, str]:
+    return {"DEEPALIGN_TEST_LOG": f"{{out}}/tests-{call}.jsonl"}
+
+
+CONFORMANCE = _split(
+    "tests/test_conformance.py tests/test_linear_values.py tests/test_linear_kept.py"
+    " tests/test_token_kl.py tests/test_token_logp.py tests/test_token_stats.py"
+    " tests/test_constrained_loss.py"
+)
+TINY = "--quick --device cpu --dtypes fp32 --seconds 0.01 --rounds 2"
+CALLS = (
+    Call(1, "right", (
+        Step("environment", 15, 40, ("-m", "benchmarks", "gpu", "environment"),
+             ("-m", "benchmarks", "gpu", "environment")),
+        Step("tests of the GPU", 75, 140, _tests(1, 4, 12, "tests/test_gpu.py"),
+             (*PYTEST, "tests/test_gpu.py", "-k", "native and 4096 and dtype0"), "", _log(1)),
+        *map(_sanitizer, ("memcheck", "racecheck", "synccheck")),
+    ), parts=(0,)),
+    Call(2, "conformance", (
+        Step("conformance", 260, 520,
+             _tests(2, 10, 40, "-k", "cuda-triton or cuda-native", *CONFORMANCE),
+             (*PYTEST, "-k", "cpu-native and parts", "tests/test_token_kl.py"), "", _log(2)),
+    ), parts=(1,)),
+    Call(3, "logits", (
+        Step("logits", 170, 280,
+             _run("run", f"--device cuda --shapes 8192x128256,8192x32000 --providers {LOGITS}"
+                         " --limit 200", "logits.json"),
+             _run("run", f"{TINY} --shapes 12x640 --providers {LOGITS}", "logits.json")),
+        Step("compile", 90, 150,
+             _run("run", f"--device cuda --shapes 8192x128256 --ops {MAIN_OPS}"
+                         " --providers native,triton,compile --limit 90", "compile.json"),
+             _run("run", f"{TINY} --shapes 12x640 --ops token_logp --phase fwd"
+                         " --providers native,compile", "compile.json")),
+    ), wheels=True),
+    Call(4, "linear", (
+        Step("linear", 200, 330,
+             _run("linear", f"--device cuda --shapes 8192x4096x128256 --providers {LINEAR}"
+                            " --limit 220", "linear.json"),
+             _run("linear", f"{TINY} --shapes 32x16x640 --providers {LINEAR}", "linear.json")),
+        Step("chunks", 30, 60,
+             ("-m", "benchmarks", "sweep", "chunks", "--json", "{out}/chunks.json"),
+             ("-m", "benchmarks", "sweep", "chunks", "--device", "cpu", "--dtype", "fp32",
+              "--shapes", "64x32x512", "--workspaces", "1,2", "--json", "{out}/chunks.json")),
+    ), wheels=True),
+    Call(5, "choose", (
+        Step("plans", 150, 300,
+             ("-m", "benchmarks", "sweep", "plans", "--limit", "240", "--json", "{out}/plans.json"),
+             ("-m", "benchmarks", "sweep", "plans", "--device", "cpu", "--shapes", "2x257", "--ops",
+              "token_logp_fwd,token_logp_fused", "--seconds", "0.01", "--json",
+              "{out}/plans.json"), "", {}),
+        *(Step(f"ncu {backend}", 45, 90,
+               ("--clock-control", "none", "--csv", "--print-units", "base", "--metrics", METRICS,
+                "-k", "regex:_rows|_grad|_token|_constrained", "--log-file",
+                f"{{out}}/ncu-{backend}.csv", sys.executable, "-m", "benchmarks", "each_op",
+                "--backend", backend, "--shapes", "2048x128256"), None, "ncu")
+          for backend in ("native", "triton")),
+    )),
+)  # fmt: skip
+
+# Everything that only a GPU can say, and the command that says it.
+ONLY_A_GPU = (
+    ("Does every kernel launch, wait for nothing, replay in a graph, agree with eager?", "1"),
+    ("Do memcheck, racecheck and synccheck find nothing in the CUDA C++ kernels?", "1"),
+    ("Do compiled Triton and CUDA C++ keep the error budget in every mode?", "2"),
+    ("How fast are the logits ops beside eager, torch.compile, Liger, TRL and QuACK?", "3"),
+    ("How fast are the linear ops beside their GEMMs and the fused heads of others?", "4"),
+    ("Which workspace and chunk do the linear ops want?", "4"),
+    ("Which launch plans win, and which ops belong into CUDA_CPP_VERIFIED?", "5"),
+    ("How many bytes and instructions does a kernel really take?", "5"),
+    ("What does a step of GCG cost?", "python -m benchmarks gcg --json OUT/gcg.json"),
+    ("Do results grow linearly with T and V?", "python -m benchmarks growth --out OUT"),
+    ("Do vocabulary shards work over NCCL?", "two GPUs, a torchrun job: no command yet"),
+    ("Do the Triton kernels run on ROCm?", "the same tests on such a GPU (call 2)"),
+)
+
+
+def every(predicate: Callable[[Step], bool] = lambda step: True) -> list[Step]:
+    return [s for call in CALLS for s in call.steps if predicate(s)]

@@ -1,0 +1,1 @@
+"""Times a cell after its correctness gate: runs, rulers, peers, verdicts and reports."""

@@ -1,0 +1,1 @@
+"""What needs no clock: compile reports, machine code, counts, the time model."""
