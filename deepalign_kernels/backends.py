@@ -1,9 +1,11 @@
 """The one place that decides which implementation of an op runs, and says why another cannot.
 
-eager   reference/<stem>.py        always there; the specification; the only one for fp64, and for
-                                   an op that has no kernels yet
-triton  triton_kernels/<stem>.py   CUDA and ROCm tensors (CPU ones under TRITON_INTERPRET=1)
-native  csrc/{cpu,cuda}/<stem>, as torch.ops.deepalign_native.<op>   whatever setup.py could build
+    eager   reference/<stem>.py        always there; the specification; the only one for fp64, and
+                                       for an op that has no kernels yet
+    triton  triton_kernels/<stem>.py   CUDA and ROCm tensors (CPU ones under TRITON_INTERPRET=1)
+    native  csrc/{cpu,cuda}/<stem>     what setup.py could build, as torch.ops.deepalign_native.<op>
+
+Forced, a backend runs or raises; only "auto" moves on to the next one.
 """
 
 from __future__ import annotations

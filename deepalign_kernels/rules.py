@@ -31,8 +31,10 @@ Rule = Callable[..., tuple[Tensor, Tensor]]
 def exact(logp: Tensor, ref_logp: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Equation 3 of arXiv 2406.05946, Delta = ref_logp - logp:
 
-    loss = (2 / beta) softplus(beta Delta); for beta = 0 its limit less a constant, Delta
-    weight = 2 sigmoid(beta Delta)                                           (equation 5)
+        loss   = (2 / beta) softplus(beta Delta)      for beta = 0: Delta, its limit less a constant
+        weight = 2 sigmoid(beta Delta)                (equation 5)
+
+    A negative beta gives NaN.
     """
     delta, u, weight = _constraint(logp, ref_logp, beta)
     softplus = u.clamp(min=0.0) + torch.log1p(torch.exp(-u.abs()))

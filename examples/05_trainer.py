@@ -12,7 +12,7 @@ model, tokenizer = tiny.load()
 pathlib.Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in tiny.CHATS * 4))
 
 # --8<-- [start:train]
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer  # noqa: E402
+from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
 config = ConstrainedSFTConfig(output_dir="out", learning_rate=2e-5, batch_size=4, epochs=3)
 result = ConstrainedSFTTrainer(model, tokenizer, config, train_data="chats.jsonl").train()

@@ -65,7 +65,7 @@ def attach(model: nn.Module) -> nn.Module:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`: `model` is as it was before, with nothing left in its __dict__; returned.
+    """Undo `attach`: `model` is as it was before, with nothing left in its `__dict__`; returned.
 
     Raises:
         ValueError: not attached.
@@ -147,7 +147,7 @@ class Forward:
     """What `attach` puts in model.__dict__["forward"].
 
     An object, not a closure or a bound method, so that deepcopy and pickle bind it to the copy;
-    with slots, because functools.update_wrapper copies a __dict__ into whatever wraps this.
+    with slots, because functools.update_wrapper copies a `__dict__` into whatever wraps this.
     """
 
     __slots__ = ("model", "previous", "transform", "__weakref__")

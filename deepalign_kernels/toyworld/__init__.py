@@ -3,10 +3,10 @@
 `python -m deepalign_kernels.toyworld.demo --out DIR` trains and attacks it; tests use it as a fast
 real model:
 
-    tokenizer = build_tokenizer() model = build_model(tokenizer, seed=0)                  #
-    untrained; AutoModelForCausalLM loads what it saves records = World(seed=0).records("attack")
-    # [{"messages": [user, assistant]}, ...] attack_success(model, tokenizer, World(seed=0))
-    # {prefilled tokens: rate}
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed=0)  # untrained; AutoModelForCausalLM loads what it saves
+    records = World(seed=0).records("attack")  # [{"messages": [user, assistant]}, ...]
+    attack_success(model, tokenizer, World(seed=0))  # {prefilled tokens: rate}
 
 Needs transformers; only benign content, see `lexicon.py`.
 """
