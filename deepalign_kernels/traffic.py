@@ -34,6 +34,8 @@ IDEAL: dict[str, Traffic] = {
     "constrained_loss_fused_ref_logits": Traffic(3, 1, 2),
     "token_stats_fwd": Traffic(2, 0, 2),
     "token_stats_fwd_js": Traffic(4, 0, 2),
+    "token_entropy_fwd": Traffic(1, 0, 1),
+    "token_entropy_bwd": Traffic(1, 1, 1),
     "scale_grad": Traffic(1, 1, 1),  # nothing where the factor is 1
 }
 

@@ -24,6 +24,10 @@ def constrained_loss(x, y, target, beta, **options):
     return each.sum() + dak.constrained_loss(x, target, **kw)
 
 
+def token_entropy(x, y, target, beta, **options):
+    return dak.token_entropy(x, valid=target != -100, **options).sum()
+
+
 def token_stats(x, y, target, beta, **options):
     stats = dak.token_stats(x, y, target, **options)
     return stats.entropy.sum() + stats.js.sum() + 0.0 * x[..., 0].float().sum()
@@ -65,5 +69,6 @@ OPS = {
         ("constrained_loss_fwd", "constrained_loss_fused", "scale_grad"),
     ),
     "token_stats": (token_stats, ("token_stats_fwd",)),
+    "token_entropy": (token_entropy, ("token_entropy_fwd", "token_entropy_bwd")),
     **{op: (raw(op), (op,)) for op in ("token_logp_fused", "token_kl_fused", "token_js_parts")},
 }

@@ -73,6 +73,8 @@ MOST = {
     ("token_js_fwd", ""): 60,
     ("constrained_loss", ""): 34.5,
     ("token_stats", "WITH_JS=True"): 75,
+    ("token_entropy_fwd", ""): 11,
+    ("token_entropy_bwd", ""): 20,
 }
 
 

@@ -19,6 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from deepalign_kernels.triton_kernels import (
     constrained_loss,
     scale_grad,
+    token_entropy,
     token_kl,
     token_logp,
     token_stats,
@@ -105,6 +106,10 @@ def calls(dtype, ignored, vocab=V):
         ),
         "token_stats_fwd_js": lambda: token_stats.token_stats_fwd(
             x, y, target, valid, -100, 0.5, *plain
+        ),
+        "token_entropy_fwd": lambda: token_entropy.token_entropy_fwd(x, valid, *plain),
+        "token_entropy_bwd": lambda: token_entropy.token_entropy_bwd(
+            row, x, valid, pair, row, *plain, out
         ),
         "scale_grad": lambda: scale_grad.scale_grad(out, scale),
     }

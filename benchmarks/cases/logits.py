@@ -202,6 +202,18 @@ _ALL = (
     _constrained_case("ref", plain.constrained_ref_logits),
     _constrained_case("ref_logp", plain.constrained_ref_logp),
     Case(
+        name="token_entropy",
+        ours=lambda x: dak.token_entropy(x["policy"], valid=x.get("valid")),
+        tokens=plain.token_entropy,
+        needs=("policy", "target"),
+        ops={"fwd": ("token_entropy_fwd",), "fwd_bwd": ("token_entropy_fwd", "token_entropy_bwd")},
+        kernels={
+            "fwd": ("token_entropy_fwd",),
+            "fwd_bwd": ("token_entropy_fwd", "token_entropy_bwd"),
+        },
+        vectors=(12, 28),  # fwd: entropy and normaliser out; bwd: those and upstream in
+    ),
+    Case(
         name="token_stats",
         ours=_stats_ours,
         tokens=plain.token_stats,

@@ -105,6 +105,10 @@ def calls(shape: Shape, dtype: torch.dtype, device: str, backend: str = "auto") 
         found.append(Call(name, "token_stats_fwd", args))
     parts = (q, p, valid, norm_q, norm_p, JS_BETA, *TAIL)
     found.append(Call("token_js_parts", "token_js_parts", parts))
+    entropy, norm = Call("token_entropy_fwd", "token_entropy_fwd", (q, valid, *TAIL)).on(backend)()
+    found.append(Call("token_entropy_fwd", "token_entropy_fwd", (q, valid, *TAIL)))
+    args = (grad, q, valid, norm, entropy, *TAIL, out)
+    found.append(Call("token_entropy_bwd", "token_entropy_bwd", args, True))
     flip = torch.tensor(-1.0).to(device)  # a factor that changes nothing but signs
     found.append(Call("scale_grad", "scale_grad", (out, flip)))
     return found

@@ -47,6 +47,11 @@ def token_logp(x: Inputs) -> Tensor:
     return logp(x["policy"], x["target"])
 
 
+def token_entropy(x: Inputs) -> Tensor:
+    logp = wide(x["policy"]).log_softmax(-1)
+    return trained(x, -(logp.exp() * logp).sum(-1))
+
+
 def token_kl_policy_ref(x: Inputs) -> Tensor:
     q, p = log_probs(x)
     return trained(x, kl(q, p))

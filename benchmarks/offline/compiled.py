@@ -48,6 +48,8 @@ COUNTED = {
     ),
     "constrained_loss_fused_ref_logits": ("constrained_loss", "", "no given_ptr,no norm_ptr"),
     "token_stats_fwd_js": ("token_stats", "WITH_JS=True", ""),
+    "token_entropy_fwd": ("token_entropy_fwd", "", ""),
+    "token_entropy_bwd": ("token_entropy_bwd", "", ""),
 }
 DIRECTIONS = ("policy_ref", "ref_policy", "js")
 COMPILER = "deepalign_kernels.triton_kernels._offline"

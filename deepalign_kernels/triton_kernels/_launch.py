@@ -55,6 +55,8 @@ _DEFAULT = {
     "token_kl_bwd": Plan(8, 32),
     "constrained_loss": Plan(16, 64, 128),
     "token_stats": Plan(8, 32, 128),
+    "token_entropy_fwd": Plan(8, 64, 128),
+    "token_entropy_bwd": Plan(8, 32),
     "scale_grad": Plan(8, 64),
 }
 TABLE: dict[str, dict[str, Plan]] = {

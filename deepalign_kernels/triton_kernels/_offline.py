@@ -35,6 +35,7 @@ from deepalign_kernels.triton_kernels import (
     _sass,
     constrained_loss,
     scale_grad,
+    token_entropy,
     token_kl,
     token_logp,
     token_stats,
@@ -168,6 +169,8 @@ def launches(
         labels = target if masks else None
         for beta in (0.0, js_beta):
             token_stats.token_stats_fwd(x, y, labels, valid, -100, beta, *tail)
+        token_entropy.token_entropy_fwd(x, valid, *tail)
+        token_entropy.token_entropy_bwd(row, x, valid, pair, row, *tail, out)
         scale_grad.scale_grad(out, scale)
     return recorded
 
