@@ -249,8 +249,8 @@ _NAMES_WITHOUT_GRADIENT = frozenset(HeadOptions.__annotations__)
 
 def _head(op: str, given: Any, reference: tuple, gradient: bool) -> _Head:
     names = _NAMES if gradient else _NAMES_WITHOUT_GRADIENT
-    if unknown := given.keys() - names:
-        (name, *_) = unknown
+    if unknown := [name for name in given if name not in names]:
+        name = unknown[0]
         near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{hint}")
