@@ -19,7 +19,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast matrix bench lint docs format build clean
+.PHONY: help demo test test-fast matrix bench lint docs format build wheel clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -62,6 +62,9 @@ format: build ## rewrite the Python files as `make lint` wants them
 build: ## .venv with torch and the tools, then the native libraries
 	@sh .ci/setup
 	@$(PY) setup.py --quiet build_ext --inplace
+
+wheel: build ## wheels and the source archive, into dist/
+	@sh .ci/wheel
 
 clean: ## remove what the targets made, except .venv
 	rm -rf build dist site demo_output .matrix deepalign_kernels.egg-info .pytest_cache .ruff_cache .benchmarks
