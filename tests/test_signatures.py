@@ -9,7 +9,9 @@ import re
 import pytest
 import torch
 
+import deepalign_kernels as dak
 from deepalign_kernels import backends
+from deepalign_kernels.ops.linear import options
 
 OPS_H = pathlib.Path(__file__).parent.parent / "csrc" / "ops.h"
 TYPES = {"MaybeTensor": "Tensor | None", "int64_t": "int", "double": "float"}
@@ -44,3 +46,26 @@ def test_all_signatures_of_an_op_agree(op):
     if hasattr(torch.ops.deepalign, op):  # there the op makes `out` itself
         without = [p for p in expected if p[0] != "out"]
         assert of_schema("deepalign", op) == without
+
+
+LINEAR = {name: getattr(dak, name) for name in dak.__all__ if name.startswith("linear_")}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_ops_share_their_options(name):
+    """One list, from which every op takes all; what an op names itself is not in it."""
+    *own, rest = inspect.signature(LINEAR[name]).parameters.values()
+    shared = options.HeadOptions if name == "linear_token_stats" else options.LinearOptions
+    assert rest.annotation == f"Unpack[{shared.__name__}]"
+    assert not {p.name for p in own} & shared.__annotations__.keys()
+    assert shared.__annotations__.keys() <= options._Head._field_defaults.keys()
+    for field in shared.__annotations__:
+        assert f"{field}:" in (options.HeadOptions.__doc__ or "") + (shared.__doc__ or "")
+
+
+def test_a_misspelt_option_is_named():
+    x, y = torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"token_logp\(\) got .* 'tempratur'; did you mean 'temper"):
+        dak.linear_token_logp(x, x, y, tempratur=2.0)
+    with pytest.raises(TypeError, match="linear_token_stats.* unexpected .* 'grad_weight_dtype'"):
+        dak.linear_token_stats(x, x, x, x, grad_weight_dtype=torch.float32)
