@@ -160,6 +160,7 @@ def test_compiles_to_one_graph_for_every_length(op):
     assert counter.frame_count == compiled_once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scalar_loss_under_inductor(reduction, device):
     """The fused gradient is scaled in place by the upstream factor; functionalisation must keep

@@ -21,6 +21,7 @@ def mix():
     return RecoveryAugmentation(recovery, build_tokenizer(), anchors=RECORDS, alpha=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tied,data", ((False, "mix"), (True, RECORDS)), ids=("untied mix", "tied plain")
 )
