@@ -53,26 +53,21 @@ def test_real_vocabularies(op, V, device, interpreted):
     """F12, F35: 32k to 262k columns, where a probability of 1/V would underflow fp16."""
     if interpreted and V != 50257:
         pytest.skip("one is enough in the interpreter")
+    V = 20001 if interpreted else V  # 1/V is below the normal numbers of fp16
     check(
         op,
         make(1 if interpreted else 2, V).to(
-            device, torch.float16 if V == 50257 else torch.bfloat16
+            device, torch.float16 if V in (20001, 50257) else torch.bfloat16
         ),
     )
 
 
+OPTIONS = [{"temperature": x} for x in (0.01, 0.7, 100.0)]
+OPTIONS += [{"softcap": 3.0}, {"softcap": 30.0, "temperature": 1.7}]
+
+
 @OP
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 0.01},
-        {"temperature": 0.7},
-        {"temperature": 100.0},
-        {"softcap": 3.0},
-        {"softcap": 30.0, "temperature": 1.7},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", some(OPTIONS, (OPTIONS[0], OPTIONS[4])), ids=str)
 def test_temperature_and_softcap(op, options, device, interpreted):
     """F22: values and gradients, with the factor 1/T and the slope of tanh."""
     for dtype in (torch.float32, torch.bfloat16)[: 1 if interpreted else 2]:
@@ -83,16 +78,16 @@ def test_temperature_and_softcap(op, options, device, interpreted):
 def test_every_layout(op, device):
     """F14, F17, F20: [B, T, V] views, row strides, unaligned starts, shifted labels, stride-0
     gradients."""
-    r = make(6, 777).to(device, torch.float32)
+    r = make(6, 401).to(device, torch.float32)
     expected = values_and_grad(CASES[op].ours, r)
     wide = torch.full((3, 3, 1000), torch.nan, device=device)
-    wide[:, :2, 3:780] = r.policy.view(3, 2, 777)
+    wide[:, :2, 3:404] = r.policy.view(3, 2, 401)
     padded = torch.cat([torch.zeros(1, dtype=torch.long, device=device), r.target])[
         1:
     ]  # not 16-byte aligned
     view = Rows(
-        wide[:, :2, 3:780],
-        r.ref.view(3, 2, 777),
+        wide[:, :2, 3:404],
+        r.ref.view(3, 2, 401),
         padded.view(3, 2).int(),
         r.beta.view(3, 2),
         r.grad.view(3, 2),
@@ -191,8 +186,8 @@ def test_scaling_the_upstream_gradient_by_the_fp16_loss_scale(op, device):
 @DTYPE
 def test_value_and_gradient_in_one_call(op, dtype, device, interpreted):
     """The internal ops that the linear losses use, against the same formulas."""
-    for V, kind in ((1, "noise"), (1031, "noise"), (5003, "confident_20"), (4096, "heavy_tails")):
-        V = min(V, 1100) if interpreted else V
+    shapes = ((1, "noise"), (1031, "noise"), (5003, "confident_20"), (4096, "heavy_tails"))
+    for V, kind in shapes[: 2 if interpreted else 4]:
         check(op, make(5, V, kind).to(device, dtype), fused)
     check(op, make(5, 900).to(device, dtype), fused, temperature=0.7, softcap=30.0)
 
