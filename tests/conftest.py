@@ -79,6 +79,7 @@ def pytest_configure(config):
     )
 
 
+@pytest.hookimpl(trylast=True)  # a case runs on all backends before the next: see cases.truth
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         every = metafunc.definition.get_closest_marker("every_isa")

@@ -45,6 +45,7 @@ def test_every_logits_op_gets_finite_numbers_from_each_provider():
     assert {r.provider for r in rows} == {*ours, "eager"}
 
 
+@pytest.mark.slow
 def test_every_linear_op_gets_finite_numbers():
     rows, _ = run(LINEAR.values(), shape=Shape(10, 96, 16), wanted="reference,eager")
     assert {r.op for r in rows} == LINEAR.keys()

@@ -56,6 +56,7 @@ def test_a_rehearsal_leaves_files_that_harvest_reads(tmp_path, monkeypatch, capf
     assert "not played" in printed and "conformance  " in printed and "not begun" in printed
 
 
+@pytest.mark.slow
 def test_a_call_that_is_ended_leaves_what_it_has_and_no_process(tmp_path):
     many = ",".join(["1"] * 20_000)
     script = (

@@ -48,6 +48,7 @@ def test_the_report_has_a_line_for_every_kernel(kernels):
     )
 
 
+@pytest.mark.slow
 def test_instructions_per_column_stay_as_few_as_recorded(kernels):
     """Jensen-Shannon and token_stats are bound by them, not by memory."""
     found = sass.counts(cuda_cpp.LIBRARY)

@@ -107,26 +107,27 @@ def test_value_and_gradient_in_one_launch(op, gpu):
             check(op, make(4, 901).to("cpu", dtype), fused, temperature=1.7, softcap=30.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("options", [(0.5, 1.0, 0.0), (0.0, 0.7, 0.0), (0.1, 1.0, 30.0)], ids=str)
 def test_stats(gpu, options):
     with pretend(**GPUS[gpu]):
-        for dtype in DTYPES:
-            for kind in ("noise", "confident_20", "leading_block_masked", "uniform"):
-                r = make(5, 1501, kind).to("cpu", dtype)
-                got = stats(r.policy[None], r.ref[None], r.target, *options)
-                base, gold = (
-                    spec_stats.token_stats_fwd(
-                        r.policy[None].to(d), r.ref[None].to(d), r.target, None, -100, *options
-                    )
-                    for d in (torch.float32, torch.float64)
+        kinds = ("noise", "confident_20", "leading_block_masked", "uniform")
+        for kind, dtype in zip(kinds, (*DTYPES, torch.float32), strict=True):
+            r = make(5, 1501, kind).to("cpu", dtype)
+            got = stats(r.policy[None], r.ref[None], r.target, *options)
+            base, gold = (
+                spec_stats.token_stats_fwd(
+                    r.policy[None].to(d), r.ref[None].to(d), r.target, None, -100, *options
                 )
-                for i in range(8):
-                    assert_in_budget(f"row {i} {kind} {dtype}", got[i], base[i], gold[i])
-                if options[0] > 0:  # the divergence of either model from the mixture
-                    found, base, gold = (_js_parts(r, d, options) for d in (None, *ACCURATE))
-                    for i in range(2):
-                        assert_in_budget(f"part {i} {kind} {dtype}", found[i], base[i], gold[i])
+                for d in (torch.float32, torch.float64)
+            )
+            for i in range(8):
+                assert_in_budget(f"row {i} {kind} {dtype}", got[i], base[i], gold[i])
+            if options[0] > 0:  # the divergence of either model from the mixture
+                found, base, gold = (_js_parts(r, d, options) for d in (None, *ACCURATE))
+                for i in range(2):
+                    assert_in_budget(f"part {i} {kind} {dtype}", found[i], base[i], gold[i])
 
 
 ACCURATE = (torch.float32, torch.float64)
@@ -214,6 +215,7 @@ def _gradients(policy, ref, valid, r, loss):
     yield "constrained_loss_fused", lambda f, x, out: f(x, *loss, out)
 
 
+@pytest.mark.slow
 @DTYPE
 @pytest.mark.parametrize("shared", [227 << 10, 2600])
 def test_strides_and_alignment(dtype, shared):
@@ -314,6 +316,7 @@ def test_targets_that_are_not_there_and_rows_that_are_left_out():
         assert not rows[:, 0].any() and rows[:2, 1].isnan().all() and (rows[2:5, 1:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", ["policy", "ref", "both"])
 def test_masks_of_finite_numbers(dtype, masked):

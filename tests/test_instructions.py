@@ -18,6 +18,7 @@ def test_changed_counts_are_listed():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(instructions.missing() is not None, reason=str(instructions.missing()))
 def test_instructions_are_counted_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(instructions, "RECORD", tmp_path / "record.json")

@@ -312,6 +312,7 @@ with t.use_backend("native"), instruction_set(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect by its Linux signature")
 def test_nothing_beyond_the_logits_is_read():
     """The logits end where a page begins that nobody may read."""

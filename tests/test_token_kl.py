@@ -36,10 +36,17 @@ def test_directions_by_hand(device):
 
 
 @pytest.mark.parametrize(
-    "kind", ["noise", "confident_50", "common_offset", "leading_block_masked", "uniform"]
+    "kind,dtype",
+    [
+        ("noise", torch.float32),
+        ("confident_50", torch.bfloat16),
+        ("common_offset", torch.float16),
+        ("leading_block_masked", torch.bfloat16),
+        ("uniform", torch.float32),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equal_logits_give_exactly_zero(direction, kind, dtype, device, interpreted):
     """F9: value and gradient, to the bit, also where two tensors of different strides hold the
     rows."""
@@ -53,12 +60,12 @@ def test_equal_logits_give_exactly_zero(direction, kind, dtype, device, interpre
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("eps", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("eps", [1e-3, 1e-5])
 def test_nearly_equal_logits(direction, eps, device):
     """F9: at least -1e-6, and within 1e-6 of the fp64 value."""
     g = torch.Generator().manual_seed(3)
-    policy = (4 * torch.randn(8, 3000, generator=g)).to(device)
-    ref = policy + eps * torch.randn(8, 3000, generator=g).to(device)
+    policy = (4 * torch.randn(4, 3000, generator=g)).to(device)
+    ref = policy + eps * torch.randn(4, 3000, generator=g).to(device)
     value = dak.token_kl(policy, ref, direction=direction)
     q, p = policy.double().log_softmax(-1), ref.double().log_softmax(-1)
     m = torch.logaddexp(q, p) - math.log(2)
@@ -139,9 +146,7 @@ def test_masked_columns(V, device):
 
 
 @pytest.mark.parametrize("masked", ["own", "both"])
-@pytest.mark.parametrize(
-    "value", [-torch.inf, torch.finfo(torch.float32).min, -1e30, -1e9], ids=str
-)
+@pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, -1e9], ids=str)
 def test_a_mask_may_be_any_low_number(value, masked, device):
     """A masked column counts nothing and takes no gradient, however its logit says so: one of them,
     or so many that whole lanes see no other."""

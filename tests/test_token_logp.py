@@ -31,7 +31,7 @@ def test_no_cancellation_at_the_target(p, device):
 def test_never_above_zero(V, device, interpreted):
     """F8: the target's logit goes through the same arithmetic as the sum, so NLL >= 0."""
     g = torch.Generator().manual_seed(V)
-    rows = 16 if interpreted else 64
+    rows = 5 if interpreted else 64
     logits = torch.randn(rows, V, generator=g) * 0.01
     target = torch.randint(0, V, (rows,), generator=g)
     logits[torch.arange(rows), target] += torch.linspace(0, 40, rows)

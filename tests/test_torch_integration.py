@@ -6,7 +6,7 @@ from unittest import mock
 import linear_cases as lc
 import pytest
 import torch
-from cases import CASES, DTYPES, make, values_and_grad
+from cases import CASES, make, values_and_grad
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -105,21 +105,22 @@ def _leaf(op, x):
 REGISTERED = sorted(name.partition("::")[2] for name in _LIB._op_defs)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("op", REGISTERED)
-def test_opcheck(op, dtype, device, backend):
+def test_opcheck(op, device, backend, interpreted):
     """F32: schema, fakes, autograd registration, AOT dispatch with static and dynamic shapes, of
-    every op there is: a new one needs sample inputs above."""
-    if dtype == torch.float64 and backend != "eager":
-        pytest.skip("fp64 logits run on the eager backend only")
-    if op in backends.OPS and (why := backends.unavailable(backend, op, device.type, dtype)):
+    every op there is: a new one needs sample inputs above. 16-bit logits, whose results are fp32,
+    say more than fp32 ones."""
+    if op in backends.OPS and (why := backends.unavailable(backend, op, device.type)):
         pytest.skip(f"{backend} {op}: {why}")
+    if interpreted and op not in backends.OPS:
+        pytest.skip("made of the ops of STEMS, which are checked by themselves")
     linear = op.startswith("linear")
-    if linear and op != "linear_shard" and dtype != torch.float32:
-        pytest.skip("its other dtypes and modes: tests/test_linear_torch.py")
-    samples = (linear_inputs if linear else op_inputs)(device, dtype)
-    assert op in samples, f"{op}: a registered op without sample inputs is never checked"
-    torch.library.opcheck(getattr(torch.ops.deepalign, op).default, samples[op])
+    wide = [torch.float64] * (backend == "eager")
+    # Other dtypes and modes of the linear ops: tests/test_linear_torch.py.
+    for dtype in [torch.bfloat16, *wide] if op == "linear_shard" or not linear else [torch.float32]:
+        samples = (linear_inputs if linear else op_inputs)(device, dtype)
+        assert op in samples, f"{op}: a registered op without sample inputs is never checked"
+        torch.library.opcheck(getattr(torch.ops.deepalign, op).default, samples[op])
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -134,8 +135,9 @@ def test_gradcheck(op, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", CASES)
-def test_compiles_to_one_graph_for_every_length(op, device):
-    """F27, F32: fullgraph with a dynamic T; a new token count does not recompile."""
+def test_compiles_to_one_graph_for_every_length(op):
+    """F27, F32: fullgraph with a dynamic T; a new token count does not recompile. The graph holds
+    the ops, whatever backend they choose when they run."""
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
@@ -146,7 +148,7 @@ def test_compiles_to_one_graph_for_every_length(op, device):
     compiled, compiled_once = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter), 0
     first = make(5, 65)
     for T in (5, 2, 7):
-        r = make(T, 65).to(device, torch.float32)
+        r = make(T, 65)
         grads = []
         for fn in (loss, compiled):
             leaf = r.policy.detach().requires_grad_()
@@ -158,6 +160,7 @@ def test_compiles_to_one_graph_for_every_length(op, device):
     assert counter.frame_count == compiled_once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scalar_loss_under_inductor(reduction, device):
     """The fused gradient is scaled in place by the upstream factor; functionalisation must keep

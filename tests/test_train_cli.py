@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from tiny_chat import RECORDS, RECOVERIES, build_model, build_tokenizer
 from transformers import AutoModelForCausalLM
@@ -75,6 +76,7 @@ def test_options_have_the_configs_defaults(tmp_path):
     assert options["epochs"] is None  # one epoch if neither is given
 
 
+@pytest.mark.slow
 def test_help_and_light_import():
     code = "import sys, deepalign_kernels.train; print('transformers' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,6 +19,7 @@ from cases import (
     plain_constrained,
     plain_kl,
     plain_logp,
+    truth,
     values_and_grad,
 )
 from torch import Tensor
@@ -57,9 +58,8 @@ def hold(op: str, full: Rows, a: int, b: int, w: World, scores: dict[str, Any], 
     """Value and gradient of the shard within the budget of the whole rows, alike on all ranks."""
     fn = functools.partial(ours, op, full)
     value, grad = values_and_grad(fn, shard_of(full, a, b), process_group=w.group, **scores, **o)
-    gold = values_and_grad(CASES[op].plain, full.to("cpu", torch.float64), **scores)
-    base = values_and_grad(CASES[op].plain, full.to("cpu", torch.float32), **scores)
-    whole = gold[1].to(grad.dtype)
+    gold, base = truth(op, full, **scores)
+    whole = gold[1].to(grad.dtype, copy=True)
     whole[..., a:b] = grad
     with w.noting(f"{op} {scores}"):
         w.alike(value)  # first: where an assertion fails, the rest of the block is left out
@@ -73,20 +73,20 @@ def hold(op: str, full: Rows, a: int, b: int, w: World, scores: dict[str, Any], 
 
 @check()
 def every_op_backend_dtype_and_cut(w: World) -> None:
-    for op, backend, dtype, which in itertools.product(CASES, BACKENDS, DTYPES, (0, 1)):
+    for op, dtype, backend, which in itertools.product(CASES, DTYPES, BACKENDS, (0, 1)):
         with dak.use_backend(backend), w.noting(f"{backend} {dtype} {which}"):
             full = make(9, 101).to("cpu", dtype)
-            hold(op, full, *w.cut(101, which), w, {})
-            hold(op, full, *w.cut(101, which), w, {"temperature": 0.7, "softcap": 5.0})
+            for scores in ({}, {"temperature": 0.7, "softcap": 5.0})[: 2 - which]:
+                hold(op, full, *w.cut(101, which), w, scores)
 
 
 @check(2)
 def hard_rows(w: World) -> None:
     """Confident, offset and masked rows; wide enough that the vector loops of the kernels run."""
-    for op, backend, kind in itertools.product(CASES, BACKENDS, KINDS):
-        for dtype in (torch.float32, torch.bfloat16):
+    for (op, kind), backend in itertools.product(itertools.product(CASES, KINDS), BACKENDS):
+        for dtype in (torch.float32, torch.bfloat16)[: 2 if kind.startswith("confident") else 1]:
             with dak.use_backend(backend), w.noting(f"{kind} {backend} {dtype}"):
-                hold(op, make(6, 5003, kind).to("cpu", dtype), *w.cut(5003), w, {})
+                hold(op, make(6, 2003, kind).to("cpu", dtype), *w.cut(2003), w, {})
 
 
 @check()
@@ -383,7 +383,7 @@ def compiled(w: World) -> None:
 
         fast = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
         frames = 0
-        for T in (5, 9, 17):
+        for T in (5, 9):
             r = shard_of(make(T, 65), a, b)
             grads = []
             for fn in (loss, fast):

@@ -3,7 +3,7 @@
 A check is a function of `World`, in `vocab_logits.py` or `vocab_linear.py`. Each rank makes the
 same whole rows from one seed, keeps the columns of its shard, and compares with independent
 formulas over the whole vocabulary. Starting processes costs more than the checks do, so they are
-started once for all groups, and `test_vocab_parallel.py` reads what they said.
+started once for all groups, and `test_vocab_parallel.py` reads what they say.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from deepalign_kernels import backends
 
 # Shares of the columns per world size: uneven, one shard of a single column, first, middle or last.
-CUTS = {2: ((40, 61), (100, 1)), 3: ((1, 60, 40), (33, 67, 1)), 4: ((40, 1, 37, 23), (25,) * 4)}
+CUTS = {2: ((40, 61), (100, 1)), 3: ((40, 1, 60), (1, 67, 33))}
 BACKENDS = [b for b in ("eager", "native") if not backends.unavailable(b, "token_kl_fwd", "cpu")]
 LIMIT = 400.0  # seconds
 
