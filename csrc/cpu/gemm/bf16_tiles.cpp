@@ -133,7 +133,7 @@ void pack(Lines x, void* out, int64_t panel) {
   }
 }
 
-void multiply(const void* a, const void* b, int64_t words, Tile out) {
+void multiply(const void* a, const void* b, int64_t words, const Tile& out) {
   multiply_rows[out.rows](static_cast<const uint32_t*>(a), static_cast<const uint32_t*>(b), words,
                           static_cast<float*>(out.out), out.stride,
                           first<__mmask16>(out.columns), first<__mmask16>(out.columns - 16),
@@ -143,7 +143,8 @@ void multiply(const void* a, const void* b, int64_t words, Tile out) {
 }  // namespace
 
 const Tiles* bf16_tiles() {
-  static constexpr Tiles tiles{a_width, b_width, 2, pack<a_width>, pack<b_width>, multiply};
+  static constexpr Tiles tiles{a_width, b_width,       2,             1024,
+                               512 * 1024, pack<a_width>, pack<b_width>, multiply};
   static const bool has = [] {
     __builtin_cpu_init();
     return bool(__builtin_cpu_supports("avx512bf16"));

@@ -7,13 +7,13 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace dak {
 namespace {
 
-constexpr int64_t most_words = 1024;         // of the inner dimension at a time, fp32 results
-constexpr int64_t least_words = 64;          // with less than that the operands are cut instead
-constexpr int64_t group_bytes = 256 * 1024;  // of panels that a thread packs for itself: half an L2
+constexpr int64_t least_depth = 64;         // words; with less the operands are cut instead
+constexpr int64_t sums_bytes = 1024 * 1024;  // of a thread, what a group of panels may need
 
 // body(first item, one beyond the last) for groups of `each` of n items, on all threads.
 template <class Body>
@@ -85,29 +85,55 @@ struct Product {
     return {from, length, divided_up(length, tiles.per_word)};
   }
 
-  void tile(Depth d, int64_t a, int64_t b, const char* theirs, const char* ours) const {
-    int64_t row = a * tiles.rows, column = b * tiles.columns, size = bytes_of(g.out_type);
-    Tile tile{static_cast<char*>(g.out) + (row * g.out_row + column) * size, g.out_type, g.out_row,
-              std::min(tiles.rows, g.m - row), std::min(tiles.columns, g.n - column),
-              g.add || d.from > 0};
+  // The tile of the panels `theirs` of the shared operand and `ours` of the other one.
+  Tile tile(int64_t theirs, int64_t ours) const {
+    int64_t row = (share_a ? theirs : ours) * tiles.rows;
+    int64_t column = (share_a ? ours : theirs) * tiles.columns;
+    char* out = static_cast<char*>(g.out) + (row * g.out_row + column) * bytes_of(g.out_type);
+    return {out, g.out_type, g.out_row, std::min(tiles.rows, g.m - row),
+            std::min(tiles.columns, g.n - column), g.add};
+  }
+
+  void multiply(const char* theirs, const char* ours, Depth d, const Tile& tile) const {
     share_a ? tiles.multiply(theirs, ours, d.words, tile)
             : tiles.multiply(ours, theirs, d.words, tile);
   }
 
-  // Panels first to last of the shared operand with all of the other one.
-  void step(Depth d, int64_t first, int64_t last, char* memory) const {
-    int64_t theirs = 4 * shared.width * d.words, ours = 4 * own.width * d.words;
+  // Panels first to last of the shared operand, of one depth, on all threads.
+  void share(Depth d, int64_t first, int64_t last, char* memory) const {
     in_groups(last - first, 1, [&](int64_t i, int64_t) {
-      pack(shared, d, first + i, first + i + 1, memory + i * theirs);
+      pack(shared, d, first + i, first + i + 1, memory + i * 4 * shared.width * d.words);
     });
-    int64_t each = std::clamp<int64_t>(group_bytes / std::max<int64_t>(ours, 1), 1, own.panels());
+  }
+
+  // All panels of the other operand, packed by groups of `each` for one depth after another, with
+  // panels first to last of the shared one, which lie depth by depth in `memory`.
+  void multiply_all(const std::vector<Depth>& depths, int64_t first, int64_t last,
+                    const char* memory) const {
+    int64_t width = own.width, count = last - first, size = 4 * tiles.rows * tiles.columns;
+    int64_t deepest = std::max<int64_t>(depths[0].words, 1);
+    bool carried = depths.size() > 1;
+    int64_t each = std::clamp<int64_t>(tiles.group_bytes / (4 * width * deepest), 1, own.panels());
+    if (carried) each = std::clamp<int64_t>(sums_bytes / (count * size), 1, each);
+    int64_t panel_bytes = (each * 4 * width * deepest + 63) / 64 * 64;
     in_groups(own.panels(), each, [&](int64_t begin, int64_t end) {
-      char* mine = own_memory(each * ours);
-      pack(own, d, begin, end, mine);
-      for (int64_t s = first; s < last; s++) {
-        for (int64_t i = begin; i < end; i++) {
-          tile(d, share_a ? s : i, share_a ? i : s, memory + (s - first) * theirs,
-               mine + (i - begin) * ours);
+      char* mine = own_memory(panel_bytes + (carried ? each * count * size : 0));
+      const char* shared_panels = memory;
+      for (Depth d : depths) {
+        pack(own, d, begin, end, mine);
+        int64_t theirs = 4 * shared.width * d.words, ours = 4 * width * d.words;
+        char* sums = mine + panel_bytes;
+        for (int64_t s = first; s < last; s++, shared_panels += theirs) {
+          for (int64_t i = begin; i < end; i++, sums += size) {
+            Tile t = tile(s, i);
+            t.add |= !carried && d.from > 0;
+            if (carried) {
+              t.sums = reinterpret_cast<float*>(sums);
+              t.first = d.from == 0;
+              t.last = d.from + d.length == g.inner;
+            }
+            multiply(shared_panels, mine + (i - begin) * ours, d, t);
+          }
         }
       }
     });
@@ -124,19 +150,29 @@ bool gemm(const Gemm& g, void* memory, int64_t bytes) {
   auto aligned = reinterpret_cast<char*>((uintptr_t(memory) + 63) / 64 * 64);
   int64_t room = (static_cast<char*>(memory) + bytes - aligned) / (4 * p.shared.width);
   int64_t whole = std::max<int64_t>(1, divided_up(g.inner, p.tiles.per_word));
-  int64_t panels = p.shared.panels(), words = whole;
-  if (g.out_type == Type::f32) {
-    words = std::min({whole, most_words, std::max(room / panels, least_words)});
-  }
-  int64_t held = std::min(panels, room / words);
+  int64_t panels = p.shared.panels(), depth = std::min(whole, p.tiles.depth);
+  // 16-bit results are written once, out of sums over the whole inner dimension.
+  bool once = g.out_type != Type::f32;
+  if (!once) depth = std::min(depth, std::max(room / panels, least_depth));
+  int64_t held = std::min(panels, room / (once ? whole : depth));
   if (held < 1) return false;
   held = divided_up(panels, divided_up(panels, held));
+  std::vector<Depth> depths;
+  for (int64_t k = 0; k == 0 || k < g.inner; k += depth * p.tiles.per_word) {
+    depths.push_back(p.depth(k, depth));
+  }
   for (int64_t first = 0; first < panels; first += held) {
-    int64_t k = 0;
-    do {  // once for an inner dimension of 0, which gives 0
-      p.step(p.depth(k, words), first, std::min(first + held, panels), aligned);
-      k += words * p.tiles.per_word;
-    } while (k < g.inner);
+    int64_t last = std::min(first + held, panels);
+    char* at = aligned;
+    for (const Depth& d : depths) {
+      p.share(d, first, last, at);
+      if (once) {
+        at += (last - first) * 4 * p.shared.width * d.words;
+      } else {
+        p.multiply_all({d}, first, last, at);
+      }
+    }
+    if (once) p.multiply_all(depths, first, last, aligned);
   }
   return true;
 }

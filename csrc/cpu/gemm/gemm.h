@@ -38,31 +38,36 @@ struct Lines {
   int64_t line, step, lines, inner;
 };
 
-// One tile of the result, `rows` x `columns` of it to be written.
+// One tile of the result, `rows` x `columns` of it to be written. Where `sums` are given, what earlier
+// depths gave comes from there (unless `first`), and the tile goes there (unless `last`).
 struct Tile {
   void* out;
   Type type;
   int64_t stride, rows, columns;
   bool add;
+  float* sums = nullptr;
+  bool first = true, last = true;
 };
 
 // How one instruction set does it. The inner dimension is counted in words of 4 bytes, of `per_word`
 // numbers each.
 struct Tiles {
   int64_t rows, columns, per_word;
+  int64_t depth;        // words at a time
+  int64_t group_bytes;  // of the panels that a thread packs for itself, in its L2
   // As many whole panels as x.lines fill, the last one filled up; each panel_words long.
   void (*pack_a)(Lines x, void* out, int64_t panel_words);
   void (*pack_b)(Lines x, void* out, int64_t panel_words);
-  void (*multiply)(const void* a, const void* b, int64_t words, Tile out);
+  void (*multiply)(const void* a, const void* b, int64_t words, const Tile& tile);
 };
 
 // Tiles of AVX512-BF16, which multiply bf16 into fp32; null where this CPU, or the compiler of this
 // library, has none, or lesser instructions are asked for.
 const Tiles* bf16_tiles();
 
-// False, and nothing done, where `bytes` of `memory` are too few. It takes up to 4 KB (fp32 results)
-// or 4 bytes times the inner dimension (16-bit ones) per row of the smaller of a and b; with less it
-// is slower.
+// False, and nothing done, where `bytes` of `memory` are too few. Per row of the smaller of a and b it
+// takes up to Tiles::depth words for fp32 results, and 4 bytes times the inner dimension for 16-bit
+// ones; with less it is slower.
 bool gemm(const Gemm& g, void* memory, int64_t bytes);
 
 }  // namespace dak

@@ -34,7 +34,10 @@ template <class T>
 void multiply(const float* a, const float* b, int64_t words, const Tile& tile) {
   F sum[tall][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < tall; i++) sum[i][0] = sum[i][1] = set(0.0f);
+  for (int i = 0; i < tall; i++) {
+    sum[i][0] = sum[i][1] = set(0.0f);
+    if (!tile.first) load2(tile.sums + i * wide, sum[i][0], sum[i][1]);
+  }
   for (int64_t k = 0; k < words; k++, a += tall, b += wide) {
     F left, right;
     load2(b, left, right);
@@ -44,6 +47,13 @@ void multiply(const float* a, const float* b, int64_t words, const Tile& tile) {
       sum[i][0] = fma(x, left, sum[i][0]);
       sum[i][1] = fma(x, right, sum[i][1]);
     }
+  }
+  if (!tile.last) {
+#pragma GCC unroll 16
+    for (int i = 0; i < tall; i++) {
+      store2<false, float>(tile.sums + i * wide, sum[i][0], sum[i][1]);
+    }
+    return;
   }
   T* out = static_cast<T*>(tile.out);
 #pragma GCC unroll 16
@@ -61,7 +71,7 @@ void multiply(const float* a, const float* b, int64_t words, const Tile& tile) {
   }
 }
 
-void multiply_any(const void* a, const void* b, int64_t words, Tile tile) {
+void multiply_any(const void* a, const void* b, int64_t words, const Tile& tile) {
   auto x = static_cast<const float*>(a), y = static_cast<const float*>(b);
   if (tile.type == Type::f32) return multiply<float>(x, y, words, tile);
   if (tile.type == Type::bf16) return multiply<bf16>(x, y, words, tile);
@@ -175,7 +185,10 @@ void pack(Lines x, void* out, int64_t panel) {
 }  // namespace
 
 void fill_tiles(Kernels& table) {
-  static constexpr Tiles tiles{tall, wide, 1, pack<tall>, pack<wide>, multiply_any};
+  // 256 numbers of a panel stay in the L1. Of depths 256, 384, 512, 1024 and groups of 128, 256 KB the
+  // smallest were fastest on a Zen 3: 0.98 of the time of MKL, 1024 and 256 KB 1.15.
+  static constexpr int64_t group = F::lanes == 16 ? 256 * 1024 : 128 * 1024;
+  static constexpr Tiles tiles{tall, wide, 1, 256, group, pack<tall>, pack<wide>, multiply_any};
   table.tiles = &tiles;
 }
 
