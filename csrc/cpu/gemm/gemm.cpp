@@ -13,7 +13,7 @@ namespace dak {
 namespace {
 
 constexpr int64_t least_depth = 64;         // words; with less the operands are cut instead
-constexpr int64_t sums_bytes = 1024 * 1024;  // of a thread, what a group of panels may need
+constexpr int64_t sums_bytes = 512 * 1024;  // of a thread, what a group of panels may need
 
 // body(first item, one beyond the last) for groups of `each` of n items, on all threads.
 template <class Body>
