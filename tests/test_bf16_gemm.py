@@ -70,9 +70,10 @@ def assert_product(size, dtypes, how, add, memory):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("add", [False, True])
 def test_against_fp64(isa, size, add):
-    for dtypes in itertools.product((F32, BF16, F16), repeat=3):
-        for how in itertools.product((0, 1, 2), (0, 1)):
-            assert_product(size, dtypes, how, add, 1 << 20)
+    ways = itertools.cycle(itertools.product((0, 1, 2), (0, 1)))
+    ways = itertools.islice(ways, SIZES.index(size), None)
+    for dtypes, how in zip(itertools.product((F32, BF16, F16), repeat=3), ways, strict=False):
+        assert_product(size, dtypes, how, add, 1 << 20)
 
 
 @needed

@@ -21,9 +21,9 @@ Matrix matrix(const char* name, const Tensor& x) {
 bool has_gemm() { return runs_avx2(); }
 
 bool mm(Tensor a, Tensor b, Tensor out, Tensor scratch, bool add) {
-  Matrix into = matrix("out", out);
+  Matrix left = matrix("a", a), right = matrix("b", b), into = matrix("out", out);
   int64_t m = a.size(0), n = b.size(1), inner = a.size(1);
-  Gemm g{m, n, inner, matrix("a", a), matrix("b", b), out.data_ptr(), into.type, into.row, add};
+  Gemm g{m, n, inner, left, right, out.data_ptr(), into.type, into.row, add};
   STD_TORCH_CHECK(b.size(0) == inner, "b: expected ", inner, " rows, got ", b.size(0));
   bool fits = out.size(0) == m && out.size(1) == n && (into.column == 1 || n == 1);
   STD_TORCH_CHECK(fits, "out: expected [", m, ", ", n, "], neighbours in a row side by side");
