@@ -50,7 +50,7 @@ NOTE = "_native_build.txt"  # one line per library; backends.py quotes it
 OLDEST_TORCH = (2, 10)
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # OLDEST_TORCH for the stable headers
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
-ISAS = {  # how csrc/cpu/rows/*.cpp are compiled on x86-64, least demanding first
+ISAS = {  # how csrc/cpu/{rows,panels}/*.cpp are compiled on x86-64, least demanding first
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # -w: GCC 12 finds fault with its own AVX-512 intrinsics; the other two have checked the code.
@@ -195,7 +195,7 @@ def find_torch() -> Path:
 def build_cpu() -> tuple[Path, str]:
     """Compile and link the CPU library. Returns the file and a line that says how it was made."""
     compiler, torch = find_compiler(), find_torch()
-    rows = sorted(CSRC.glob("cpu/rows/*.cpp"))
+    rows = sorted([*CSRC.glob("cpu/rows/*.cpp"), *CSRC.glob("cpu/panels/*.cpp")])
     once = sorted(path for room in ("", "cpu/", "cpu/gemm/") for path in CSRC.glob(f"{room}*.cpp"))
     if not once:
         raise Unavailable(f"no C++ sources in {CSRC}")

@@ -53,7 +53,7 @@ void scale_grad(Tensor grad, Tensor factor);
 // 0 nothing changes. Returns the one that was in use.
 int64_t use_isa(int64_t level);
 void large_pages(Tensor fresh);
-bool has_bf16_gemm();
-void bf16_mm(Tensor a, Tensor b, Tensor out, Tensor scratch, bool add);
+bool has_gemm();
+bool mm(Tensor a, Tensor b, Tensor out, Tensor scratch, bool add);
 
 }  // namespace dak

@@ -51,8 +51,8 @@ void define(Library& m) {
   // On the CPU alone.
   m.def("use_isa(int level) -> int");
   m.def("large_pages(Tensor fresh) -> ()");
-  m.def("has_bf16_gemm() -> bool");
-  m.def("bf16_mm(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) scratch, bool add) -> ()");
+  m.def("has_gemm() -> bool");
+  m.def("mm(Tensor a, Tensor b, Tensor(a!) out, Tensor(b!) scratch, bool add) -> bool");
 }
 
 template <class Library>

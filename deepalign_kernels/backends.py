@@ -206,12 +206,12 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[.
 
 
 def native_gemm(device: str) -> bool:
-    """Whether the linear ops may take the native library's bf16 GEMM with an fp32 result: on a CPU
-    with AVX512-BF16, unless another backend is forced.
+    """Whether the linear ops may take the native library's GEMM of 16-bit operands: on a CPU with
+    AVX2 or more, unless another backend is forced.
     """
     if device != "cpu" or _forced not in ("auto", "native") or native_library("cpu"):
         return False
-    return torch.ops.deepalign_native.has_bf16_gemm.default()
+    return torch.ops.deepalign_native.has_gemm.default()
 
 
 def fresh_pages(x: torch.Tensor) -> torch.Tensor:

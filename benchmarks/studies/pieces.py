@@ -90,7 +90,8 @@ def _line(piece: str, case: str, e: Entry, s: Summary) -> Line:
 
 def native_mm(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
     """out = a b by this library: bf16 operands, fp32 result."""
-    torch.ops.deepalign_native.bf16_mm.default(a, b, out, scratch, False)
+    done = torch.ops.deepalign_native.mm.default(a, b, out, scratch, False)
+    assert done, "too little scratch memory"
     return out
 
 

@@ -20,6 +20,7 @@ namespace {
     isa::fill_token_kl_grad(table);   \
     isa::fill_token_stats(table);     \
     isa::fill_scale_grad(table);      \
+    isa::fill_tiles(table);           \
     return table;                     \
   }()
 
@@ -66,6 +67,8 @@ std::atomic<int64_t>& current() {
 }
 
 }  // namespace
+
+bool runs_avx2() { return current().load(std::memory_order_relaxed) >= avx2_level; }
 
 bool runs_avx512() { return current().load(std::memory_order_relaxed) == avx512_level; }
 

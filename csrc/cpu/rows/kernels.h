@@ -1,4 +1,4 @@
-// Every file of csrc/cpu/rows fills its part of the table of its instruction set.
+// Every file of csrc/cpu/{rows,panels} fills its part of the table of its instruction set.
 #pragma once
 
 #include "cpu/rows/rows.h"
@@ -11,6 +11,7 @@
   void fill_token_kl_grad(Kernels&);     \
   void fill_token_stats(Kernels&);       \
   void fill_scale_grad(Kernels&);        \
+  void fill_tiles(Kernels&);             \
   }
 
 DAK_DECLARE(portable)

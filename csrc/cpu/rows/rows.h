@@ -64,7 +64,9 @@ struct StatsRow {
   float logp, ref_logp, kl_policy_ref, kl_ref_policy, js, entropy, ref_entropy, top1_agree;
 };
 
-// The row kernels of one instruction set. A column `y` of -1 stands for "no target".
+struct Tiles;  // cpu/gemm/gemm.h
+
+// The kernels of one instruction set. A column `y` of -1 stands for "no target".
 struct Kernels {
   LogpRow (*logp)(Row x, int64_t y, Score score);
   void (*logp_grad)(Row x, int64_t y, Score score, Norm norm, double grad, OutRow out);
@@ -74,10 +76,12 @@ struct Kernels {
   void (*kl_grad)(Row policy, Row ref, const KlGrad& g, Score score, OutRow out);
   StatsRow (*stats)(Row policy, Row ref, int64_t y, double js_beta, Score score);
   void (*scale)(Row x, float factor);  // in place
+  const Tiles* tiles;
 };
 
 // The table in use: the best for this machine, or that of DEEPALIGN_CPU_ISA=portable|avx2|avx512.
 const Kernels& kernels();
+bool runs_avx2();    // whether that is the AVX2 one or better
 bool runs_avx512();  // whether that is the AVX-512 one
 
 }  // namespace dak

@@ -69,6 +69,8 @@ DAK_INLINE float max_of(F a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+DAK_INLINE void store1(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+
 DAK_INLINE void load2(const float* p, F& a, F& b) {
   a.v = _mm256_loadu_ps(p);
   b.v = _mm256_loadu_ps(p + 8);

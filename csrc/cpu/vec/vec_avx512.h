@@ -56,6 +56,8 @@ DAK_INLINE float sum_of(F a) { return _mm512_reduce_add_ps(a.v); }
 DAK_INLINE float max_of(F a) { return _mm512_reduce_max_ps(a.v); }
 DAK_INLINE float first_of(F a) { return _mm512_cvtss_f32(a.v); }
 
+DAK_INLINE void store1(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+
 DAK_INLINE void load2(const float* p, F& a, F& b) {
   a.v = _mm512_loadu_ps(p);
   b.v = _mm512_loadu_ps(p + 16);

@@ -97,6 +97,8 @@ DAK_INLINE void narrow(uint16_t* p, u32x4 x) {
   for (int i = 0; i < 4; i++) p[i] = uint16_t(x[i]);
 }
 
+DAK_INLINE void store1(float* p, F a) { memcpy(p, &a.v, 16); }
+
 DAK_INLINE void load2(const float* p, F& a, F& b) {
   memcpy(&a.v, p, 16);
   memcpy(&b.v, p + 4, 16);

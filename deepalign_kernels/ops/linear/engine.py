@@ -154,10 +154,8 @@ class Engine:
             self.grad_rows = self._new(p.group, s.hidden, dtype=s.compute)
         if s.widened:
             self.wide = self._new(p.group, s.hidden, dtype=torch.float32)
-        self.scratch = gemm.Scratch(
-            self._new(p.scratch_tile, dtype=torch.uint8),
-            self._new(p.scratch_rows, dtype=torch.uint8),
-        )
+        scratch = self._new(p.scratch_rows + p.scratch_tile, dtype=torch.uint8)
+        self.scratch = gemm.scratch_of(scratch, p.scratch_tile)
 
     @functools.cached_property
     def grads(self) -> Trained:

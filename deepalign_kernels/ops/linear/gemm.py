@@ -6,9 +6,11 @@
 
 Products with 16-bit operands must not round the scores: 8 bits of a bf16 score of 20 are an error
 of 0.06 in a log-probability. A GEMM with an fp32 result does it on CUDA. Torch has none for the CPU
-(2.13): there bf16 goes through csrc/cpu/gemm/bf16_gemm.cpp where the processor has AVX512-BF16, at
-the rate of a plain bf16 GEMM, and otherwise the head is widened tile by tile and multiplied in fp32
-(`Route.TILES`): 0.4-0.8 of the rate of plain fp32.
+(2.13). There csrc/cpu/gemm multiplies operands and results of any of the three dtypes, widening them
+as it packs them, at the rate of torch's fp32 product (AVX2: 0.9 to 1.05 of it, 1.5 at 128 rows) or,
+for bf16 with AVX512-BF16, at that of a plain bf16 one. Without the native library, or AVX2, the head
+is widened tile by tile and multiplied by torch in fp32 (`Route.TILES`): 0.4-0.8 of the rate of
+plain fp32.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ _HALVES = (torch.bfloat16, torch.float16)
 class Route(enum.IntEnum):
     """How a product of two operands of one dtype gives a result of another."""
 
-    SAME = 0  # the dtypes are equal
+    SAME = 0  # the dtypes are equal, and products of it are fast
     WIDE_GEMM = 1  # 16-bit operands, fp32 result out of one GEMM
     TILES = 2  # the head is converted tile by tile in scratch memory
-    NATIVE = 3  # the same, out of the native library's GEMM
+    NATIVE = 3  # out of the native library's GEMM, which packs into scratch memory
 
 
 @functools.cache
@@ -84,27 +86,26 @@ def fast_16bit(device_type: str, dtype: torch.dtype) -> bool:
 
 def tiled(device_type: str, operand: torch.dtype, result: torch.dtype) -> bool:
     """Whether products of `operand` into `result` need scratch memory (see Scratch)."""
-    return operand != result and operand in _HALVES and not has_wide_gemm(device_type, operand)
+    return score_route(device_type, operand, result) in (Route.TILES, Route.NATIVE)
 
 
 def score_route(device_type: str, operand: torch.dtype, scores: torch.dtype) -> Route:
-    if operand == scores:
+    if operand not in _HALVES or (operand == scores and fast_16bit(device_type, operand)):
         return Route.SAME
-    if has_wide_gemm(device_type, operand):
+    if operand != scores and has_wide_gemm(device_type, operand):
         return Route.WIDE_GEMM
-    if (operand, scores) == (torch.bfloat16, torch.float32) and backends.native_gemm(device_type):
-        return Route.NATIVE
-    return Route.TILES
+    return Route.NATIVE if _native(device_type, operand, scores) else Route.TILES
 
 
-def _native_mm(out: Tensor, a: Tensor, b: Tensor, scratch: Scratch, add: bool) -> bool:
-    """out (+)= a @ b by the native GEMM; False where the scratch memory is too small for it (a few
-    rows of a toy)."""
-    memory = max(scratch, key=Tensor.numel)
-    if memory.numel() < 4 * (min(out.shape) + 32) + 64:  # bf16_gemm_least
-        return False
-    torch.ops.deepalign_native.bf16_mm.default(a, b, out, memory, add)
-    return True
+def _native(device_type: str, *dtypes: torch.dtype) -> bool:
+    known = all(d in (torch.float32, *_HALVES) for d in dtypes)
+    return known and backends.native_gemm(device_type)
+
+
+def _native_mm(out: Tensor, a: Tensor, b: Tensor, memory: Tensor, add: bool) -> bool:
+    """out (+)= a @ b by the native GEMM; False, and nothing done, where `memory` is too small for
+    it (some rows of a toy)."""
+    return torch.ops.deepalign_native.mm.default(a, b, out, memory, add)
 
 
 def gradient_dtype(device_type: str, operand: torch.dtype) -> torch.dtype:
@@ -116,8 +117,15 @@ def gradient_dtype(device_type: str, operand: torch.dtype) -> torch.dtype:
 class Scratch(NamedTuple):
     """Memory the products may use: flat bytes, none where no product needs them."""
 
-    tile: Tensor  # >= 8 K: a tile of the head, converted
+    whole: Tensor  # both of these, for what the native GEMM packs
     rows: Tensor  # >= 4 c K: rows, converted, or a wide accumulator of grad_rows
+    tile: Tensor  # >= 8 K: a tile of the head, converted
+
+
+def scratch_of(memory: Tensor, tile_bytes: int) -> Scratch:
+    """`memory`, of which the last `tile_bytes` are for the tile."""
+    cut = memory.numel() - tile_bytes
+    return Scratch(memory, memory[:cut], memory[cut:])
 
 
 def _carve(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -125,9 +133,11 @@ def _carve(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return memory[: rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
 
-def _tiles(scratch: Scratch, shape: Sequence[int], itemsize: int) -> list[tuple[int, int]]:
+def _tiles(
+    scratch: Scratch, shape: Sequence[int], itemsize: int, step: int | None = None
+) -> list[tuple[int, int]]:
     vocab, columns = shape
-    step = scratch.tile.numel() // (columns * itemsize)
+    step = step or scratch.tile.numel() // (columns * itemsize)
     return [(a, min(a + step, vocab)) for a in range(0, vocab, step)]
 
 
@@ -146,14 +156,35 @@ def scores_into(
             torch.addmm(scores, rows, head.t(), out_dtype=scores.dtype, out=scores)
         else:
             torch.mm(rows, head.t(), out_dtype=scores.dtype, out=scores)
-    elif route == Route.NATIVE and _native_mm(scores, rows, head.t(), scratch, add):
-        pass
-    else:
-        wide = _carve(scratch.rows, rows.shape, scores.dtype).copy_(rows)
-        for a, b in _tiles(scratch, head.shape, scores.dtype.itemsize):
-            tile = _carve(scratch.tile, head[a:b].shape, scores.dtype).copy_(head[a:b])
+    elif route == Route.TILES or not _native_mm(scores, rows, head.t(), scratch.whole, add):
+        _scores_by_tiles(scores, rows, head, scratch, beta)
+
+
+def _scores_by_tiles(
+    scores: Tensor, rows: Tensor, head: Tensor, scratch: Scratch, beta: int
+) -> None:
+    """scores = rows @ head.T + beta * scores; 16-bit scores are rounded once, out of fp32."""
+    narrow = scores.dtype in _HALVES
+    dtype = torch.float32 if narrow else scores.dtype
+    wide = _carve(scratch.rows, rows.shape, dtype).copy_(rows)
+    columns = head.shape[1]
+    # Beside each row of the tile a column of its product; fewer rows at once where that is too long.
+    step = max(1, scratch.tile.numel() // (4 * (columns + len(rows)))) if narrow else None
+    for a, b in _tiles(scratch, head.shape, dtype.itemsize, step):
+        tile = _carve(scratch.tile, head[a:b].shape, dtype).copy_(head[a:b])
+        if not narrow:
             part = scores[:, a:b]
             torch.addmm(part, wide, tile.t(), beta=beta, out=part)
+            continue
+        behind = scratch.tile[tile.numel() * 4 :]
+        some = behind.numel() // (4 * (b - a))
+        for c in range(0, len(rows), some):
+            target = scores[c : c + some, a:b]
+            part = _carve(behind, target.shape, dtype)
+            if beta:
+                part.copy_(target)
+            torch.addmm(part, wide[c : c + some], tile.t(), beta=beta, out=part)
+            target.copy_(part)
 
 
 def rows_gradient_into(out: Tensor, dz: Tensor, head: Tensor, scratch: Scratch) -> None:
@@ -162,6 +193,11 @@ def rows_gradient_into(out: Tensor, dz: Tensor, head: Tensor, scratch: Scratch) 
         torch.mm(dz, head, out=out)
         return
     total = _carve(scratch.rows, out.shape, dz.dtype)
+    if _native(dz.device.type, dz.dtype, head.dtype) and _native_mm(
+        total, dz, head, scratch.tile, False
+    ):
+        out.copy_(total)
+        return
     for a, b in _tiles(scratch, head.shape, dz.dtype.itemsize):
         tile = _carve(scratch.tile, head[a:b].shape, dz.dtype).copy_(head[a:b])
         torch.addmm(total, dz[:, a:b], tile, beta=1 if a else 0, out=total)
@@ -188,10 +224,8 @@ def head_gradient_add(
             torch.mm(dz.t(), rows, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, dz.t(), rows, out_dtype=total.dtype, out=total)
-    elif (
-        dz.dtype == rows.dtype
-        and score_route(dz.device.type, dz.dtype, total.dtype) == Route.NATIVE
-        and _native_mm(total, dz.t(), rows, scratch, not first)
+    elif _native(dz.device.type, dz.dtype, rows.dtype, total.dtype) and _native_mm(
+        total, dz.t(), rows, scratch.whole, not first
     ):
         pass
     else:

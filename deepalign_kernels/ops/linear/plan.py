@@ -347,8 +347,8 @@ def _tile_columns(s: Sizes) -> int:
 
 
 def _widened_columns(s: Sizes) -> int:
-    """Columns of the row buffer that tiled products need; not needed with 16-bit scores."""
+    """Columns of the row buffer that tiled products need."""
     own, ref = _tiled(s)
-    scores = s.compute != s.logits and s.phase != Phase.KEPT
+    scores = s.phase != Phase.KEPT and gemm.tiled(s.device, s.compute, s.logits)
     own = own and (scores or (s.gradients and s.grad_dtype != s.compute))
     return max(own * max(s.hidden * (2 if s.joined else 1), s.rank), ref * s.ref_hidden)
