@@ -26,8 +26,9 @@ MAY_IMPORT = {  # room -> the rooms it may import
     "ops/linear": {"backends", "check", "ops", "ops/logits", "ops/shard", "rules"},
     "losses": {"check", "ops"},
     "hf": {"check", "ops", "losses", "rules"},
-    "train": {"check", "ops", "losses", "hf", "rules", "__init__"},
-    "toyworld": {"ops", "losses", "hf", "train", "__init__"},
+    "data": {"check"},
+    "train": {"check", "data", "ops", "losses", "hf", "rules", "__init__"},
+    "toyworld": {"data", "ops", "losses", "hf", "train", "__init__"},
     "__init__": {"backends", "check", "losses", "ops"},
     "__main__": {"backends", "__init__"},
 }

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from train_runs import Bigram, record_gradients, relative, train
 
 import deepalign_kernels.hf as hf
+from deepalign_kernels.data import RecoveryAugmentation
 from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
-from deepalign_kernels.train.augment import RecoveryAugmentation
 
 VOCAB = build_model().config.vocab_size
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels import rules
+from deepalign_kernels.data.columns import Batch
+from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.losses import reduce_tokens
 from deepalign_kernels.ops import ConstrainedParts, constrained_loss, token_logp
-from deepalign_kernels.train.data import IGNORE
-from deepalign_kernels.train.table import Batch
 
 
 class FusedHead:

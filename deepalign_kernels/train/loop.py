@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepalign_kernels.data.columns import Batch
+from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
+from deepalign_kernels.data.source import Source
 from deepalign_kernels.ops import ConstrainedParts
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import ConstrainedSFTConfig
@@ -24,9 +27,13 @@ from deepalign_kernels.train.reference import (
     model_hash,
     reference_logp,
 )
-from deepalign_kernels.train.session import check_models, deferred_interrupts, training_session
-from deepalign_kernels.train.source import Source
-from deepalign_kernels.train.table import Batch, steps_per_epoch
+from deepalign_kernels.train.session import (
+    check_models,
+    deferred_interrupts,
+    embeddings_of,
+    positions_of,
+    training_session,
+)
 
 Callback = Callable[["ConstrainedSFTTrainer", dict[str, Any]], None]
 
@@ -87,7 +94,17 @@ class ConstrainedSFTTrainer:
         for name, each in zip(("model", "ref_model"), self._models, strict=False):
             self.head.check(name, each)
 
-        self.source = Source(train_data, tokenizer, model, config)
+        self.source = Source(
+            train_data,
+            tokenizer,
+            position_origin=config.position_origin,
+            max_length=config.max_length or positions_of(model),
+            on_too_long=config.on_too_long,
+            vocab_size=embeddings_of(model),
+            seed=config.seed,
+            # A precomputed reference is a column of every epoch's table before the first step.
+            keep_epochs=self.referenced and config.reference == "precomputed",
+        )
         self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), config.step_size)
         self.total_steps = config.max_steps or (config.epochs or 1) * self.steps_per_epoch
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
@@ -186,7 +203,7 @@ class ConstrainedSFTTrainer:
         table, order = self.source.epoch(epoch)
         rows = order[at * self.config.step_size :][: self.config.step_size]
         counts = self._global_counts(table.count(rows))
-        groups = table.split(rows, self.config.batch_size)
+        groups = micro_batches(rows, table.lengths, self.config.batch_size)
         return [table.batch(group, self.device, counts) for group in groups]
 
     def _global_counts(self, counts: Mapping[int, int]) -> Mapping[int, int]:

@@ -42,6 +42,22 @@ def check_models(
         raise ValueError(f"ref_model: expected on the device of model, {device}, got {there}")
 
 
+def embeddings_of(model: nn.Module) -> int | None:
+    """How many tokens the model knows; None where it does not say."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        weight = getattr(get() if get else None, "weight", None)
+    except NotImplementedError:  # transformers' way to say that it does not know
+        return None
+    return None if weight is None else weight.shape[0]
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens the model takes in one row; None where it does not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 @contextlib.contextmanager
 def training_session(
     model: nn.Module, config: ConstrainedSFTConfig, device: torch.device
