@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
 from deepalign_kernels.data.source import Source
+from deepalign_kernels.modes import evaluating, kept_modes
 from deepalign_kernels.ops import ConstrainedParts
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import ConstrainedSFTConfig
@@ -22,7 +23,6 @@ from deepalign_kernels.train.head import HEADS
 from deepalign_kernels.train.log import Meter, Progress, RunLog
 from deepalign_kernels.train.reference import (
     ReferenceCache,
-    evaluating,
     frozen_copy,
     model_hash,
     reference_logp,
@@ -133,7 +133,8 @@ class ConstrainedSFTTrainer:
         """
         begun = time.perf_counter()
         state = self._state_to_resume(resume)
-        with training_session(self.model, self.config, self.device), self.head.on(*self._models):
+        session = training_session(self._models, self.config, self.device)
+        with session, self.head.on(*self._models):
             self._prepare(state)
             log = RunLog(self.folder, None if state is None else self.step)
             progress = Progress(self.total_steps, self.step, self.config.progress)
@@ -244,7 +245,6 @@ class ConstrainedSFTTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.referenced:
             self._prepare_reference(state)
-        self.model.train()
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -359,9 +359,9 @@ class ConstrainedSFTTrainer:
         )
         progress.say(self.metrics)
         if self.callbacks:
-            for callback in self.callbacks:
-                callback(self, self.metrics)
-            self.model.train()  # a callback may evaluate or sample
+            with kept_modes(self.model):  # a callback may evaluate or sample
+                for callback in self.callbacks:
+                    callback(self, self.metrics)
             ckpt.set_rng_state(self._rng, self.device)
         self._since, self._tokens = time.perf_counter(), 0
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from deepalign_kernels.data.columns import Batch, TokenTable
 from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.data.packing import micro_batches
+from deepalign_kernels.modes import evaluating
 
 LogpOf = Callable[[nn.Module, Batch], Tensor]
 
@@ -43,17 +43,6 @@ def _is_maths(key: str) -> bool:
 
 
 _NOT_MATHS = ("transformers_version", "use_cache", "architectures", "name_or_path", "dtype")
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() inside the block: no dropout, no activation checkpointing."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
