@@ -26,12 +26,11 @@ class Batch:
     attention_mask: Tensor | None  # int64; None where nothing is padded
     targets: Tensor  # int64, -100 where nothing is trained; targets[:, t] follows input_ids[:, t]
     positions: Tensor  # int32, of the targets
-    normalizer: float  # trained tokens of the whole optimizer step, all micro-batches
-    tokens: int  # without padding
+    normalizer: float | Tensor  # trained tokens of the whole optimizer step, all micro-batches
+    tokens: int = 0  # without padding; what a log counts
     ref_logp: Tensor | None = None  # fp32, of the targets, nats
-    row_scale: Tensor | None = (
-        None  # fp32 [B, 1]: where parts are mixed, in place of 1 / normalizer
-    )
+    # fp32 [B, 1]: where parts are mixed, in place of 1 / normalizer.
+    row_scale: Tensor | None = None
 
 
 class TokenTable:
