@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`dak.hf`, `dak.train` and `dak.toyworld` need transformers: imported when first asked for."""
-    if name in ("hf", "train", "toyworld"):
+    """`dak.data`, `hf`, `train` and `toyworld` need transformers: imported when first asked for."""
+    if name in ("data", "hf", "train", "toyworld"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from tiny_chat import RECORDS, RECOVERIES, TEMPLATES, build_model, build_tokenizer
 from train_runs import record_gradients, relative
 
+from deepalign_kernels.data.recovery import ANCHOR, RECOVERY
 from deepalign_kernels.train import (
     ConstrainedSFTConfig,
     ConstrainedSFTTrainer,
     RecoveryAugmentation,
 )
-from deepalign_kernels.train.augment import ANCHOR, RECOVERY
 
 
 def texts(tokenizer, example):
@@ -216,6 +216,8 @@ def test_wrong_recovery_data_are_refused_with_their_place(tmp_path):
         RecoveryAugmentation([{}], tokenizer)
     with pytest.raises(ValueError, match=r"anchors\[1\]: no assistant turn"):
         RecoveryAugmentation(RECOVERIES, tokenizer, anchors=[RECORDS[0], {"messages": []}])
+    with pytest.raises(ValueError, match=f"^anchors: {tmp_path}/none: no such file"):
+        RecoveryAugmentation(RECOVERIES, tokenizer, anchors=tmp_path / "none")
     for options in ({"alpha": 1.5}, {"p0": -0.1}, {"max_k": 0}, {"anchors_per_recovery": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
             RecoveryAugmentation(RECOVERIES, tokenizer, **options)

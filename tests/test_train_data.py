@@ -8,6 +8,7 @@ import torch
 from tiny_chat import RECORDS, TEMPLATES, build_model, build_tokenizer, chat
 
 import deepalign_kernels as dak
+from deepalign_kernels.data.examples import limit_length
 from deepalign_kernels.train import (
     ConstrainedSFTConfig,
     ConstrainedSFTTrainer,
@@ -15,7 +16,6 @@ from deepalign_kernels.train import (
     load_chat_data,
     tokenize_chat,
 )
-from deepalign_kernels.train.data import fit
 
 GOOD = json.dumps(chat("hi", "hello"))
 
@@ -65,11 +65,11 @@ def test_a_wrong_line_is_refused_with_its_place(tmp_path, bad):
 
 def test_wrong_files_are_refused(tmp_path):
     path = tmp_path / "chat.jsonl"
-    with pytest.raises(ValueError, match="train_data: .*no such file"):
+    with pytest.raises(ValueError, match="path: .*no such file"):
         load_chat_data(path)
     for empty in ("", "\n \n"):
         path.write_text(empty)
-        with pytest.raises(ValueError, match=r"train_data: .*no conversation in this file"):
+        with pytest.raises(ValueError, match=r"path: .*no conversation in this file"):
             load_chat_data(path)
     path.write_bytes(GOOD.encode() + b'\n{"messages": "\xff"}\n')
     with pytest.raises(ValueError, match=r"chat.jsonl:2: not UTF-8"):
@@ -85,12 +85,12 @@ def test_refusals_come_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="chat.jsonl:2: broken JSON"):
         ConstrainedSFTTrainer(build_model(), build_tokenizer(), config, path)
     for data, why in (
-        ([], "train_data: no conversation"),
-        ([chat("a")], r"train_data\[0\]: no assistant turn"),
-        ({"messages": []}, "train_data: expected a path, a list or"),
-        (7, "train_data: expected a path, a list or"),
-        ([Example([1, 2], [1], [0, 0])], "train_data: example 0: .* lengths 2, 1 and 2"),
-        ([Example([1, 2], [1, -100], [1, 0])], "train_data: example 0: no token to train"),
+        ([], "data: no conversation"),
+        ([chat("a")], r"data\[0\]: no assistant turn"),
+        ({"messages": []}, "data: expected a path, a list or"),
+        (7, "data: expected a path, a list or"),
+        ([Example([1, 2], [1], [0, 0])], "data: example 0: .* lengths 2, 1 and 2"),
+        ([Example([1, 2], [1, -100], [1, 0])], "data: example 0: no token to train"),
         ([Example([1, 999], [-100, 999], [0, 1])], "tokenizer: token id 999 is outside"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -122,17 +122,19 @@ def test_too_long_is_refused_dropped_or_truncated_but_never_in_silence(tmp_path)
     records = [chat("hi", "hello"), chat("hi", "a much longer answer " * 3)]
     examples = tokenize_chat(tokenizer, records)
     limit = len(examples[0].input_ids) + 4
-    with pytest.raises(ValueError, match=r"1 of 2 .* max_length=.*train_data\[1\] is the first"):
-        fit(examples, limit, "error")
-    assert fit(examples, limit, "drop") == (examples[:1], 1)
-    short, count = fit(examples, limit, "truncate")
+    with pytest.raises(ValueError, match="position_origin: expected one of 'content', 'span'"):
+        tokenize_chat(tokenizer, records, position_origin="start")
+    with pytest.raises(ValueError, match=r"1 of 2 .* max_length=.*data\[1\] is the first"):
+        limit_length(examples, limit, "error")
+    assert limit_length(examples, limit, "drop") == (examples[:1], 1)
+    short, count = limit_length(examples, limit, "truncate")
     assert count == 1 and [len(e.input_ids) for e in short] == [limit - 4, limit]
-    assert short[1].labels == examples[1].labels[:limit] and short[1].where == "train_data[1]"
+    assert short[1].labels == examples[1].labels[:limit] and short[1].where == "data[1]"
     with pytest.raises(ValueError, match="none is left to train on"):
-        fit(examples, 3, "drop")
+        limit_length(examples, 3, "drop")
     nothing_left = examples[1].labels.index(next(x for x in examples[1].labels if x != -100))
-    with pytest.raises(ValueError, match=r"train_data\[0\]: nothing to train within"):
-        fit(examples, nothing_left, "truncate")
+    with pytest.raises(ValueError, match=r"data\[0\]: nothing to train within"):
+        limit_length(examples, nothing_left, "truncate")
     # The model's own limit counts where the config names none.
     config = ConstrainedSFTConfig(tmp_path / "out")
     with pytest.raises(ValueError, match="max_length=256"):

@@ -1,4 +1,6 @@
-"""Losses inside the model's own head and from whole logits: the same run, without the logits."""
+"""The loss of a batch by hand; inside the model's own head and from whole logits: the same run."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_runs import Bigram, record_gradients, relative, train
 
+import deepalign_kernels as dak
 import deepalign_kernels.hf as hf
+from deepalign_kernels.data import RecoveryAugmentation
+from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
-from deepalign_kernels.train.augment import RecoveryAugmentation
+from deepalign_kernels.train.objective import BatchObjective
 
 VOCAB = build_model().config.vocab_size
 
@@ -58,6 +63,42 @@ def test_both_heads_are_one_run(tmp_path, options, tied, data):
     for key in fused[1].keys() - {"event", "tokens_per_s"}:
         assert fused[1][key] == pytest.approx(logits[1][key], rel=1e-5, abs=1e-6), key
     assert relative(fused[2], logits[2]) < 1e-6
+
+
+@pytest.mark.parametrize("parts", (False, True), ids=("one mean", "parts"))
+@pytest.mark.parametrize("head", ("fused", "logits"))
+def test_a_batch_by_hand_needs_no_loop(head, parts):
+    """As a collator of another trainer makes it, with a normalizer on the device; fp64 oracle."""
+    ids = torch.tensor([[7, 9, 8, 30, 31, 32], [11, 12, 40, 41, 0, 0]])
+    targets = torch.tensor([[-100, -100, 30, 31, 32, -100], [-100, 40, 41, -100, -100, -100]])
+    positions = torch.tensor([[0, 0, 1, 2, 3, 0], [0, 1, 2, 0, 0, 0]])
+    mask, count = (ids != 0).long(), torch.tensor(11)  # 5 of them are here
+    scale = torch.tensor([[0.3], [0.05]]) if parts else None
+    batch = Batch(ids, mask, targets, positions, count, row_scale=scale)
+    policy, ref = build_model(0), build_model(1)
+    objective = BatchObjective("exact", dak.BetaSchedule(), head=head)
+    with objective.on(policy, ref):
+        loss, seen = objective.loss(policy, batch, ref)
+        stored = replace(batch, ref_logp=objective.logp(ref, batch))
+        again, _ = objective.loss(policy, stored)
+    loss.backward()
+
+    gold, total = build_model(0).double(), 0.0
+    trained = [(0, 2, 30, 0.5), (0, 3, 31, 2.0), (0, 4, 32, 2.0), (1, 1, 40, 0.5), (1, 2, 41, 2.0)]
+    logp, ref_logp = (
+        m(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        for m in (gold, build_model(1).double())
+    )
+    for row, t, token, beta in trained:
+        ours, theirs = logp[row, t, token], ref_logp[row, t, token].detach()
+        share = scale[row, 0].double() if parts else 1 / 11
+        total = total + share * -2 / beta * torch.nn.functional.logsigmoid(beta * (ours - theirs))
+        for found, value in ((seen.logp, ours), (seen.ref_logp, theirs)):
+            assert found[row, t].item() == pytest.approx(value.item(), rel=1e-5)
+    total.backward()
+    assert loss.item() == again.item() == pytest.approx(total.item(), rel=1e-5)
+    grads, gold_grads = ({n: p.grad for n, p in m.named_parameters()} for m in (policy, gold))
+    assert relative(grads, gold_grads) < 1e-5
 
 
 class Wide(TorchDispatchMode):

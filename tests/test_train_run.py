@@ -1,5 +1,6 @@
 """A training run: its log, its order, what it leaves alone and what it refuses."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -61,23 +62,77 @@ def test_every_conversation_is_seen_once_an_epoch_in_an_order_of_its_own(tmp_pat
     assert other.source.epoch(0)[1] != orders[0]
 
 
-def test_the_callers_state_is_left_alone(tmp_path):
+def test_the_callers_random_numbers_are_left_alone(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    model = build_model(0, attention_dropout=0.5).eval()
-    model.config.use_cache = True
-    first = train(model, tmp_path / "a", max_steps=3, gradient_checkpointing=True)[1].metrics
+    options = {"max_steps": 3, "gradient_checkpointing": True}
+    model = build_model(0, attention_dropout=0.5)
+    first = train(model, tmp_path / "a", **options)[1].metrics
     assert torch.equal(torch.get_rng_state(), before)
-    assert not model.training and model.config.use_cache and not model.is_gradient_checkpointing
-    assert all(p.grad is None for p in model.parameters())
-
     torch.manual_seed(6)  # and the run does not depend on the caller's random state
     again = train(
-        build_model(0, attention_dropout=0.5), tmp_path / "b", max_steps=3,
-        gradient_checkpointing=True, callbacks=[lambda *_: torch.rand(3)],
+        build_model(0, attention_dropout=0.5), tmp_path / "b",
+        callbacks=[lambda *_: torch.rand(3)], **options,
     )[1].metrics  # fmt: skip
     other = train(build_model(0, attention_dropout=0.5), tmp_path / "c", max_steps=3, seed=1)
     assert again["objective"] == first["objective"] != other[1].metrics["objective"]
+
+
+def state_of(model):
+    """All that the modules hold themselves, modes and hooks too, and which parameters train."""
+    out = {"use_cache": model.config.use_cache}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            held = value.items() if isinstance(value, dict) else [("", value)]
+            out |= {(name, key, k): v for k, v in held}
+    return out | {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def assert_same(after, before):
+    assert after.keys() == before.keys()
+    changed = [k for k in before if after[k] is not before[k]]
+    assert not changed
+
+
+def stop(how):
+    raise how
+
+
+@pytest.mark.parametrize("comes", ("in train mode", "half frozen", "in eval mode"))
+@pytest.mark.parametrize("end", (None, ZeroDivisionError, KeyboardInterrupt))
+def test_models_come_back_as_they_were_module_by_module(tmp_path, comes, end):
+    """Also when a callback (an exception) or a forward (Ctrl-C) breaks off."""
+    model, ref = build_model(0, attention_dropout=0.5), build_model(1)
+    for each in (model, ref):
+        each.train(comes != "in eval mode")
+        if comes == "half frozen":
+            each.model.layers[0].eval().requires_grad_(False)
+            each.model.norm.eval()
+    model.config.use_cache = True
+    seen = []
+
+    def look(module, *_):
+        if model.training:  # not for the reference, nor at step 0
+            seen.append({name for name, m in model.named_modules() if not m.training})
+        if end is KeyboardInterrupt and len(seen) == 2:
+            stop(end)
+
+    def callback(trainer, _):
+        trainer.model.train() if len(seen) % 2 else trainer.model.eval()
+        if end is ZeroDivisionError:
+            stop(end)
+
+    model.register_forward_hook(look)
+    before = [state_of(each) for each in (model, ref)]
+    options = {"gradient_checkpointing": True, "reference": "frozen", "max_steps": 3}
+    with contextlib.nullcontext() if end is None else pytest.raises(end):
+        train(model, tmp_path, ref_model=ref, callbacks=[callback], **options)
+    for each, was in zip((model, ref), before, strict=True):
+        assert_same(state_of(each), was)
+    frozen = {name for name, m in before[0].items() if name[1:] == ("training", "") and not m}
+    frozen = {name for name, *_ in frozen} if comes == "half frozen" else set()
+    assert len(seen) >= 1 and all(names == frozen for names in seen)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_gradient_checkpointing_and_bf16_change_cost_not_meaning(tmp_path):

@@ -18,7 +18,8 @@ from deepalign_kernels.hf.head import (
     swapped_forward,
 )
 from deepalign_kernels.hf.losses import LossOutput, TokenLogp, run_loss
-from deepalign_kernels.hf.probe import Transform, evaluating, probe, uncompiled
+from deepalign_kernels.hf.probe import Transform, probe, uncompiled
+from deepalign_kernels.modes import evaluating
 
 
 def attach(model: nn.Module) -> nn.Module:

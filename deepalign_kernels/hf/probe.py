@@ -5,14 +5,14 @@ No configuration name is read: families spell the same scale and cap in a dozen 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepalign_kernels.hf.head import computing_module, read_weights, swapped_forward
+from deepalign_kernels.modes import evaluating
 
 # Where tanh is linear and where it is saturated; powers of two, so that scaling them is exact.
 _SMALL, _LARGE = 2.0**-12, 2.0**40
@@ -87,15 +87,3 @@ def fit(z: Tensor, logits: Tensor) -> Transform:
         "the logits are neither a scale nor a tanh cap of the head's output, so no loss inside the"
         " head can be right: compute this model's loss from its logits instead"
     )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() in the block, so no random number is used up; then each module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -10,9 +10,14 @@ inside the model's own output head (`hf.attach`); head="logits" takes whole logi
 transformers is needed only to tokenise chats.
 """
 
-from deepalign_kernels.train.augment import RecoveryAugmentation
+from deepalign_kernels.data import (
+    Conversation,
+    Example,
+    RecoveryAugmentation,
+    load_chat_data,
+    tokenize_chat,
+)
 from deepalign_kernels.train.config import ConstrainedSFTConfig
-from deepalign_kernels.train.data import Conversation, Example, load_chat_data, tokenize_chat
 from deepalign_kernels.train.loop import ConstrainedSFTTrainer, TrainResult
 
 __all__ = [

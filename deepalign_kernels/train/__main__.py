@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from deepalign_kernels.data import RecoveryAugmentation, load_chat_data
+from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.rules import RULES
 from deepalign_kernels.train import config as choices
-from deepalign_kernels.train.augment import RecoveryAugmentation
 from deepalign_kernels.train.config import ConstrainedSFTConfig
-from deepalign_kernels.train.data import load_chat_data
 from deepalign_kernels.train.loop import ConstrainedSFTTrainer
 
 BY_HAND = ("output_dir", "beta", "adam_betas")
@@ -29,8 +29,8 @@ ALLOWED = {
     "reference": choices.REFERENCES,
     "head": choices.HEADS,
     "lr_schedule": choices.SCHEDULES,
-    "position_origin": choices.ORIGINS,
-    "on_too_long": choices.TOO_LONG,
+    "position_origin": ORIGINS,
+    "on_too_long": TOO_LONG,
     "autocast_dtype": ("bfloat16",),
 }
 

@@ -55,7 +55,7 @@ def load(path: Path, config: dict[str, Any], data_hash: str) -> dict[str, Any]:
         was = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed)
         raise ValueError(f"resume: {path} comes from another configuration: {was}")
     if state["data"] != data_hash:
-        raise ValueError(f"resume: {path} comes from other training data than train_data gives now")
+        raise ValueError(f"resume: {path} comes from other training data than data gives now")
     return state
 
 

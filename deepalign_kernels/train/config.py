@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels import check, rules
+from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
 from deepalign_kernels.losses import BetaSchedule
 
 # Names of this level; any other is a rule of rules.py.
 OBJECTIVES = {"sft": "nll", "constrained": "exact"}
 REFERENCES = ("precomputed", "frozen")
 SCHEDULES = ("linear", "cosine", "constant")
-ORIGINS = ("content", "span")
 HEADS = ("fused", "logits")
-TOO_LONG = ("error", "drop", "truncate")
 # What may differ between a run and its continuation without changing a single weight.
 FREE_TO_CHANGE = ("output_dir", "save_every", "keep_checkpoints", "log_every", "progress")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.ops import ConstrainedParts
-from deepalign_kernels.train.data import IGNORE
 
 GROUPS = ("first", "prefix", "rest")  # position 1; 2..prefix_length; all other trained tokens
 FILE = "train_log.jsonl"

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deepalign_kernels.ops import ConstrainedParts
+from deepalign_kernels.data.columns import Batch
+from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
+from deepalign_kernels.data.source import Source
+from deepalign_kernels.modes import evaluating, kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import ConstrainedSFTConfig
-from deepalign_kernels.train.head import HEADS
 from deepalign_kernels.train.log import Meter, Progress, RunLog
+from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.reference import (
     ReferenceCache,
-    evaluating,
     frozen_copy,
     model_hash,
     reference_logp,
 )
-from deepalign_kernels.train.session import check_models, deferred_interrupts, training_session
-from deepalign_kernels.train.source import Source
-from deepalign_kernels.train.table import Batch, steps_per_epoch
+from deepalign_kernels.train.session import (
+    check_models,
+    deferred_interrupts,
+    embeddings_of,
+    positions_of,
+    training_session,
+)
 
 Callback = Callable[["ConstrainedSFTTrainer", dict[str, Any]], None]
 
@@ -79,15 +85,26 @@ class ConstrainedSFTTrainer:
         if not self.params:
             raise ValueError("model: no parameter requires a gradient, nothing to train")
         self.device = self.params[0].device
-        self.referenced = config.needs_reference
         self._ref_arg = ref_model
         check_models(model, ref_model, config, self.device)
-        self.head = HEADS[config.head](config.autocast_dtype, config.rule)
+        self.objective = BatchObjective(
+            config.rule, config.beta_at, head=config.head, autocast_dtype=config.autocast_dtype
+        )
         self._models = [m for m in (model, ref_model) if m is not None]
         for name, each in zip(("model", "ref_model"), self._models, strict=False):
-            self.head.check(name, each)
+            self.objective.check(name, each)
 
-        self.source = Source(train_data, tokenizer, model, config)
+        self.source = Source(
+            train_data,
+            tokenizer,
+            position_origin=config.position_origin,
+            max_length=config.max_length or positions_of(model),
+            on_too_long=config.on_too_long,
+            vocab_size=embeddings_of(model),
+            seed=config.seed,
+            # A precomputed reference is a column of every epoch's table before the first step.
+            keep_epochs=self.objective.needs_reference and config.reference == "precomputed",
+        )
         self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), config.step_size)
         self.total_steps = config.max_steps or (config.epochs or 1) * self.steps_per_epoch
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
@@ -116,7 +133,8 @@ class ConstrainedSFTTrainer:
         """
         begun = time.perf_counter()
         state = self._state_to_resume(resume)
-        with training_session(self.model, self.config, self.device), self.head.on(*self._models):
+        session = training_session(self._models, self.config, self.device)
+        with session, self.objective.on(*self._models):
             self._prepare(state)
             log = RunLog(self.folder, None if state is None else self.step)
             progress = Progress(self.total_steps, self.step, self.config.progress)
@@ -149,7 +167,7 @@ class ConstrainedSFTTrainer:
     def _train_step(self) -> None:
         batches, done = self._batches(self.step), []
         for batch in batches:
-            loss, parts = self._micro_loss(batch)
+            loss, parts = self.objective.loss(self.model, batch, self.ref_model)
             loss.backward()
             done.append((loss.detach(), parts, batch.targets, batch.positions))
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
@@ -167,31 +185,14 @@ class ConstrainedSFTTrainer:
         self._tokens += sum(batch.tokens for batch in batches)
         self._consistent = True
 
-    def _micro_loss(self, batch: Batch) -> tuple[Tensor, ConstrainedParts]:
-        """One micro-batch's share of the objective, and what the log says about its tokens."""
-        beta = ref_logp = None
-        if self.referenced:
-            beta, ref_logp = self.config.beta_at(batch.positions), batch.ref_logp
-            if self.ref_model is not None:
-                ref_logp = self.head.logp(self.ref_model, batch)
-        if batch.row_scale is None:
-            return self.head.loss(self.model, batch, beta, ref_logp, batch.normalizer)
-        # Parts with weights, not one mean over all tokens.
-        each, parts = self.head.loss(self.model, batch, beta, ref_logp, None)
-        return (each * batch.row_scale).sum(), parts
-
     def _batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step: a function of the step alone, or no run could be resumed."""
         epoch, at = divmod(step, self.steps_per_epoch)
         table, order = self.source.epoch(epoch)
         rows = order[at * self.config.step_size :][: self.config.step_size]
-        counts = self._global_counts(table.count(rows))
-        groups = table.split(rows, self.config.batch_size)
+        counts = table.count(rows)  # of the whole step, so that its micro-batches add up
+        groups = micro_batches(rows, table.lengths, self.config.batch_size)
         return [table.batch(group, self.device, counts) for group in groups]
-
-    def _global_counts(self, counts: Mapping[int, int]) -> Mapping[int, int]:
-        """Trained tokens of the step by part. Data parallelism would add the other ranks' here."""
-        return counts
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step`, from 0: transformers' schedule of the same name."""
@@ -225,9 +226,8 @@ class ConstrainedSFTTrainer:
         self._meter = Meter(self.device, self.config.prefix_length)
         self.optimizer = self._make_optimizer()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.referenced:
+        if self.objective.needs_reference:
             self._prepare_reference(state)
-        self.model.train()
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -261,7 +261,7 @@ class ConstrainedSFTTrainer:
                 key = cache.key(reference, table, self.config.autocast_dtype, self.config.head)
                 if not cache.path(key).exists():
                     size = self.config.batch_size
-                    logp = reference_logp(reference, table, self.head.logp, self.device, size)
+                    logp = reference_logp(reference, table, self.objective.logp, self.device, size)
                     cache.save(key, table, logp)
             table.ref_logp = cache.load(key, table)
             keys.append(key)
@@ -275,7 +275,7 @@ class ConstrainedSFTTrainer:
         token, belongs to other data or sees other masks cannot pass.
         """
         with evaluating(self.model):
-            _, parts = self._micro_loss(self._batches(0)[0])
+            _, parts = self.objective.loss(self.model, self._batches(0)[0], self.ref_model)
         gap = (parts.logp - parts.ref_logp).abs().max().item()
         low = self.config.autocast_dtype is not None or self.params[0].element_size() < 4
         allowed = 1.0 if low else 1e-2
@@ -325,7 +325,8 @@ class ConstrainedSFTTrainer:
         """One line of the log, if it is due."""
         if self.step % self.config.log_every and self.step != self.total_steps:
             return
-        values = self._meter.read(with_reference=self.referenced)  # waits for the device
+        # The one place where the loop waits for the device.
+        values = self._meter.read(with_reference=self.objective.needs_reference)
         for name in ("objective", "grad_norm"):
             if not math.isfinite(values[name] or 0.0):
                 raise FloatingPointError(
@@ -342,9 +343,9 @@ class ConstrainedSFTTrainer:
         )
         progress.say(self.metrics)
         if self.callbacks:
-            for callback in self.callbacks:
-                callback(self, self.metrics)
-            self.model.train()  # a callback may evaluate or sample
+            with kept_modes(self.model):  # a callback may evaluate or sample
+                for callback in self.callbacks:
+                    callback(self, self.metrics)
             ckpt.set_rng_state(self._rng, self.device)
         self._since, self._tokens = time.perf_counter(), 0
 

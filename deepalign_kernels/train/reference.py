@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels.train.data import IGNORE
-from deepalign_kernels.train.table import Batch, TokenTable
+from deepalign_kernels.data.columns import Batch, TokenTable
+from deepalign_kernels.data.examples import IGNORE
+from deepalign_kernels.data.packing import micro_batches
+from deepalign_kernels.modes import evaluating
 
 LogpOf = Callable[[nn.Module, Batch], Tensor]
 
@@ -44,17 +45,6 @@ def _is_maths(key: str) -> bool:
 _NOT_MATHS = ("transformers_version", "use_cache", "architectures", "name_or_path", "dtype")
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() inside the block: no dropout, no activation checkpointing."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy that never trains."""
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -67,7 +57,7 @@ def reference_logp(
     """Log-probability of every target under `model`: a fp32 column of the table, else 0."""
     out = torch.zeros(table.targets.shape, dtype=torch.float32)
     with evaluating(model):
-        for rows in table.split(range(len(table)), batch_size):
+        for rows in micro_batches(range(len(table)), table.lengths, batch_size):
             batch = table.batch(rows, device, table.count(rows))
             logp = logp_of(model, batch).float().cpu()
             out[table.slots(rows)] = logp  # padding: every write to its slot is a 0
@@ -113,7 +103,7 @@ class ReferenceCache:
             raise ValueError(f"{path}: not a readable reference file: {error}") from error
         trained = table.targets != IGNORE
         if data != table.content_hash() or logp.numel() != int(trained.sum()):
-            raise ValueError(f"{path}: made from other tokens than train_data gives now")
+            raise ValueError(f"{path}: made from other tokens than data gives now")
         column = torch.zeros(table.targets.shape, dtype=torch.float32)
         column[trained] = logp
         return column

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from deepalign_kernels.modes import kept_modes
 from deepalign_kernels.train.config import ConstrainedSFTConfig
 
 
@@ -42,38 +43,121 @@ def check_models(
         raise ValueError(f"ref_model: expected on the device of model, {device}, got {there}")
 
 
+def embeddings_of(model: nn.Module) -> int | None:
+    """How many tokens the model knows; None where it does not say."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        weight = getattr(get() if get else None, "weight", None)
+    except NotImplementedError:  # transformers' way to say that it does not know
+        return None
+    return None if weight is None else weight.shape[0]
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens the model takes in one row; None where it does not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 @contextlib.contextmanager
 def training_session(
-    model: nn.Module, config: ConstrainedSFTConfig, device: torch.device
+    models: Sequence[nn.Module], config: ConstrainedSFTConfig, device: torch.device
 ) -> Iterator[None]:
-    """Settings of model and torch's generators that hold while training; all are put back."""
-    about: Any = getattr(model, "config", None)
-    use_cache, was_training = getattr(about, "use_cache", None), model.training
-    checkpointed = config.gradient_checkpointing and not getattr(
-        model, "is_gradient_checkpointing", False
-    )
-    switch: Any = model
-    # Only dropout draws from torch's global generators (data order has its own). They are seeded
-    # inside the fork and put back after it, so the caller's random numbers are the same with and
-    # without a run.
+    """Settings of `models`, the trained one and perhaps its reference, and of torch's generators
+    that hold while training; all are put back, whatever ends the block.
+
+    A model that comes in train mode keeps the modules that are in eval mode as they are (frozen
+    statistics, no dropout there). One that comes in eval mode, as from_pretrained gives it, is put
+    into train mode whole.
+    """
+    model = models[0]
+    with contextlib.ExitStack() as stack:
+        for each in models:
+            stack.enter_context(kept_modes(each))
+        stack.enter_context(_own_random_numbers(config.seed, device))
+        stack.enter_context(_no_cache(getattr(model, "config", None)))
+        if config.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
+            stack.enter_context(_checkpointed(model))
+        if not model.training:
+            model.train()
+        yield
+
+
+@contextlib.contextmanager
+def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """Only dropout draws from torch's global generators (data order has its own). They are seeded
+    inside the fork and put back after it, so the caller's random numbers are the same with and
+    without a run."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(config.seed)
+        torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(config.seed)
-        if use_cache is not None:
-            about.use_cache = False  # a key-value cache per training forward is only a cost
-        if checkpointed:
-            options = {"use_reentrant": False}
-            switch.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _no_cache(about: Any) -> Iterator[None]:
+    """`about`, a model's config, asks for no key-value cache: in training forwards only a cost."""
+    before = getattr(about, "use_cache", None)
+    if before is not None:
+        about.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            about.use_cache = before
+
+
+@contextlib.contextmanager
+def _checkpointed(model: Any) -> Iterator[None]:
+    """Activation checkpointing in the block.
+
+    What switching it on changed is put back attribute by attribute and hook by hook: transformers'
+    own way back leaves a hook on the embeddings and a function in every layer.
+    """
+    before = [(module, _attributes(module)) for module in model.modules()]
+    changed: list[tuple[nn.Module, Attributes, Attributes]] = []
+    try:
         try:
-            yield
+            options = {"use_reentrant": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         finally:
-            if checkpointed:
-                switch.gradient_checkpointing_disable()
-            if use_cache is not None:
-                about.use_cache = use_cache
-            model.train(was_training)
+            changed += [(module, was, _attributes(module)) for module, was in before]
+        yield
+    finally:
+        if hasattr(model, "gradient_checkpointing_disable"):
+            model.gradient_checkpointing_disable()
+        for module, was, became in changed:
+            for place in was.keys() | became.keys():
+                if was.get(place, _ABSENT) is not became.get(place, _ABSENT):
+                    _put(module, place, was.get(place, _ABSENT))
+
+
+# (attribute, key): the key is None, or for a dictionary of hooks the hook's.
+Attributes = dict[tuple[str, Any], object]
+_ABSENT = object()
+
+
+def _attributes(module: nn.Module) -> Attributes:
+    """Of the instance itself, each hook by its own."""
+    out: Attributes = {}
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            out |= {(name, key): hook for key, hook in value.items()}
+        else:
+            out[name, None] = value
+    return out
+
+
+def _put(module: nn.Module, place: tuple[str, Any], value: object) -> None:
+    """_ABSENT takes out what is there."""
+    name, key = place
+    held, name = (vars(module), name) if key is None else (vars(module)[name], key)
+    if value is _ABSENT:
+        held.pop(name, None)
+    else:
+        held[name] = value
 
 
 @contextlib.contextmanager

@@ -19,17 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from deepalign_kernels import check
-from deepalign_kernels.train.config import ORIGINS
-from deepalign_kernels.train.data import (
-    IGNORE,
-    Conversation,
-    Example,
-    conversations_of,
-    encode,
-    read_jsonl,
-)
-from deepalign_kernels.train.table import derived_seed
-from deepalign_kernels.train.template import ChatTemplate
+from deepalign_kernels.data.examples import IGNORE, ORIGINS, Example, encode
+from deepalign_kernels.data.packing import derived_seed
+from deepalign_kernels.data.records import Conversation, conversations_of, read_jsonl
+from deepalign_kernels.data.template import ChatTemplate
 
 ANCHOR, RECOVERY = 0, 1
 KEYS = ("prompt", "answer", "refusal")

@@ -7,8 +7,6 @@ padding, and how many tokens are trained. No step waits for the device to count.
 from __future__ import annotations
 
 import hashlib
-import math
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from deepalign_kernels.train.data import IGNORE, Example
+from deepalign_kernels.data.examples import IGNORE, Example
 
 
 @dataclass
@@ -28,12 +26,11 @@ class Batch:
     attention_mask: Tensor | None  # int64; None where nothing is padded
     targets: Tensor  # int64, -100 where nothing is trained; targets[:, t] follows input_ids[:, t]
     positions: Tensor  # int32, of the targets
-    normalizer: float  # trained tokens of the whole optimizer step, all micro-batches
-    tokens: int  # without padding
+    normalizer: float | Tensor  # trained tokens of the whole optimizer step, all micro-batches
+    tokens: int = 0  # without padding; what a log counts
     ref_logp: Tensor | None = None  # fp32, of the targets, nats
-    row_scale: Tensor | None = (
-        None  # fp32 [B, 1]: where parts are mixed, in place of 1 / normalizer
-    )
+    # fp32 [B, 1]: where parts are mixed, in place of 1 / normalizer.
+    row_scale: Tensor | None = None
 
 
 class TokenTable:
@@ -55,9 +52,9 @@ class TokenTable:
         part_weights: Mapping[int, float] | None = None,
     ) -> None:
         if not examples:
-            raise ValueError("train_data: no example")
+            raise ValueError("data: no example")
         for index, example in enumerate(examples):
-            _check_example(example, example.where or f"train_data: example {index}", part_weights)
+            _check_example(example, example.where or f"data: example {index}", part_weights)
         self.part_weights = part_weights
         self.parts = [e.part for e in examples]
         self.lengths = [len(e.input_ids) for e in examples]
@@ -123,35 +120,6 @@ class TokenTable:
         for row in rows:
             counts[self.parts[row]] += self.trained[row]
         return counts
-
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """All rows, shuffled; each part spread evenly, so that every step has its share of each."""
-        rng = random.Random(derived_seed(seed, "order", epoch))
-        groups: dict[int, list[int]] = defaultdict(list)
-        for row, part in enumerate(self.parts):
-            groups[part].append(row)
-        placed = []
-        for part in sorted(groups):
-            rows = groups[part]
-            rng.shuffle(rows)
-            placed += [((i + 0.5) / len(rows), part, row) for i, row in enumerate(rows)]
-        return [row for _, _, row in sorted(placed)]
-
-    def split(self, rows: Sequence[int], batch_size: int) -> list[list[int]]:
-        """The rows of one optimizer step as micro-batches of like lengths, the longest first."""
-        rows = sorted(rows, key=lambda row: -self.lengths[row])
-        return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
-
-
-def steps_per_epoch(examples: int, step_size: int) -> int:
-    """Optimizer steps that see every example once; the last one may be smaller."""
-    return math.ceil(examples / step_size)
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed that depends on all of `parts` and on nothing else, the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _column(rows: Iterable[Iterable[int]], padding: int) -> Tensor:
