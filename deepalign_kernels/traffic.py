@@ -1,5 +1,5 @@
 """How many bytes an op has to move: the yardstick of the benchmarks and of
-tests/test_triton_traffic.py.
+tests/triton/test_triton_traffic.py.
 
 Counted in passes over one tensor [rows, V], the vectors [rows] left out (they are a 1/V of it).
 `reads` is what a kernel asks for; where it sweeps a row twice, the second sweep can come out of

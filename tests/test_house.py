@@ -211,7 +211,7 @@ def test_public_names():
 
 def test_test_files_share_through_files_of_their_own():
     """A name that another test file needs would vanish when that test moves."""
-    for file in (ROOT / "tests").glob("*.py"):
+    for file in (ROOT / "tests").rglob("*.py"):
         modules = [
             name
             for node in ast.walk(ast.parse(file.read_text()))

@@ -103,23 +103,24 @@ def _log(call: int) -> dict[str, str]:
 
 
 CONFORMANCE = _split(
-    "tests/test_conformance.py tests/test_linear_values.py tests/test_linear_kept.py"
-    " tests/test_token_kl.py tests/test_token_logp.py tests/test_token_stats.py"
-    " tests/test_constrained_loss.py"
+    "tests/ops/test_conformance.py"
+    " tests/linear/test_linear_values.py tests/linear/test_linear_kept.py"
+    " tests/ops/test_token_kl.py tests/ops/test_token_logp.py tests/ops/test_token_stats.py"
+    " tests/ops/test_constrained_loss.py"
 )
 TINY = "--quick --device cpu --dtypes fp32 --seconds 0.01 --rounds 2"
 CALLS = (
     Call(1, "right", (
         Step("environment", 15, 40, ("-m", "benchmarks", "gpu", "environment"),
              ("-m", "benchmarks", "gpu", "environment")),
-        Step("tests of the GPU", 75, 140, _tests(1, 4, 12, "tests/test_gpu.py"),
-             (*PYTEST, "tests/test_gpu.py", "-k", "native and 4096 and dtype0"), "", _log(1)),
+        Step("tests of the GPU", 75, 140, _tests(1, 4, 12, "tests/ops/test_gpu.py"),
+             (*PYTEST, "tests/ops/test_gpu.py", "-k", "native and 4096 and dtype0"), "", _log(1)),
         *map(_sanitizer, ("memcheck", "racecheck", "synccheck")),
     ), parts=(0,)),
     Call(2, "conformance", (
         Step("conformance", 260, 520,
              _tests(2, 10, 40, "-k", "cuda-triton or cuda-native", *CONFORMANCE),
-             (*PYTEST, "-k", "cpu-native and parts", "tests/test_token_kl.py"), "", _log(2)),
+             (*PYTEST, "-k", "cpu-native and parts", "tests/ops/test_token_kl.py"), "", _log(2)),
     ), parts=(1,)),
     Call(3, "logits", (
         Step("logits", 170, 280,

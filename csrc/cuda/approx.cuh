@@ -1,6 +1,6 @@
 // exp2 and log2 in one instruction each. PTX ISA: ex2 within 2^-22 of the result, 0 at -inf, denormal
 // results 0; lg2 within 2^-22 absolute for arguments in (0.5, 2), else within 2^-22 of the result.
-// tests/cuda_on_host has its own, with errors as large as these.
+// tests/support/cuda_on_host has its own, with errors as large as these.
 #pragma once
 
 namespace dak::gpu {

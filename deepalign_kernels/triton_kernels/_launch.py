@@ -9,8 +9,8 @@ tile. More bytes hide more latency and cost registers; `python -m
 deepalign_kernels.triton_kernels._offline` prints what they cost. To regenerate an entry: on the
 machine in question, run `python -m benchmarks` once per candidate with
 DEEPALIGN_TRITON_PLAN="kernel=warps,bytes,registers;..." in the environment, write the winner here,
-and let tests/test_triton_offline.py check it for spills. Entries for machines that nobody has
-measured yet are reasoned from those reports and carry no measurement.
+and let tests/triton/test_triton_offline.py check it for spills. Entries for machines that nobody
+has measured yet are reasoned from those reports and carry no measurement.
 
 Strides and V reach the kernels in units of VEC. A product with a constexpr tells the compiler what
 it may vectorise, so no integer needs Triton's own specialisation, and a kernel is compiled once per

@@ -3,8 +3,8 @@
 Tile: a tuple of REPEATS blocks [LANES, VEC] of columns. Column ((tile * REPEATS + r) * LANES + l) *
 VEC + v is entry (l, v) of block r. The compiler has one way to spread such a block: a row of it on
 each thread, so that a lane is one thread and VEC neighbouring columns are one load
-(tests/test_triton_offline.py reads the layout). Reductions over axis 1 then stay in a thread's
-registers: the online softmax runs per lane (every thread carries its own maximum and sums), the
+(tests/triton/test_triton_offline.py reads the layout). Reductions over axis 1 then stay in a
+thread's registers: the online softmax runs per lane (every thread carries its own maximum and sums), the
 loop over tiles has no shuffle and no barrier, and the lanes meet once, after the last tile. Carried
 values are vectors [LANES]. All loads of a tile stand before the arithmetic on it.
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.studies import gcg, gcg_job
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SMALL = "--quick --device cpu --model 64x2x211 --candidates 5 --prompt 6 --suffix 4 --target 3"
 PARTS = ("gradient", "score", "score cached")
 pytestmark = [pytest.mark.clean_memory, pytest.mark.usefixtures("one_thread")]

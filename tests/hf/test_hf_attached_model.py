@@ -253,7 +253,7 @@ def test_calls_that_are_refused():
         model(input_ids=ids, dak_loss=hf.TokenLogp())
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(**data, logits_to_keep=3, dak_loss=hf.TokenLogp())
-    # Too few labels are not those of the last tokens; prompt tuning alone: tests/test_hf_peft.py.
+    # Too few labels are not those of the last tokens; prompt tuning alone: test_hf_peft.py.
     embeds = model.get_input_embeddings()(ids).detach()
     for given in ({"input_ids": ids}, {"inputs_embeds": embeds}):
         with pytest.raises(ValueError, match=r"^labels: \(2, 5\) do not fit"):

@@ -20,7 +20,7 @@ from benchmarks.harness.main import parser, plan_of
 from benchmarks.harness.providers import Provider, available
 from deepalign_kernels import backends
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.clean_memory, pytest.mark.usefixtures("one_thread")]
 
 

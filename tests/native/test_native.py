@@ -316,8 +316,8 @@ with t.use_backend("native"), instruction_set(sys.argv[1]):
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect by its Linux signature")
 def test_nothing_beyond_the_logits_is_read():
     """The logits end where a page begins that nobody may read."""
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([os.path.dirname(here), here, os.environ.get("PYTHONPATH", "")])
+    tests = os.path.dirname(os.path.dirname(__file__))
+    path = os.pathsep.join([os.path.dirname(tests), tests, os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", READ_TO_THE_END, isa_now()]
     env = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

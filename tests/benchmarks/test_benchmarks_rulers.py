@@ -16,7 +16,7 @@ from benchmarks.harness.providers import available
 from benchmarks.studies import growth
 from deepalign_kernels import backends
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.clean_memory, pytest.mark.usefixtures("one_thread")]
 
 

@@ -13,7 +13,7 @@ import deepalign_kernels as dak
 from deepalign_kernels import backends
 from deepalign_kernels.ops.linear import options
 
-OPS_H = pathlib.Path(__file__).parent.parent / "csrc" / "ops.h"
+OPS_H = pathlib.Path(__file__).parents[2] / "csrc" / "ops.h"
 TYPES = {"MaybeTensor": "Tensor | None", "int64_t": "int", "double": "float"}
 TYPES |= {"Optional[Tensor]": "Tensor | None"}
 

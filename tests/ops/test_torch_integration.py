@@ -116,7 +116,7 @@ def test_opcheck(op, device, backend, interpreted):
         pytest.skip("made of the ops of STEMS, which are checked by themselves")
     linear = op.startswith("linear")
     wide = [torch.float64] * (backend == "eager")
-    # Other dtypes and modes of the linear ops: tests/test_linear_torch.py.
+    # Other dtypes and modes of the linear ops: tests/linear/test_linear_torch.py.
     for dtype in [torch.bfloat16, *wide] if op == "linear_shard" or not linear else [torch.float32]:
         samples = (linear_inputs if linear else op_inputs)(device, dtype)
         assert op in samples, f"{op}: a registered op without sample inputs is never checked"

@@ -22,7 +22,7 @@ import torch
 from deepalign_kernels import backends
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 WORK = ROOT / "build" / "cuda_on_host"
 THREADS = 64  # of a block, instead of 256: two warps show every race, and fibers are slow
 FLAGS = [

@@ -21,7 +21,7 @@ from benchmarks.gpu.plan import Call, Step
 from benchmarks.harness import ceilings, cells, machine, measure, peers, providers, report, verdict
 from deepalign_kernels import backends
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.clean_memory, pytest.mark.usefixtures("one_thread")]
 CHUNKS = ("-m", "benchmarks", "sweep", "chunks", "--device", "cpu", "--dtype", "fp32", "--shapes",
           "16x8x64", "--json", "{out}/chunks.json", "--workspaces")  # fmt: skip
@@ -167,7 +167,7 @@ def plan_lines(op, native, triton, call=None, kernel="", plans=None, **more):
         yield {**where, **ours, "table": k == 0, "ms": ms}
 
 
-def outcome(ops, state="passed", test="tests/test_gpu.py::test_x", **more):
+def outcome(ops, state="passed", test="tests/ops/test_gpu.py::test_x", **more):
     parts = {"id": test, "outcome": state, "backend": "native", "device": "cuda", "why": ""}
     return {**parts, **({"ops": ops} if ops else {}), **more}
 
@@ -186,7 +186,7 @@ def test_verified_are_the_ops_that_were_tested_are_clean_and_won():
     ]
     tests = [outcome([op]) for op in backends.OPS if op != "scale_grad"]
     tests += [outcome(["scale_grad"], backend="triton")]
-    tests += [outcome(None, "failed", "tests/test_token_stats.py::test_y[cuda-native]")]
+    tests += [outcome(None, "failed", "tests/ops/test_token_stats.py::test_y[cuda-native]")]
     tests += [outcome(None, "failed", "tests/test_x.py::test_z", backend="triton")]
     told = harvest.verified(tests, plans, clean=True)
     assert [op for op, why in told.items() if not why] == [
