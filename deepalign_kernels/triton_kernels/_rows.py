@@ -4,9 +4,9 @@ Tile: a tuple of REPEATS blocks [LANES, VEC] of columns. Column ((tile * REPEATS
 VEC + v is entry (l, v) of block r. The compiler has one way to spread such a block: a row of it on
 each thread, so that a lane is one thread and VEC neighbouring columns are one load
 (tests/triton/test_triton_offline.py reads the layout). Reductions over axis 1 then stay in a
-thread's registers: the online softmax runs per lane (every thread carries its own maximum and sums), the
-loop over tiles has no shuffle and no barrier, and the lanes meet once, after the last tile. Carried
-values are vectors [LANES]. All loads of a tile stand before the arithmetic on it.
+thread's registers: the online softmax runs per lane (every thread carries its own maximum and
+sums), the loop over tiles has no shuffle and no barrier, and the lanes meet once, after the last
+tile. Carried values are vectors [LANES]. All loads of a tile stand before the arithmetic on it.
 
 -inf: a lane that has only seen -inf shifts by 0 (`shift`), which gives exp(-inf) = 0 instead of
 NaN. Columns past the end of the row are -inf after all transforms, also with a softcap.

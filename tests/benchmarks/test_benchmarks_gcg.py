@@ -91,9 +91,7 @@ def scaled(model, inputs, wanted):
     return gcg_job.by_dak(model, inputs, wanted) * wanted.shape[1]
 
 
-@pytest.mark.parametrize(
-    "wrong,dtype", [(one_late, "fp32"), (swapped, "bf16"), (scaled, "fp32")], ids=str
-)
+@pytest.mark.parametrize("wrong,dtype", [(one_late, "fp32"), (swapped, "bf16"), (scaled, "fp32")])
 @pytest.mark.parametrize("name", gcg_job.WAYS)
 def test_a_wrong_way_is_refused(monkeypatch, capsys, name, wrong, dtype):
     monkeypatch.setitem(gcg.WAYS, name, wrong)

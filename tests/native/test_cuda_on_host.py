@@ -1,5 +1,6 @@
 """The CUDA C++ kernels, run on the CPU by tests/support/cuda_on_host, against fp64: formulas,
-clusters, tiles, alignment, barriers. What it cannot show: the GPU's exp2, its memory model, its speed."""
+clusters, tiles, alignment, barriers. What it cannot show: the GPU's exp2, its memory model, its
+speed."""
 
 import cuda_on_host
 import pytest
