@@ -49,7 +49,9 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     """The driver, linked with the kernels."""
     driver = folder / "driver"
     source = pathlib.Path(__file__).with_suffix(".cpp")
-    objects = [OBJECTS / "cpu.isa.o", *sorted(OBJECTS.glob("rows.*.o"))]
+    objects = [OBJECTS / "cpu.isa.o"]
+    for kernels in ("rows", "panels"):
+        objects += sorted(OBJECTS.glob(f"{kernels}.*.o"))
     command = [*compiler(), "-O2", "-std=c++20", f"-I{ROOT / 'csrc'}", str(source)]
     subprocess.run([*command, *map(str, objects), "-o", str(driver)], check=True)
     return driver

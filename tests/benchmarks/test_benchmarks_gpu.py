@@ -197,7 +197,7 @@ def test_verified_are_the_ops_that_were_tested_are_clean_and_won():
         "token_logp_bwd": "did not win",
         "token_kl_fwd": "did not win: 0.67 to 1.11",
         "token_kl_bwd": "did not win",
-        "token_stats_fwd": "failed tests/test_token_stats",
+        "token_stats_fwd": "failed tests/ops/test_token_stats",
         "constrained_loss_fused": "not timed",
         "scale_grad": "no test of its own",
     }.items():

@@ -3,6 +3,7 @@ offsets. Formulas and edge cases are tested for every backend alike in the other
 
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -316,8 +317,9 @@ with t.use_backend("native"), instruction_set(sys.argv[1]):
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect by its Linux signature")
 def test_nothing_beyond_the_logits_is_read():
     """The logits end where a page begins that nobody may read."""
-    tests = os.path.dirname(os.path.dirname(__file__))
-    path = os.pathsep.join([os.path.dirname(tests), tests, os.environ.get("PYTHONPATH", "")])
+    here = pathlib.Path(__file__).parent
+    folders = here, here.parent, here.parent / "support", here.parents[1]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", READ_TO_THE_END, isa_now()]
     env = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
