@@ -146,10 +146,10 @@ def _read_linear(module: nn.Module) -> Weights:
             " heads and other adapters are not supported: keep the head in bf16 or fp32, or"
             f" {_UNFUSED}"
         )
-    whole("the head's weight", module.weight)
+    gathered("the head's weight", module.weight)
     trained = module.weight.requires_grad
     if module.bias is not None:
-        whole("the head's bias", module.bias)
+        gathered("the head's bias", module.bias)
         trained |= module.bias.requires_grad
     return Weights(module.weight, module.bias, frozen=not trained)
 
@@ -187,11 +187,11 @@ def _check_lora(module: Any, name: str) -> None:
             "lora_dropout on the output head cannot run inside the loss: set lora_dropout=0 or"
             f" {elsewhere}"
         )
-    whole(f"lora_A of adapter {name!r} on the head", module.lora_A[name].weight)
-    whole(f"lora_B of adapter {name!r} on the head", module.lora_B[name].weight)
+    gathered(f"lora_A of adapter {name!r} on the head", module.lora_A[name].weight)
+    gathered(f"lora_B of adapter {name!r} on the head", module.lora_B[name].weight)
 
 
-def whole(name: str, x: Tensor) -> Tensor:
+def gathered(name: str, x: Tensor) -> Tensor:
     """`x`, if it is an ordinary tensor with all elements; else an error that says what to do."""
     from torch.distributed.tensor import DTensor
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels import check, ops, rules
-from deepalign_kernels.hf.head import IGNORE, Head, whole
+from deepalign_kernels.hf.head import IGNORE, Head, gathered
 from deepalign_kernels.losses import reduce_tokens
 
 try:
@@ -264,7 +264,7 @@ def _reference(
         if not torch.equal(rows.index, index):
             raise ValueError("ref_rows: taken from a batch with other labels")
     if weight is not None:
-        whole("ref_weight", weight)
+        gathered("ref_weight", weight)
         vocab = head.weight.shape[0]
         weight = weight.detach()[:vocab].to(rows.hidden)
         bias = None if bias is None else bias.detach()[:vocab].to(weight.device)

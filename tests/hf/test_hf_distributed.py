@@ -257,7 +257,7 @@ def run_zero3(rank, family, untrained):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     with pytest.raises(RuntimeError, match="GatheredParameters"):
-        hf.head.whole("ref_weight", model.get_output_embeddings().weight)
+        hf.head.gathered("ref_weight", model.get_output_embeddings().weight)
     errors = []
     for _ in range(2):
         data = data_of(rank, untrained)

@@ -44,7 +44,7 @@ def _kl_state(x: Inputs, o: Options, value: Tensor, *found: Tensor) -> tuple[Ten
     models = merge.models(*(row[None] for row in norms))
     acc = accumulator(o.logits)
     state = merge.kl_state(*models, value.double(), center, o.direction, acc)
-    return merge.kept(x.valid, acc, *state)
+    return merge.zeroed(x.valid, acc, *state)
 
 
 def _kl(x: Inputs, o: Options) -> Tensor:

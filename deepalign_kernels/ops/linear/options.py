@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def whole(name: str, x: Any) -> Tensor:
+def plain_tensor(name: str, x: Any) -> Tensor:
     """`x` must be a plain tensor that holds its elements: no shard, no empty ZeRO-3 or FSDP
     placeholder."""
     if not isinstance(x, Tensor):
@@ -41,7 +41,7 @@ def whole(name: str, x: Any) -> Tensor:
 
 def matrix(name: str, x: Any, columns: int | None, why: str) -> Tensor:
     """A whole [rows, columns] tensor."""
-    x = whole(name, x)
+    x = plain_tensor(name, x)
     if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         empty = x.numel() == 0 or x.dim() == 1
         hint = (
@@ -63,7 +63,7 @@ def matrix(name: str, x: Any, columns: int | None, why: str) -> Tensor:
 
 def flat_rows(name: str, x: Any) -> Tensor:
     """[..., H] as [N, H] with last stride 1; a view wherever the strides allow it."""
-    x = whole(name, x)
+    x = plain_tensor(name, x)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"{name}: expected hidden states [..., H], got {check.describe(x)}")
     rows = x.reshape(-1, x.shape[-1])
@@ -73,7 +73,7 @@ def flat_rows(name: str, x: Any) -> Tensor:
 def vocabulary(name: str, x: Tensor | None, head_name: str, head: Tensor) -> Tensor | None:
     if x is None:
         return None
-    x = whole(name, x)
+    x = plain_tensor(name, x)
     if x.shape != head.shape[:1]:
         raise ValueError(
             f"{name}: expected shape [{head.shape[0]}], one entry per row of {head_name}, got "

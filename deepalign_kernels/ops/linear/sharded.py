@@ -53,12 +53,12 @@ def state_of(dtype: torch.dtype, *columns: Tensor) -> Tensor:
 def _attach(kind: str, x: Inputs, o: Options, shard: Shard, value: Tensor) -> Tensor:
     """`value` [N] with the gradients that the row function `kind` makes of `x.state`."""
 
-    def whole(t: Tensor | None) -> Tensor | None:
+    def replicated(t: Tensor | None) -> Tensor | None:
         if t is None or not (t.requires_grad and torch.is_grad_enabled()):
             return t
         return _Replicated.apply(t, shard.group)  # pyright: ignore[reportReturnType]
 
-    x = x._replace(hidden=whole(x.hidden), lora_a=whole(x.lora_a))
+    x = x._replace(hidden=replicated(x.hidden), lora_a=replicated(x.lora_a))
     return attached(kind, x, o, value)
 
 
@@ -104,14 +104,14 @@ def _divergence(
         own, other = (q, p) if o.direction == merge.POLICY_REF else (p, q)
         value = center = merge.kl_of(own, other, within)
     state = merge.kl_state(q, p, value, center, o.direction, acc)
-    return merge.kept(x.valid, acc, value, *state)
+    return merge.zeroed(x.valid, acc, value, *state)
 
 
 def _js_parts(
-    x: Inputs, o: Options, shard: Shard, q: merge.Whole, p: merge.Whole
+    x: Inputs, o: Options, shard: Shard, q: merge.Joined, p: merge.Joined
 ) -> Sequence[Tensor]:
     acc = accumulator(o.logits)
-    norms = merge.kept(x.valid, acc, q.norm(acc), p.norm(acc))
+    norms = merge.zeroed(x.valid, acc, q.norm(acc), p.norm(acc))
     x = x._replace(state=state_of(acc, *norms, norms[0].new_zeros(len(norms[0]), 2)))
     return _exchanged("js_parts", x, o, shard)
 
@@ -131,7 +131,7 @@ def constrained(x: Inputs, o: Options, shard: Shard, shown: Tensor) -> tuple[Ten
         ref_logp, _ = settled(everyone[3:6], column, o.logits)
     loss, weight = rules.run(o.rule, o.min_weight, value, ref_logp, x.beta)
     ref_logp = torch.zeros_like(value) if ref_logp is None else ref_logp
-    loss, ref_logp, weight = merge.kept(keep, value.dtype, loss, ref_logp, weight)
+    loss, ref_logp, weight = merge.zeroed(keep, value.dtype, loss, ref_logp, weight)
     if not o.kl_coef:
         # The gradient does not need the reference's scores again.
         x = x._replace(ref_hidden=None, ref_weight=None, ref_bias=None)
@@ -157,7 +157,7 @@ def stats(x: Inputs, o: Options, shard: Shard, shown: Tensor | None) -> Tensor:
     if o.js_beta > 0:
         parts = _js_parts(x, o, shard, *merge.models(*everyone[:4]))
     out = merge.stats_of(everyone, parts, o.js_beta, shown is not None)
-    return torch.stack(merge.kept(x.valid, acc, *out))
+    return torch.stack(merge.zeroed(x.valid, acc, *out))
 
 
 # Row functions: what a shard says of its rows, and the gradient of what all of them said

@@ -275,5 +275,5 @@ def _sharded(
         name = "surrogate" if surrogate else "exact"
         loss, weight = rules.run(name, min_weight, logp, ref_logp, beta)
         keep = column != IGNORED
-        loss, ref_logp, weight = merge.kept(keep, logp.dtype, loss, ref_logp, weight)
+        loss, ref_logp, weight = merge.zeroed(keep, logp.dtype, loss, ref_logp, weight)
     return attached(policy, column, loss, -weight, norm, *options), logp, ref_logp, weight

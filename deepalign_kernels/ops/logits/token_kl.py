@@ -162,14 +162,14 @@ def _sharded(
         *norms, within = shard.exchange(*merge.kl_rows(call, x, y, valid, swept, *options))
         q, p = merge.models(*norms)
         if direction == merge.JS:
-            norms = merge.kept(valid, acc, q.norm(acc), p.norm(acc))
+            norms = merge.zeroed(valid, acc, q.norm(acc), p.norm(acc))
             parts = _js_parts(x, y, valid, *norms, js_beta, *options)
             value, center = merge.js_of(q, p, shard.exchange(*parts), js_beta)
         else:
             own, other = (q, p) if direction == merge.POLICY_REF else (p, q)
             value = center = merge.kl_of(own, other, within)
         state = merge.kl_state(q, p, value, center, direction, acc)
-        value, *state = merge.kept(valid, acc, value, *state)
+        value, *state = merge.zeroed(valid, acc, value, *state)
     return _attached(policy, ref, valid, value, *state, direction, js_beta, *options)
 
 

@@ -132,11 +132,11 @@ def sharded(logits: Tensor, column: Tensor, shard: Shard, *options: float) -> Te
 def settled(rows: Sequence[Tensor], column: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(logp [N], normaliser [N, 2]) from the `merge.logp_rows` of all ranks."""
     m, s, picked = rows
-    row = merge.whole(m, s)
+    row = merge.joined(m, s)
     logp, acc = merge.logp_of(row, picked), accumulator(dtype)
     # A target in no shard: the kernel of the gradient learns it from the normaliser.
     norm = torch.where(logp.isnan()[:, None], torch.nan, row.norm(acc))
-    logp, norm = merge.kept(column != IGNORED, acc, logp, norm)
+    logp, norm = merge.zeroed(column != IGNORED, acc, logp, norm)
     return logp, norm
 
 

@@ -137,9 +137,9 @@ def _sharded(
     everyone = shard.exchange(*rows, start.to(rows[0].dtype).expand_as(rows[0]))
     acc, parts = accumulator(policy.dtype), None
     if js_beta > 0:
-        norms = merge.kept(valid, acc, *(m.norm(acc) for m in merge.models(*everyone[:4])))
+        norms = merge.zeroed(valid, acc, *(m.norm(acc) for m in merge.models(*everyone[:4])))
         parts = shard.exchange(
             *call("token_js_parts", policy, ref, valid, *norms, js_beta, *options)
         )
     out = merge.stats_of(everyone, parts, js_beta, column is not None)
-    return torch.stack(merge.kept(valid, acc, *out))
+    return torch.stack(merge.zeroed(valid, acc, *out))

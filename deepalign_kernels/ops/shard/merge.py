@@ -35,7 +35,7 @@ LARGE = 8.0
 Call = Callable[..., Any]  # (name of an op of the logits level, its arguments)
 
 
-class Whole(NamedTuple):
+class Joined(NamedTuple):
     """One model's rows over all shards, fp64."""
 
     top: Tensor  # [N] M
@@ -48,18 +48,20 @@ class Whole(NamedTuple):
         return torch.stack([self.top, self.log_sum], -1).to(dtype)
 
 
-def whole(m: Tensor, s: Tensor) -> Whole:
+def joined(m: Tensor, s: Tensor) -> Joined:
     empty = s == -torch.inf
     tops = torch.where(empty, -torch.inf, m)
     top = tops.amax(0)
     top = torch.where(top == -torch.inf, 0.0, top)
     masses = torch.where(empty, -torch.inf, (m - top) + s)
     log_sum = torch.logsumexp(masses, 0)
-    return Whole(top, log_sum, masses - log_sum, empty, tops)
+    return Joined(top, log_sum, masses - log_sum, empty, tops)
 
 
-def models(policy_m: Tensor, policy_s: Tensor, ref_m: Tensor, ref_s: Tensor) -> tuple[Whole, Whole]:
-    return whole(policy_m, policy_s), whole(ref_m, ref_s)
+def models(
+    policy_m: Tensor, policy_s: Tensor, ref_m: Tensor, ref_s: Tensor
+) -> tuple[Joined, Joined]:
+    return joined(policy_m, policy_s), joined(ref_m, ref_s)
 
 
 # What one shard says
@@ -117,7 +119,7 @@ def stats_rows(
 # What the shards say together: [ranks, N] -> [N]
 
 
-def logp_of(row: Whole, picked: Tensor) -> Tensor:
+def logp_of(row: Joined, picked: Tensor) -> Tensor:
     """Log-probability of the target; NaN where no shard has it, or more than one does."""
     here = picked != torch.inf
     within = torch.where(row.empty, -torch.inf, picked)
@@ -125,7 +127,7 @@ def logp_of(row: Whole, picked: Tensor) -> Tensor:
     return torch.where(here.sum(0) == 1, logp.clamp(max=0.0), torch.nan)
 
 
-def kl_of(own: Whole, other: Whole, within: Tensor) -> Tensor:
+def kl_of(own: Joined, other: Joined, within: Tensor) -> Tensor:
     """KL(own || other) from that within each shard; the edge cases of `reference/token_kl.py`."""
     parts = own.log_share.exp() * (within + (own.log_share - other.log_share))
     # A column of `own` that `other` masks is worth +inf also where its probability underflows.
@@ -134,13 +136,13 @@ def kl_of(own: Whole, other: Whole, within: Tensor) -> Tensor:
     return _poisoned(kl, own, other)
 
 
-def entropy_of(row: Whole, within: Tensor) -> Tensor:
+def entropy_of(row: Joined, within: Tensor) -> Tensor:
     parts = row.log_share.exp() * (within - row.log_share)
     return _poisoned(torch.where(row.empty, 0.0, parts).sum(0), row)
 
 
 def js_of(
-    policy: Whole, ref: Whole, parts: Sequence[Tensor], js_beta: float
+    policy: Joined, ref: Joined, parts: Sequence[Tensor], js_beta: float
 ) -> tuple[Tensor, Tensor]:
     """(divergence, its center) from the `token_js_parts` of all ranks."""
     policy_part, ref_part = parts
@@ -148,13 +150,13 @@ def js_of(
     return js_beta * ref_part.sum(0) + (1.0 - js_beta) * center, center
 
 
-def agree_of(policy: Whole, ref: Whole, agree: Tensor, starts: Tensor) -> Tensor:
+def agree_of(policy: Joined, ref: Joined, agree: Tensor, starts: Tensor) -> Tensor:
     """Whether both models' first maximum is one column: their first shard is one, and there it is.
 
     `starts` [ranks, N]: the first columns, so that ties go to the first one.
     """
 
-    def first(row: Whole) -> Tensor:
+    def first(row: Joined) -> Tensor:
         highest = row.tops == row.tops.amax(0)
         return torch.where(highest, starts, torch.inf).amin(0)
 
@@ -184,7 +186,7 @@ def stats_of(
 
 
 def kl_state(
-    policy: Whole, ref: Whole, value: Tensor, center: Tensor, direction: int, dtype: torch.dtype
+    policy: Joined, ref: Joined, value: Tensor, center: Tensor, direction: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(norm_policy [N, 2], norm_ref [N, 2], center [N]) for token_kl_bwd on a shard.
 
@@ -210,7 +212,7 @@ def kl_state(
     return norm_policy, norm_ref, torch.where(large, 0.0, value).to(dtype)
 
 
-def kept(keep: Tensor | None, dtype: torch.dtype, *rows: Tensor) -> tuple[Tensor, ...]:
+def zeroed(keep: Tensor | None, dtype: torch.dtype, *rows: Tensor) -> tuple[Tensor, ...]:
     """[N] or [N, k] in `dtype`, 0 in rows that are left out."""
     if keep is not None:
         columns = (keep.view(-1, *[1] * (x.dim() - 1)) for x in rows)
@@ -218,7 +220,7 @@ def kept(keep: Tensor | None, dtype: torch.dtype, *rows: Tensor) -> tuple[Tensor
     return tuple(x.to(dtype) for x in rows)
 
 
-def _poisoned(value: Tensor, *models: Whole) -> Tensor:
+def _poisoned(value: Tensor, *models: Joined) -> Tensor:
     """NaN where a model's row holds nothing but -inf, as in the plain ops."""
     for row in models:
         value = torch.where(row.log_sum == -torch.inf, torch.nan, value)
