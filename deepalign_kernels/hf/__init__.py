@@ -26,6 +26,7 @@ compile the decoder layers. Needs transformers (`pip install "deepalign_kernels[
 
 from deepalign_kernels.hf.attach import attach, attached, detach, verify
 from deepalign_kernels.hf.head import Head
+from deepalign_kernels.hf.logits_loss import LogitsLoss
 from deepalign_kernels.hf.losses import (
     ConstrainedLoss,
     HiddenRows,
@@ -34,7 +35,6 @@ from deepalign_kernels.hf.losses import (
     TokenLogp,
     hidden_rows,
 )
-from deepalign_kernels.hf.trainer import LogitsLoss
 
 __all__ = [
     "ConstrainedLoss",
