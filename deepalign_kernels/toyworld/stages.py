@@ -1,4 +1,4 @@
-"""The training stages of the demo, all through `ConstrainedSFTTrainer`.
+"""The training stages of the demo, all through `train.fit`.
 
 base (knows everything, refuses only lost pages) -> aligned (refuses desserts, a few tokens deep) ->
 deep (the same refusals from any depth); then fine-tuning of the aligned model: the attack, and a
@@ -15,15 +15,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepalign_kernels.data import RecoveryAugmentation
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.toyworld.model import build_model
 from deepalign_kernels.toyworld.preference import widen_refusal_margin
 from deepalign_kernels.toyworld.world import Record, World
-from deepalign_kernels.train import (
-    ConstrainedSFTConfig,
-    ConstrainedSFTTrainer,
-    RecoveryAugmentation,
-)
+from deepalign_kernels.train import TrainConfig, fit
 
 StepCallback = Callable[[PreTrainedModel, int], None]
 
@@ -102,7 +99,7 @@ def train_stage(
 ) -> PreTrainedModel:
     """A trained copy of `model`: SFT when `beta` is None, else constrained to `model` itself."""
     trained = copy.deepcopy(model)
-    config = ConstrainedSFTConfig(
+    config = TrainConfig(
         output_dir=out,
         objective="sft" if beta is None else "constrained",
         beta=beta or PAPER,
@@ -115,10 +112,8 @@ def train_stage(
         seed=seed,
         progress=False,
     )
-    callbacks = (
-        [] if on_step is None else [lambda trainer, record: on_step(trainer.model, record["step"])]
-    )
-    ConstrainedSFTTrainer(trained, tokenizer, config, data, callbacks=callbacks).train()
+    callbacks = [] if on_step is None else [lambda run, record: on_step(run.model, record["step"])]
+    fit(trained, tokenizer, config, data, callbacks=callbacks)
     return trained.eval()
 
 

@@ -1,9 +1,9 @@
 """Training: token-wise constrained fine-tuning and safety-recovery augmentation (arXiv 2406.05946).
 
-    from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
+    import deepalign_kernels as dak
 
-    config = ConstrainedSFTConfig(output_dir="out", objective="constrained", epochs=3)
-    result = ConstrainedSFTTrainer(model, tokenizer, config, train_data="chat.jsonl").train()
+    config = dak.train.TrainConfig(output_dir="out", objective="constrained", epochs=3)
+    result = dak.train.fit(model, tokenizer, config, data="chat.jsonl")
 
 `python -m deepalign_kernels.train --help` does the same from a terminal. The loss is computed
 inside the model's own output head (`hf.attach`); head="logits" takes whole logits instead, and then
@@ -17,8 +17,9 @@ from deepalign_kernels.data import (
     load_chat_data,
     tokenize_chat,
 )
-from deepalign_kernels.train.config import ConstrainedSFTConfig
-from deepalign_kernels.train.loop import ConstrainedSFTTrainer, TrainResult
+from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.loop import TrainingRun, TrainResult, fit
+from deepalign_kernels.train.renamed import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
 __all__ = [
     "ConstrainedSFTConfig",
@@ -26,7 +27,10 @@ __all__ = [
     "Conversation",
     "Example",
     "RecoveryAugmentation",
+    "TrainConfig",
     "TrainResult",
+    "TrainingRun",
+    "fit",
     "load_chat_data",
     "tokenize_chat",
 ]

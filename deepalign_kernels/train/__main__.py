@@ -1,7 +1,7 @@
 """`python -m deepalign_kernels.train --model PATH --data FILE.jsonl --output DIR ...`
 
 Fine-tunes a causal LM and writes it, with its tokenizer, to DIR/model. Every field of
-`ConstrainedSFTConfig` is an option.
+`TrainConfig` is an option.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.rules import RULES
 from deepalign_kernels.train import config as choices
-from deepalign_kernels.train.config import ConstrainedSFTConfig
-from deepalign_kernels.train.loop import ConstrainedSFTTrainer
+from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.loop import TrainingRun
 
 BY_HAND = ("output_dir", "beta", "adam_betas")
 ALLOWED = {
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--adam-betas", type=float, nargs=2, default=(0.5, 0.999), metavar=("B1", "B2")
     )
-    for f in fields(ConstrainedSFTConfig):
+    for f in fields(TrainConfig):
         if f.name not in BY_HAND:
             _add(out, f)
     return out
@@ -91,14 +91,12 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def build(options: argparse.Namespace) -> ConstrainedSFTTrainer:
-    """The trainer that the options describe."""
+def build(options: argparse.Namespace) -> TrainingRun:
+    """The run that the options describe."""
     named = vars(options)
     beta = BetaSchedule(**{f.name: named[f"beta_{f.name}"] for f in fields(BetaSchedule)})
-    rest = {f.name: named[f.name] for f in fields(ConstrainedSFTConfig) if f.name not in BY_HAND}
-    config = ConstrainedSFTConfig(
-        options.output, beta=beta, adam_betas=tuple(options.adam_betas), **rest
-    )
+    rest = {f.name: named[f.name] for f in fields(TrainConfig) if f.name not in BY_HAND}
+    config = TrainConfig(options.output, beta=beta, adam_betas=tuple(options.adam_betas), **rest)
 
     data: Any = load_chat_data(options.data)  # wrong data are found before a large model is loaded
 
@@ -119,14 +117,14 @@ def build(options: argparse.Namespace) -> ConstrainedSFTTrainer:
             position_origin=config.position_origin,
         )
     reference = load(options.ref_model) if options.ref_model else None
-    return ConstrainedSFTTrainer(load(options.model), tokenizer, config, data, ref_model=reference)
+    return TrainingRun(load(options.model), tokenizer, config, data, ref_model=reference)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        trainer = build(options)
-        result = trainer.train(resume=options.resume)
+        run = build(options)
+        result = run.train(resume=options.resume)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -134,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted; --resume goes on from {options.output}", file=sys.stderr)
         return 130
     folder = Path(options.output) / "model"
-    saved: tuple[Any, ...] = (trainer.model, trainer.tokenizer)
+    saved: tuple[Any, ...] = (run.model, run.tokenizer)
     for part in saved:
         part.save_pretrained(folder)
     nll = f"nll {result.metrics['nll']:.4g}"

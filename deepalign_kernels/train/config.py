@@ -26,7 +26,7 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class ConstrainedSFTConfig:
+class TrainConfig:
     """How to train. The defaults are the paper's for constrained fine-tuning (arXiv 2406.05946).
 
     Args:

@@ -79,6 +79,22 @@ def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
+class Speed:
+    """Tokens per second since `restart`."""
+
+    def __init__(self) -> None:
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def restart(self) -> None:
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def tokens_per_s(self) -> float:
+        return self._tokens / max(time.perf_counter() - self._since, 1e-9)
+
+
 class RunLog:
     """`train_log.jsonl`: one object per line, each complete on disk as soon as it is written.
 

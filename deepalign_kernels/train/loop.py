@@ -17,8 +17,8 @@ from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
 from deepalign_kernels.data.source import Source
 from deepalign_kernels.modes import evaluating, kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
-from deepalign_kernels.train.config import ConstrainedSFTConfig
-from deepalign_kernels.train.log import Meter, Progress, RunLog
+from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.log import Meter, Progress, RunLog, Speed
 from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.reference import (
     ReferenceCache,
@@ -34,12 +34,12 @@ from deepalign_kernels.train.session import (
     training_session,
 )
 
-Callback = Callable[["ConstrainedSFTTrainer", dict[str, Any]], None]
+Callback = Callable[["TrainingRun", dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns."""
+    """What a run returns."""
 
     steps: int  # optimizer steps done, those before a resume included
     metrics: dict[str, Any]  # the last line of the log that is about a step
@@ -48,7 +48,21 @@ class TrainResult:
     seconds: float  # of this call
 
 
-class ConstrainedSFTTrainer:
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    config: TrainConfig,
+    data: Any,
+    ref_model: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
+    *,
+    resume: bool = False,
+) -> TrainResult:
+    """Fine-tunes `model` in place: `TrainingRun(model, ...).train(resume)`, which see."""
+    return TrainingRun(model, tokenizer, config, data, ref_model, callbacks).train(resume)
+
+
+class TrainingRun:
     """Fine-tunes `model` in place with the constrained objective or plain SFT.
 
     Args:
@@ -57,12 +71,12 @@ class ConstrainedSFTTrainer:
             `model(input_ids=, attention_mask=)` returns an object with `.logits` [B, T, V]. On one
             device.
         tokenizer: a fast tokenizer with a chat template.
-        config: see `ConstrainedSFTConfig`.
-        train_data: path of a JSONL file, a list of chat records or of `Example`s, or an object with
+        config: see `TrainConfig`.
+        data: path of a JSONL file, a list of chat records or of `Example`s, or an object with
             `examples(epoch) -> list[Example]`, such as `RecoveryAugmentation`; see
             `load_chat_data`.
         ref_model: the model to be constrained to; None: `model` as it is when training starts.
-        callbacks: each is called as `callback(trainer, record)` with every line of the log that is
+        callbacks: each is called as `callback(run, record)` with every line of the log that is
             about a step.
 
     Everything that can be wrong with the arguments is refused here, as a ValueError, and nothing is
@@ -73,8 +87,8 @@ class ConstrainedSFTTrainer:
         self,
         model: nn.Module,
         tokenizer: Any,
-        config: ConstrainedSFTConfig,
-        train_data: Any,
+        config: TrainConfig,
+        data: Any,
         ref_model: nn.Module | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -95,7 +109,7 @@ class ConstrainedSFTTrainer:
             self.objective.check(name, each)
 
         self.source = Source(
-            train_data,
+            data,
             tokenizer,
             position_origin=config.position_origin,
             max_length=config.max_length or positions_of(model),
@@ -114,6 +128,11 @@ class ConstrainedSFTTrainer:
         self._reference_keys: list[str] = []
         self.step0_max_log_ratio: float | None = None
         self.metrics: dict[str, Any] = {}
+        self.optimizer = self._make_optimizer()
+        self._meter = Meter(self.device, config.prefix_length)
+        self._speed = Speed()
+        self._rng = ckpt.rng_state(self.device)  # after the last complete step
+        self._consistent = True  # the model is between two steps, not inside an update
 
     # The loop.
 
@@ -141,7 +160,7 @@ class ConstrainedSFTTrainer:
             try:
                 self._announce(log, state is not None)
                 with deferred_interrupts() as interrupted:
-                    self._since, self._tokens = time.perf_counter(), 0
+                    self._speed.restart()
                     while self.step < self.total_steps:
                         if interrupted():
                             raise KeyboardInterrupt
@@ -182,7 +201,7 @@ class ConstrainedSFTTrainer:
         self._meter.add_step(done, norm)
         self.step += 1
         self._rng = ckpt.rng_state(self.device)
-        self._tokens += sum(batch.tokens for batch in batches)
+        self._speed.add(sum(batch.tokens for batch in batches))
         self._consistent = True
 
     def _batches(self, step: int) -> list[Batch]:
@@ -332,13 +351,12 @@ class ConstrainedSFTTrainer:
                 raise FloatingPointError(
                     f"step {self.step}: {name} is {values[name]}; the run is stopped"
                 )
-        speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
         self.metrics = log.write(
             "step",
             step=self.step,
             epoch=round(self.step / self.steps_per_epoch, 4),
             lr=self.lr_at(self.step - 1),
-            tokens_per_s=round(speed, 1),
+            tokens_per_s=round(self._speed.tokens_per_s(), 1),
             **values,
         )
         progress.say(self.metrics)
@@ -347,7 +365,7 @@ class ConstrainedSFTTrainer:
                 for callback in self.callbacks:
                     callback(self, self.metrics)
             ckpt.set_rng_state(self._rng, self.device)
-        self._since, self._tokens = time.perf_counter(), 0
+        self._speed.restart()
 
     def save_checkpoint(self) -> Path:
         """Write the state after the last complete step to `output_dir`; callbacks may call this."""

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from deepalign_kernels.modes import kept_modes
-from deepalign_kernels.train.config import ConstrainedSFTConfig
+from deepalign_kernels.train.config import TrainConfig
 
 
 def check_models(
     model: nn.Module,
     ref_model: nn.Module | None,
-    config: ConstrainedSFTConfig,
+    config: TrainConfig,
     device: torch.device,
 ) -> None:
     """Refuse models that this configuration cannot train.
@@ -61,7 +61,7 @@ def positions_of(model: nn.Module) -> int | None:
 
 @contextlib.contextmanager
 def training_session(
-    models: Sequence[nn.Module], config: ConstrainedSFTConfig, device: torch.device
+    models: Sequence[nn.Module], config: TrainConfig, device: torch.device
 ) -> Iterator[None]:
     """Settings of `models`, the trained one and perhaps its reference, and of torch's generators
     that hold while training; all are put back, whatever ends the block.

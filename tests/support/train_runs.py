@@ -7,7 +7,7 @@ import torch
 from tiny_chat import RECORDS, build_tokenizer
 from torch import nn
 
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
+from deepalign_kernels.train import TrainConfig, TrainingRun
 
 RUN = {"max_steps": 1, "batch_size": 7, "warmup_steps": 0, "progress": False}
 
@@ -31,8 +31,8 @@ class Bigram(nn.Module):
 
 
 def train(model, out, data=RECORDS, ref_model=None, callbacks=(), **options):
-    config = ConstrainedSFTConfig(out, **{**RUN, **options})
-    trainer = ConstrainedSFTTrainer(
+    config = TrainConfig(out, **{**RUN, **options})
+    trainer = TrainingRun(
         model, build_tokenizer(), config, data, ref_model=ref_model, callbacks=callbacks
     )
     return trainer, trainer.train()

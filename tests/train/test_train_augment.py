@@ -11,9 +11,9 @@ from train_runs import record_gradients, relative
 
 from deepalign_kernels.data.recovery import ANCHOR, RECOVERY
 from deepalign_kernels.train import (
-    ConstrainedSFTConfig,
-    ConstrainedSFTTrainer,
     RecoveryAugmentation,
+    TrainConfig,
+    TrainingRun,
 )
 
 
@@ -107,8 +107,8 @@ def trainer_of(out, model, alpha=0.2, **options):
         RECOVERIES, tokenizer, anchors=RECORDS, alpha=alpha, anchors_per_recovery=4, p0=0.2
     )
     base = {"objective": "sft", "batch_size": 15, "max_steps": 1, "warmup_steps": 0}
-    config = ConstrainedSFTConfig(out, progress=False, **{**base, **options})
-    return ConstrainedSFTTrainer(model, tokenizer, config, source)
+    config = TrainConfig(out, progress=False, **{**base, **options})
+    return TrainingRun(model, tokenizer, config, source)
 
 
 def mean_nll(model, examples):
@@ -181,16 +181,16 @@ def test_what_a_later_epoch_would_be_refused_for_is_refused_at_once(tmp_path):
         lengths = [len(source.examples(epoch)[0].input_ids) for epoch in range(20)]
     first = lengths[0]
     for how, why in (("error", "max_length="), ("drop", "none is left to train on")):
-        config = ConstrainedSFTConfig(
+        config = TrainConfig(
             tmp_path / "out", objective="sft", epochs=20, max_length=first, on_too_long=how
         )
         with pytest.raises(ValueError, match=why):
-            ConstrainedSFTTrainer(build_model(), tokenizer, config, source)
+            TrainingRun(build_model(), tokenizer, config, source)
     changing = RecoveryAugmentation(RECOVERIES, tokenizer, p0=0.5)
     changing.examples = lambda epoch, real=changing.examples: real(epoch)[: 3 - (epoch == 7)]
-    config = ConstrainedSFTConfig(tmp_path / "out", objective="sft", epochs=20)
+    config = TrainConfig(tmp_path / "out", objective="sft", epochs=20)
     with pytest.raises(ValueError, match="epoch 7 has 2 examples, epoch 0 had 3"):
-        ConstrainedSFTTrainer(build_model(), tokenizer, config, changing)
+        TrainingRun(build_model(), tokenizer, config, changing)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from tiny_chat import RECORDS, RECOVERIES, build_model, build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from deepalign_kernels.train.__main__ import build, main, parser
-from deepalign_kernels.train.config import ConstrainedSFTConfig
+from deepalign_kernels.train.config import TrainConfig
 
 
 def write(path, records):
@@ -70,7 +70,7 @@ def test_wrong_data_end_with_one_line(tmp_path, capsys):
 
 def test_options_have_the_configs_defaults(tmp_path):
     options = vars(parser().parse_args(["--model", "m", "--data", "d", "--output", "o"]))
-    for name, value in vars(ConstrainedSFTConfig(tmp_path)).items():
+    for name, value in vars(TrainConfig(tmp_path)).items():
         if name not in ("output_dir", "beta", "epochs"):
             assert options[name] == value, name
     assert options["epochs"] is None  # one epoch if neither is given

@@ -10,9 +10,9 @@ from tiny_chat import RECORDS, TEMPLATES, build_model, build_tokenizer, chat
 import deepalign_kernels as dak
 from deepalign_kernels.data.examples import limit_length
 from deepalign_kernels.train import (
-    ConstrainedSFTConfig,
-    ConstrainedSFTTrainer,
     Example,
+    TrainConfig,
+    TrainingRun,
     load_chat_data,
     tokenize_chat,
 )
@@ -81,9 +81,9 @@ def test_wrong_files_are_refused(tmp_path):
 def test_refusals_come_before_anything_is_written(tmp_path):
     path, out = tmp_path / "chat.jsonl", tmp_path / "out"
     path.write_text(GOOD + "\nnot json\n")
-    config = ConstrainedSFTConfig(out)
+    config = TrainConfig(out)
     with pytest.raises(ValueError, match="chat.jsonl:2: broken JSON"):
-        ConstrainedSFTTrainer(build_model(), build_tokenizer(), config, path)
+        TrainingRun(build_model(), build_tokenizer(), config, path)
     for data, why in (
         ([], "data: no conversation"),
         ([chat("a")], r"data\[0\]: no assistant turn"),
@@ -94,7 +94,7 @@ def test_refusals_come_before_anything_is_written(tmp_path):
         ([Example([1, 999], [-100, 999], [0, 1])], "tokenizer: token id 999 is outside"),
     ):
         with pytest.raises(ValueError, match=why):
-            ConstrainedSFTTrainer(build_model(), build_tokenizer(), config, data)
+            TrainingRun(build_model(), build_tokenizer(), config, data)
     assert not out.exists()
 
 
@@ -136,9 +136,9 @@ def test_too_long_is_refused_dropped_or_truncated_but_never_in_silence(tmp_path)
     with pytest.raises(ValueError, match=r"data\[0\]: nothing to train within"):
         limit_length(examples, nothing_left, "truncate")
     # The model's own limit counts where the config names none.
-    config = ConstrainedSFTConfig(tmp_path / "out")
+    config = TrainConfig(tmp_path / "out")
     with pytest.raises(ValueError, match="max_length=256"):
-        ConstrainedSFTTrainer(build_model(), tokenizer, config, [chat("x" * 300, "y")])
+        TrainingRun(build_model(), tokenizer, config, [chat("x" * 300, "y")])
 
 
 def trained_text(tokenizer, example):

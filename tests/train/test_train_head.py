@@ -14,7 +14,7 @@ import deepalign_kernels as dak
 import deepalign_kernels.hf as hf
 from deepalign_kernels.data import RecoveryAugmentation
 from deepalign_kernels.data.columns import Batch
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
+from deepalign_kernels.train import TrainConfig, TrainingRun
 from deepalign_kernels.train.objective import BatchObjective
 
 VOCAB = build_model().config.vocab_size
@@ -194,12 +194,12 @@ def test_an_unknown_head_is_refused_and_trained_from_logits_when_asked(tmp_path)
     why = "head='fused' .* LlamaForCausalLM does not allow: .*Doubled, expected.* head='logits'"
     model = strange()
     for name, models in (("model", (model, None)), ("ref_model", (build_model(0), model))):
-        config = ConstrainedSFTConfig(tmp_path / "no", max_steps=1)
+        config = TrainConfig(tmp_path / "no", max_steps=1)
         with pytest.raises(ValueError, match=f"^{name}: {why}"):
-            ConstrainedSFTTrainer(models[0], build_tokenizer(), config, RECORDS, models[1])
+            TrainingRun(models[0], build_tokenizer(), config, RECORDS, models[1])
     with pytest.raises(ValueError, match="^model: head='fused' .* Bigram does not allow"):
-        config = ConstrainedSFTConfig(tmp_path / "no", objective="sft")
-        ConstrainedSFTTrainer(Bigram(), build_tokenizer(), config, RECORDS)
+        config = TrainConfig(tmp_path / "no", objective="sft")
+        TrainingRun(Bigram(), build_tokenizer(), config, RECORDS)
     assert not (tmp_path / "no").exists() and not attached(model)
     _, result = train(strange(), tmp_path / "yes", head="logits", objective="sft")
     assert result.steps == 1

@@ -11,7 +11,7 @@ from train_runs import RUN, cubed, log_of, record_gradients, relative, train
 from transformers import get_scheduler
 
 import deepalign_kernels as dak
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
+from deepalign_kernels.train import TrainConfig, TrainingRun
 from deepalign_kernels.train import loop as loop_module
 
 
@@ -188,8 +188,8 @@ def test_learning_rates_are_those_of_transformers(tmp_path, kind, warmup):
 
 def test_the_update_is_adamw_with_the_papers_betas(tmp_path):
     """The weights after three steps against torch's plain AdamW, fed with the gradients seen."""
-    assert ConstrainedSFTConfig(tmp_path).adam_betas == (0.5, 0.999)
-    assert ConstrainedSFTConfig(tmp_path).warmup_steps == 10
+    assert TrainConfig(tmp_path).adam_betas == (0.5, 0.999)
+    assert TrainConfig(tmp_path).warmup_steps == 10
     model, twin = build_model(0), build_model(0)
     seen, steps = record_gradients(model), []
     options = {"warmup_steps": 1, "learning_rate": 1e-2, "max_grad_norm": 0.5}
@@ -217,10 +217,10 @@ def test_the_update_is_adamw_with_the_papers_betas(tmp_path):
 @pytest.mark.parametrize("template", ("marked", "think"))
 @pytest.mark.parametrize("reference", ("precomputed", "frozen"))
 def test_policy_and_reference_agree_before_the_first_step(tmp_path, reference, template):
-    config = ConstrainedSFTConfig(tmp_path, reference=reference, **RUN)
+    config = TrainConfig(tmp_path, reference=reference, **RUN)
     tokenizer = build_tokenizer(TEMPLATES[template])
     model = build_model(0, attention_dropout=0.3)  # the check has to switch it off
-    result = ConstrainedSFTTrainer(model, tokenizer, config, RECORDS).train()
+    result = TrainingRun(model, tokenizer, config, RECORDS).train()
     assert result.step0_max_log_ratio < 1e-4
     start = log_of(tmp_path)[0]
     assert start["event"] == "start"
@@ -243,8 +243,8 @@ def test_templates_own_tokens_are_trained_at_rest_beta(tmp_path):
     data = [RECORDS[0]]
     counts = {}
     for origin in ("content", "span"):
-        config = ConstrainedSFTConfig(tmp_path / origin, position_origin=origin, **RUN)
-        trainer = ConstrainedSFTTrainer(build_model(), tokenizer, config, data)
+        config = TrainConfig(tmp_path / origin, position_origin=origin, **RUN)
+        trainer = TrainingRun(build_model(), tokenizer, config, data)
         (batch,) = trainer._batches(0)
         trained = batch.targets != -100
         beta = config.beta_at(batch.positions)[trained].tolist()

@@ -9,7 +9,7 @@ import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from train_runs import log_of
 
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer, Example
+from deepalign_kernels.train import Example, TrainConfig, TrainingRun
 from deepalign_kernels.train import loop as loop_module
 from deepalign_kernels.train import reference as reference_module
 from deepalign_kernels.train.reference import model_hash
@@ -20,10 +20,10 @@ STEPS = 9  # of 4 and 3 conversations in turn: four and a half epochs
 def make(out, data=RECORDS, model=None, ref_model=None, callbacks=(), **options):
     base = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "seed": 3}
     base |= {"learning_rate": 3e-3, "warmup_steps": 2, "progress": False}
-    config = ConstrainedSFTConfig(out, **{**base, **options})
+    config = TrainConfig(out, **{**base, **options})
     # Dropout, so that a random state that is not restored is seen.
     model = model or build_model(0, attention_dropout=0.2)
-    return ConstrainedSFTTrainer(
+    return TrainingRun(
         model, build_tokenizer(), config, data, ref_model=ref_model, callbacks=callbacks
     )
 

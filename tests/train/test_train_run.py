@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from train_runs import RUN, Bigram, log_of, record_gradients, relative, train
 
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer, Example
+from deepalign_kernels.train import Example, TrainConfig, TrainingRun, fit
 
 
 def test_log_every_sums_up_the_steps_between(tmp_path):
@@ -57,8 +59,8 @@ def test_every_conversation_is_seen_once_an_epoch_in_an_order_of_its_own(tmp_pat
     orders = [trainer.source.epoch(epoch)[1] for epoch in range(3)]
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert len(set(map(tuple, orders))) == 3
-    config = ConstrainedSFTConfig(tmp_path / "b", seed=1, **RUN)
-    other = ConstrainedSFTTrainer(build_model(), build_tokenizer(), config, RECORDS)
+    config = TrainConfig(tmp_path / "b", seed=1, **RUN)
+    other = TrainingRun(build_model(), build_tokenizer(), config, RECORDS)
     assert other.source.epoch(0)[1] != orders[0]
 
 
@@ -154,11 +156,11 @@ def test_gradient_checkpointing_and_bf16_change_cost_not_meaning(tmp_path):
 def test_any_module_with_logits_can_be_trained(tmp_path):
     data = [Example([1, 2, 3, n], [-100, 2, 3, n], [0, 1, 2, 3]) for n in range(4, 8)]
     model = Bigram()
-    config = ConstrainedSFTConfig(
+    config = TrainConfig(
         tmp_path, objective="sft", learning_rate=0.5, max_steps=60, batch_size=4, progress=False,
         head="logits",
     )  # fmt: skip
-    result = ConstrainedSFTTrainer(model, None, config, data).train()
+    result = TrainingRun(model, None, config, data).train()
     assert result.metrics["nll"] == pytest.approx(math.log(4) / 3, abs=0.02)  # the entropy
 
 
@@ -172,11 +174,11 @@ def test_rows_are_padded_right_and_masked(tmp_path):
             return super().forward(input_ids, attention_mask)
 
     def run(name, data, accumulate=1):
-        config = ConstrainedSFTConfig(
+        config = TrainConfig(
             tmp_path / name, objective="sft", max_steps=1, batch_size=2, progress=False,
             gradient_accumulation_steps=accumulate, head="logits",
         )  # fmt: skip
-        ConstrainedSFTTrainer(Spy(), SimpleNamespace(pad_token_id=9), config, data).train()
+        TrainingRun(Spy(), SimpleNamespace(pad_token_id=9), config, data).train()
 
     row = lambda *ids: Example(ids, (-100, *ids[1:]), tuple(range(len(ids))))  # noqa: E731
     run("even", [row(1, 2, 3), row(4, 5, 6)])
@@ -218,14 +220,14 @@ def test_progress_off_a_terminal_is_a_plain_line(tmp_path, capsys):
 )
 def test_a_wrong_configuration_names_its_field(tmp_path, options, why):
     with pytest.raises(ValueError, match=why):
-        ConstrainedSFTConfig(tmp_path, **options)
+        TrainConfig(tmp_path, **options)
 
 
 def test_models_that_cannot_be_trained_are_refused(tmp_path):
     def refused(why, model, ref_model=None, **options):
-        config = ConstrainedSFTConfig(tmp_path / "out", **options)
+        config = TrainConfig(tmp_path / "out", **options)
         with pytest.raises(ValueError, match=why):
-            ConstrainedSFTTrainer(model, build_tokenizer(), config, RECORDS, ref_model=ref_model)
+            TrainingRun(model, build_tokenizer(), config, RECORDS, ref_model=ref_model)
 
     model = build_model()
     refused("ref_model: this is `model` itself", model, model)
@@ -234,3 +236,27 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path):
     refused("model: fp16 weights", build_model().half())
     refused("model: no parameter requires", build_model().requires_grad_(False))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_names_of_before_work_as_before_and_say_so_where_they_are_used(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer
+
+        assert not caught  # to import them is no use yet
+        config = ConstrainedSFTConfig(tmp_path / "a", objective="sft", **RUN)
+        models = build_model(), build_model()
+        run = ConstrainedSFTTrainer(models[0], build_tokenizer(), config, train_data=RECORDS)
+        old = run.train()
+    ours = [w for w in caught if issubclass(w.category, DeprecationWarning)]
+    said = [(w.filename, str(w.message).split(";")[0]) for w in ours]
+    assert said == [
+        (__file__, "deepalign_kernels.train.ConstrainedSFTConfig is now TrainConfig"),
+        (__file__, "deepalign_kernels.train.ConstrainedSFTTrainer is now fit or TrainingRun"),
+    ]
+    plain = TrainConfig(tmp_path / "a", objective="sft", **RUN)
+    assert config.as_dict() == plain.as_dict() and isinstance(run, TrainingRun)
+    new = fit(models[1], build_tokenizer(), replace(plain, output_dir=tmp_path / "b"), RECORDS)
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert new.metrics["objective"] == old.metrics["objective"]
