@@ -179,8 +179,9 @@ def _warn_of_device(device: str) -> None:
         )
     if why:
         warnings.warn(
-            f"deepalign_kernels runs {device} tensors in plain torch, {what}: {why}. The cure: {cure}."
-            " `python -m deepalign_kernels` shows what runs; DEEPALIGN_BACKEND=eager asks for it.",
+            f"deepalign_kernels runs {device} tensors in plain torch, {what}: {why}. The cure:"
+            f" {cure}. `python -m deepalign_kernels` shows what runs; DEEPALIGN_BACKEND=eager"
+            " asks for it.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -64,7 +64,7 @@ def call(folder: pathlib.Path, *command: str, **variables: str) -> subprocess.Co
 
 
 def isolated(folder: pathlib.Path) -> str:
-    """PYTHONPATH of a build that sees setuptools and no other installed package, as pip makes it."""
+    """PYTHONPATH of a build that sees setuptools and no other package, as pip makes it."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SEEN_BY_AN_ISOLATED_BUILD)
     for part in pathlib.Path(setuptools.__file__).parents[1].glob("setuptools*"):

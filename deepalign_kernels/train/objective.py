@@ -66,6 +66,7 @@ class BatchObjective:
         """One micro-batch's share of the step's loss, and what a log says about its tokens.
 
         Args:
+            model: the policy.
             batch: with `ref_logp`, if the rule needs a reference and no `ref_model` is there.
             ref_model: asked for the log-probabilities of the targets, in place of `ref_logp`.
 

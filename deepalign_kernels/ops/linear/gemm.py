@@ -6,11 +6,11 @@
 
 Products with 16-bit operands must not round the scores: 8 bits of a bf16 score of 20 are an error
 of 0.06 in a log-probability. A GEMM with an fp32 result does it on CUDA. Torch has none for the CPU
-(2.13). There csrc/cpu/gemm multiplies operands and results of any of the three dtypes, widening them
-as it packs them, at the rate of torch's fp32 product (AVX2: 0.9 to 1.05 of it, 1.5 at 128 rows) or,
-for bf16 with AVX512-BF16, at that of a plain bf16 one. Without the native library, or AVX2, the head
-is widened tile by tile and multiplied by torch in fp32 (`Route.TILES`): 0.4-0.8 of the rate of
-plain fp32.
+(2.13). There csrc/cpu/gemm multiplies operands and results of any of the three dtypes, widening
+them as it packs them, at the rate of torch's fp32 product (AVX2: 0.9 to 1.05 of it, 1.5 at 128
+rows) or, for bf16 with AVX512-BF16, at that of a plain bf16 one. Without the native library, or
+AVX2, the head is widened tile by tile and multiplied by torch in fp32 (`Route.TILES`): 0.4-0.8 of
+the rate of plain fp32.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _scores_by_tiles(
     dtype = torch.float32 if narrow else scores.dtype
     wide = _carve(scratch.rows, rows.shape, dtype).copy_(rows)
     columns = head.shape[1]
-    # Beside each row of the tile a column of its product; fewer rows at once where that is too long.
+    # Beside each row of the tile a column of its product; fewer rows where that is too long.
     step = max(1, scratch.tile.numel() // (4 * (columns + len(rows)))) if narrow else None
     for a, b in _tiles(scratch, head.shape, dtype.itemsize, step):
         tile = _carve(scratch.tile, head[a:b].shape, dtype).copy_(head[a:b])
