@@ -8,7 +8,7 @@ import torch
 
 import deepalign_kernels as dak
 from deepalign_kernels import hf
-from deepalign_kernels.train import ConstrainedSFTConfig, ConstrainedSFTTrainer, tokenize_chat
+from deepalign_kernels.train import TrainConfig, fit, tokenize_chat
 
 
 # --8<-- [start:rule]
@@ -48,7 +48,7 @@ with hf.attached(model):
     out = model(input_ids=input_ids, labels=targets, dak_loss=rule)
 # --8<-- [end:head]
 # --8<-- [start:train]
-config = ConstrainedSFTConfig("out", objective=only_learn_what_is_likely, max_steps=2)
-result = ConstrainedSFTTrainer(model, tokenizer, config, train_data=tiny.CHATS).train()
+config = TrainConfig("out", objective=only_learn_what_is_likely, max_steps=2)
+result = fit(model, tokenizer, config, data=tiny.CHATS)
 # --8<-- [end:train]
 print(f"in a model {out.loss.item():.3f}, after two steps of training {result.metrics['nll']:.3f}")
