@@ -29,7 +29,8 @@ def scale_of_sum(
     if reduction != "mean":
         return torch.ones((), dtype=dtype, device=valid.device)
     if normalizer is None:
-        count = valid.sum(dtype=dtype)
+        # Without a valid token every loss is 0, so what it is multiplied by does not matter.
+        return valid.sum(dtype=dtype).clamp_(min=1.0).reciprocal_()
     elif isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(
@@ -47,7 +48,6 @@ def scale_of_sum(
     else:
         divisor = check.number("normalizer", normalizer, above=0.0)
         return torch.full((), 1.0 / divisor, dtype=dtype, device=valid.device)
-    return torch.where(count > 0, count.reciprocal(), 0.0)
 
 
 def scaled_sum(values: Tensor, scale: Tensor) -> Tensor:

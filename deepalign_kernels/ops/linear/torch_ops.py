@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.ops._reduce import scaled_sum
-from deepalign_kernels.ops._register import _LIB, accumulator, autograd, no_double_backward
+from deepalign_kernels.ops._register import (
+    accumulator,
+    autograd,
+    define_plain,
+    no_double_backward,
+)
 from deepalign_kernels.ops.linear import gemm, saved, tiles
 from deepalign_kernels.ops.linear.engine import Engine
 from deepalign_kernels.ops.linear.types import ARGUMENTS, KINDS, KNOWN, Inputs, Options, Trained
@@ -34,9 +39,6 @@ _FIVE = ", ".join(f"Tensor grad_{name}" for name in Trained._fields)
 
 
 def _define(schema: str, body: Any) -> Any:
-    name = schema.partition("(")[0]
-    _LIB.define(schema)
-
     def run(*arguments: Any) -> Any:
         device = next(x for x in arguments if isinstance(x, Tensor)).device.type
         with torch.no_grad():
@@ -45,9 +47,7 @@ def _define(schema: str, body: Any) -> Any:
             with torch.autocast(device, enabled=False):
                 return body(*arguments)
 
-    for key in ("CPU", "CUDA"):
-        _LIB.impl(name, run, key)
-    return getattr(torch.ops.deepalign, name).default
+    return define_plain(schema, run)
 
 
 def _call(arguments: Sequence[Any]) -> tuple[str, Inputs, Options]:
