@@ -1,10 +1,12 @@
 """What the linear ops allocate, from the allocator's own records, against `estimate_memory`."""
 
+import contextlib
 import warnings
 from unittest import mock
 
 import pytest
 import torch
+from linear_cases import as_on_a_gpu
 
 import deepalign_kernels as dak
 from benchmarks.cases.logits import Shape
@@ -288,3 +290,32 @@ def test_a_budget_too_small_for_one_row():
     assert least is not None and least.chunk_tokens == 1
     enough = call("linear_constrained_loss", max_workspace_bytes=needed)[0]
     assert torch.isfinite(enough())
+
+
+PER_TOKEN = [
+    dict(op="linear_token_logp"),
+    dict(op="linear_token_kl", ref_hidden_size=16),
+    dict(op="linear_constrained_loss", reduction="none"),
+    dict(op="linear_constrained_loss", reduction="none", ref_hidden_size=8, kl_coef=0.1),
+    dict(op="linear_token_logp", rank=4, requires_grad=LORA),
+]
+
+
+@pytest.mark.parametrize("place", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("case", PER_TOKEN, ids=str)
+def test_a_budget_that_a_forward_takes_is_enough_for_its_backward(case, dtype, place):
+    """Gradients of 16-bit rows need more than values: what the error asks for is enough for both,
+    one byte less is refused at once, and by the estimate."""
+    case = dict(case, dtype=dtype, trained=200)
+    with as_on_a_gpu() if place == "gpu" else contextlib.nullcontext():
+        with pytest.raises(ValueError, match="which take") as refused:
+            call(max_workspace_bytes=1000, **case)[0]()
+        needed = int(str(refused.value).partition("which take ")[2].partition(";")[0])
+        with pytest.raises(ValueError, match=f"which take {needed};"):
+            call(max_workspace_bytes=needed - 1, **case)[0]()
+        forward, leaves = call(max_workspace_bytes=needed, **case)
+        torch.autograd.grad(forward().sum(), leaves)
+        assert estimate(max_workspace_bytes=needed, **case).chunks == 200
+        with pytest.raises(ValueError, match=f"which take {needed};"):
+            estimate(max_workspace_bytes=needed - 1, **case)

@@ -20,6 +20,7 @@ from deepalign_kernels.ops.linear.plan import (
     by_tiles,
     keeps,
     make_plan,
+    refuse_late,
     released,
     tile_columns,
 )
@@ -209,6 +210,9 @@ def _kind(op: str, kl_coef: float, direction: str) -> str:
 def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> MemoryEstimate:
     """`s`: a run for values only; `made`: one that makes the gradients wanted as well."""
     results = s.tokens * (s.values * accumulator(s.logits).itemsize + 5) + 8 * s.rows * s.dropped
+    per_token = not scalar and any(made.wanted[1:])
+    if per_token and not keeps(made, budget):
+        refuse_late(made, budget)
     values_only = _part(s, make_plan(s, budget), results)
     if not any(made.wanted):
         return values_only

@@ -241,6 +241,18 @@ def keeps(s: Sizes, budget: int | None) -> bool:
     return all(s.tokens <= _room(x, budget).rows for x in (keep, backward_of(keep)))
 
 
+def refuse_late(s: Sizes, budget: int | None) -> None:
+    """What the backward of `s` that makes the scores again would raise, if rows were dropped and
+    every gradient wanted: for the forward, which needs less.
+
+    Raises:
+        ValueError: a budget that holds no single row.
+    """
+    if budget is not None:
+        made = s._replace(phase=Phase.CHUNKS, gradients=True, wanted=(True,) * 5)
+        make_plan(made._replace(tokens=made.rows + 1), budget)
+
+
 def backward_of(s: Sizes) -> Sizes:
     """The backward of a forward that kept: it needs no reference and calls no row function."""
     return s._replace(phase=Phase.KEPT, ref_hidden=0, shared_head=False, eager_copies=0.0)

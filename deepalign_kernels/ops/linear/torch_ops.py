@@ -28,9 +28,17 @@ from deepalign_kernels.ops._register import (
     define_plain,
     no_double_backward,
 )
-from deepalign_kernels.ops.linear import gemm, saved, tiles
-from deepalign_kernels.ops.linear.engine import Engine
-from deepalign_kernels.ops.linear.types import ARGUMENTS, KINDS, KNOWN, Inputs, Options, Trained
+from deepalign_kernels.ops.linear import gemm, plan, saved, tiles
+from deepalign_kernels.ops.linear.engine import Engine, sizes_of
+from deepalign_kernels.ops.linear.types import (
+    ARGUMENTS,
+    KINDS,
+    KNOWN,
+    Inputs,
+    Options,
+    Trained,
+    shares_head,
+)
 from deepalign_kernels.ops.logits.scale_grad import hand_over
 
 _K = 1 + len(Inputs._fields)  # where the options begin
@@ -97,10 +105,17 @@ def _bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_finish(engine, False))
 
 
+def _refuse_late(kind: str, x: Inputs, o: Options) -> None:
+    """A budget that is enough for the values alone is refused before they are made."""
+    every = (True,) * len(Trained._fields)
+    plan.refuse_late(sizes_of(kind, x, o, len(x.hidden), every, shares_head(x)), o.budget)
+
+
 def _kept_body(*arguments: Any) -> tuple[Tensor, Tensor]:
     kind, x, o = _call(arguments)
     if saved.keeps(kind, x, o):
         return saved.forward(kind, x, o, arguments[_N])
+    _refuse_late(kind, x, o)
     return Engine(kind, x, o).run(), x.hidden.new_empty(0)
 
 
@@ -326,6 +341,7 @@ def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Ten
 
 
 def _shard_body(*arguments: Any) -> Tensor:
+    _refuse_late(*_call(arguments))
     return arguments[_N].clone()
 
 
