@@ -10,7 +10,7 @@ from benchmarks.studies import pieces
 from deepalign_kernels import backends
 
 needs_gemm = pytest.mark.skipif(
-    not backends.native_gemm("cpu"), reason="no native library, or no AVX512-BF16 in this CPU"
+    not backends.native_gemm("cpu"), reason="no native library, or no AVX2 in this CPU"
 )
 pytestmark = [  # its memory is its business, and timed
     pytest.mark.clean_memory,
