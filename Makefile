@@ -19,7 +19,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast matrix bench lint docs format build wheel clean
+.PHONY: help demo test test-fast matrix bench lint docs format build wheel hub clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -65,6 +65,10 @@ build: ## .venv with torch and the tools, then the native libraries
 
 wheel: build ## wheels and the source archive, into dist/
 	@sh .ci/wheel
+
+hub: wheel ## the layout of a kernel repository of the Hugging Face Hub, into build/hub/
+	@cd build/wheel/deepalign_kernels-* && CXXFLAGS="-include $$PWD/.ci/glibc_2_28.h" \
+		$(CURDIR)/$(PY) hub/make.py $(CURDIR)/build/hub
 
 clean: ## remove what the targets made, except .venv
 	rm -rf build dist site demo_output .matrix deepalign_kernels.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -192,13 +192,14 @@ def find_torch() -> Path:
     return folder
 
 
-def build_cpu() -> tuple[Path, str]:
-    """Compile and link the CPU library. Returns the file and a line that says how it was made."""
+def build_cpu(namespace: str = "deepalign_native") -> tuple[Path, str]:
+    """Compile and link the CPU library, its ops registered in torch.ops.NAMESPACE.
+
+    Returns: the file, and a line that says how it was made.
+    """
     compiler, torch = find_compiler(), find_torch()
     rows = sorted([*CSRC.glob("cpu/rows/*.cpp"), *CSRC.glob("cpu/panels/*.cpp")])
-    once = sorted(path for room in ("", "cpu/", "cpu/gemm/") for path in CSRC.glob(f"{room}*.cpp"))
-    if not once:
-        raise Unavailable(f"no C++ sources in {CSRC}")
+    once = sorted([*CSRC.glob("cpu/*.cpp"), *CSRC.glob("cpu/gemm/*.cpp")])
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = ISAS if x86 else {"portable": []}
     base = [*compiler, *CXX_FLAGS, *DEFINES, *([] if x86 else ["-DDAK_ONLY_PORTABLE"])]
@@ -208,7 +209,12 @@ def build_cpu() -> tuple[Path, str]:
     plan = [(source, "", []) for source in once]
     for isa, options in isas.items():
         plan += [(source, f".{isa}", [f"-DDAK_ISA={isa}", *options]) for source in rows]
-    objects = []
+    registers = Compiled(
+        CSRC / "bindings.cpp",
+        WORK / "cpu" / f"{namespace}.o",
+        [*base, f"-DDAK_NAMESPACE={namespace}"],
+    )
+    objects = [registers]
     for source, isa, options in plan:
         output = WORK / "cpu" / f"{source.parent.name}.{source.stem}{isa}.o"
         objects.append(Compiled(source, output, [*base, *options]))
@@ -217,7 +223,7 @@ def build_cpu() -> tuple[Path, str]:
     else:
         libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
     command = [*compiler, "-shared", *flags("CXXFLAGS"), *(str(x.output) for x in objects)]
-    library = WORK / "cpu" / "_native_cpu.so"
+    library = WORK / "cpu" / f"{namespace}.so"
     link(library, objects, [*command, *libraries, *flags("LDFLAGS")])
     return library, f"built with {' '.join(compiler)}: {' '.join(isas)}"
 

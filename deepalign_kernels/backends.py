@@ -111,7 +111,7 @@ def unavailable(
 @functools.cache
 def module_of(backend: str, op: str) -> ModuleType | None:
     """The file of `op` in a backend's package; None where that does not define it."""
-    package = f"deepalign_kernels.{_PACKAGE[backend]}"
+    package = f"{__package__}.{_PACKAGE[backend]}"
     if importlib.util.find_spec(f"{package}.{STEMS[op]}") is None:
         return None
     module = importlib.import_module(f"{package}.{STEMS[op]}")
