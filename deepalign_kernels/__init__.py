@@ -5,7 +5,7 @@ The method is that of "Safety Alignment Should Be Made More Than Just a Few Toke
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepalign_kernels.backends import use_backend
 from deepalign_kernels.losses import BetaSchedule, reduce_tokens, response_positions
@@ -26,6 +26,11 @@ from deepalign_kernels.ops import (
     token_logp,
     token_stats,
 )
+
+if TYPE_CHECKING:
+    from deepalign_kernels import data, hf, toyworld, train  # noqa: F401
+
+_LAZY = ("data", "hf", "toyworld", "train")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,6 +58,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """`dak.data`, `hf`, `train` and `toyworld` need transformers: imported when first asked for."""
-    if name in ("data", "hf", "train", "toyworld"):
+    if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_LAZY, "__version__"})

@@ -20,7 +20,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ def _constraint(logp: Tensor, ref_logp: Tensor, beta: Tensor) -> tuple[Tensor, T
 
 
 RULES: dict[str, Rule] = {"exact": exact, "surrogate": surrogate, "nll": nll, "dft": dft}
-KERNELS = ("exact", "surrogate")  # those that the kernels of constrained_loss have a copy of
+KernelRule = Literal["exact", "surrogate"]
+KERNELS = get_args(KernelRule)  # those that the kernels of constrained_loss have a copy of
 
 
 class Objective(NamedTuple):

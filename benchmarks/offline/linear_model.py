@@ -178,13 +178,14 @@ def _step(op: str, shape: Shape, reduction: str, trained: tuple[str, ...], **kw:
     hidden, weight = new(T, H, grad="hidden" in trained), new(V, H, grad="weight" in trained)
     target = torch.empty(T, dtype=torch.long, device="meta")
     row, ref, ref_weight = target.float(), new(T, H), new(V, H)
+    reduced: dict[str, Any] = {"reduction": reduction}
     calls: dict[str, Callable[[], Any]] = {
         "linear_token_logp": lambda: dak.linear_token_logp(hidden, weight, target, **kw),
         "linear_token_kl": lambda: dak.linear_token_kl(
-            hidden, weight, ref, ref_weight, reduction=reduction, **kw
+            hidden, weight, ref, ref_weight, **reduced, **kw
         ),
         "linear_constrained_loss": lambda: dak.linear_constrained_loss(
-            hidden, weight, target, beta=row, ref_logp=row, reduction=reduction, **kw
+            hidden, weight, target, beta=row, ref_logp=row, **reduced, **kw
         ),
     }
     with recording() as recorder:

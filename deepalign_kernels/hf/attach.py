@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from deepalign_kernels.hf.losses import LossOutput, TokenLogp, run_loss
 from deepalign_kernels.hf.probe import Transform, probe, uncompiled
 from deepalign_kernels.modes import evaluating
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def attach(model: nn.Module) -> nn.Module:
+
+def attach(model: Model) -> Model:
     """Let `model(**batch, labels=..., dak_loss=...)` compute a loss inside the model's own head.
 
     Calls without `dak_loss` are the model's own, to the bit. Only `forward` is replaced, on this
@@ -88,7 +90,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def attached(model: nn.Module) -> Iterator[nn.Module]:
+def attached(model: Model) -> Iterator[Model]:
     """`attach` for a block, and `detach` after it, also on an exception; yields `model`.
 
     A model that came attached stays so. Raises what those two raise.

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from deepalign_kernels import check, rules
-from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
+from deepalign_kernels.ops._reduce import Reduction, scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear import sharded
 from deepalign_kernels.ops.linear.options import LinearOptions, checked_call
 from deepalign_kernels.ops.linear.torch_ops import per_token, summed
 from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
 from deepalign_kernels.ops.logits.constrained_loss import check_floor
-from deepalign_kernels.ops.logits.token_kl import DIRECTIONS
+from deepalign_kernels.ops.logits.token_kl import DIRECTIONS, Direction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,6 +29,43 @@ class LinearConstrainedParts(NamedTuple):
     kl: Tensor | None  # the divergence in `kl_direction`, nats, before kl_coef; None for kl_coef=0
 
 
+class _Options(LinearOptions, total=False):
+    """The keywords that both forms of `linear_constrained_loss` take, for type checkers."""
+
+    beta: float | Tensor | None
+    ref_logp: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    objective: str | rules.Rule
+    min_weight: float
+    kl_coef: float
+    kl_direction: Direction
+    js_beta: float
+    ignore_index: int
+    reduction: Reduction
+    normalizer: float | Tensor | None
+    vocab_start: int | None
+
+
+@overload
+def linear_constrained_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def linear_constrained_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, LinearConstrainedParts]: ...
 def linear_constrained_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -42,10 +79,10 @@ def linear_constrained_loss(
     objective: str | rules.Rule = "exact",
     min_weight: float = 0.0,
     kl_coef: float = 0.0,
-    kl_direction: str = "policy_ref",
+    kl_direction: Direction = "policy_ref",
     js_beta: float = 0.5,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     return_parts: bool = False,
     vocab_start: int | None = None,

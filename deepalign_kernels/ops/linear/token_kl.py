@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels import check
-from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
+from deepalign_kernels.ops._reduce import Reduction, scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear import sharded
 from deepalign_kernels.ops.linear.options import LinearOptions, checked_call
 from deepalign_kernels.ops.linear.torch_ops import per_token, summed
 from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
-from deepalign_kernels.ops.logits.token_kl import DIRECTIONS
+from deepalign_kernels.ops.logits.token_kl import DIRECTIONS, Direction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,10 +25,10 @@ def linear_token_kl(
     ref_weight: Tensor,
     *,
     ref_bias: Tensor | None = None,
-    direction: str = "policy_ref",
+    direction: Direction = "policy_ref",
     js_beta: float = 0.5,
     valid: Tensor | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     normalizer: float | Tensor | None = None,
     **options: Unpack[LinearOptions],
 ) -> Tensor:

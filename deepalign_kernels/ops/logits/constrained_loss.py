@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from deepalign_kernels import check, rules
-from deepalign_kernels.ops._reduce import scale_of_sum, scaled_sum
+from deepalign_kernels.ops._reduce import Reduction, scale_of_sum, scaled_sum
 from deepalign_kernels.ops._register import (
     accumulator,
     autograd,
@@ -24,6 +24,7 @@ from deepalign_kernels.ops.shard.group import IGNORED, Shard, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 class ConstrainedParts(NamedTuple):
@@ -34,6 +35,40 @@ class ConstrainedParts(NamedTuple):
     weight: Tensor  # what the token's cross-entropy gradient is multiplied by, in [0, 2]
 
 
+class _Options(TypedDict, total=False):
+    """The keywords that both forms of `constrained_loss` take, for type checkers."""
+
+    ref_logits: Tensor | None
+    ref_logp: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    normalizer: float | Tensor | None
+    objective: rules.KernelRule
+    min_weight: float
+    temperature: float
+    softcap: float | None
+    process_group: ProcessGroup | None
+    vocab_start: int | None
+
+
+@overload
+def constrained_loss(
+    policy_logits: Tensor,
+    target: Tensor,
+    *,
+    beta: float | Tensor,
+    return_parts: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def constrained_loss(
+    policy_logits: Tensor,
+    target: Tensor,
+    *,
+    beta: float | Tensor,
+    return_parts: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, ConstrainedParts]: ...
 def constrained_loss(
     policy_logits: Tensor,
     target: Tensor,
@@ -42,9 +77,9 @@ def constrained_loss(
     ref_logits: Tensor | None = None,
     ref_logp: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
-    objective: str = "exact",
+    objective: rules.KernelRule = "exact",
     min_weight: float = 0.0,
     temperature: float = 1.0,
     softcap: float | None = None,

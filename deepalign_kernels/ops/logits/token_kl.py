@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,14 +23,15 @@ from deepalign_kernels.ops.shard.group import Shard, shard_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-DIRECTIONS = ("policy_ref", "ref_policy", "js")  # their indices are the op's `direction`
+Direction = Literal["policy_ref", "ref_policy", "js"]
+DIRECTIONS = get_args(Direction)  # their indices are the op's `direction`
 
 
 def token_kl(
     policy_logits: Tensor,
     ref_logits: Tensor,
     *,
-    direction: str = "policy_ref",
+    direction: Direction = "policy_ref",
     js_beta: float = 0.5,
     valid: Tensor | None = None,
     temperature: float = 1.0,
