@@ -175,7 +175,7 @@ def poisoned_memory(request):
         def made(*args, **kwargs):
             x = make(*args, **kwargs)
             if type(x) is torch.Tensor and x.is_floating_point() and x.device.type != "meta":
-                x.fill_(float("nan"))
+                x.detach().fill_(float("nan"))  # a leaf that requires a gradient as well
             return x
 
         return made

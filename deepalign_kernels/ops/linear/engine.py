@@ -28,6 +28,7 @@ from deepalign_kernels.ops.linear.types import (
     Trained,
     Weights,
     shares_head,
+    trained,
 )
 
 
@@ -170,7 +171,7 @@ class Engine:
         dtypes = total_dtypes(s, self.plan.groups)
         totals = [
             self._new(*like.shape, dtype=dtype) if want else None  # type: ignore[union-attr]
-            for like, dtype, want in zip(x.trained[1:], dtypes, head, strict=True)
+            for like, dtype, want in zip(trained(x)[1:], dtypes, head, strict=True)
         ]
         for total in totals:
             if total is not None and not self.plan.groups:

@@ -38,6 +38,7 @@ from deepalign_kernels.ops.linear.types import (
     Options,
     Trained,
     shares_head,
+    trained,
 )
 from deepalign_kernels.ops.logits.scale_grad import hand_over
 
@@ -66,7 +67,7 @@ def _grad_dtypes(x: Inputs, o: Options, scaled_later: bool) -> list[torch.dtype 
     """dtype of each gradient an op returns. What is still to be scaled stays wide for fp16: its
     range is short."""
     late = scaled_later and o.compute == torch.float16
-    dtypes = [None if t is None else t.dtype for t in x.trained]
+    dtypes = [None if t is None else t.dtype for t in trained(x)]
     return dtypes[:1] + [torch.float32 if late and d is not None else d for d in dtypes[1:]]
 
 
@@ -107,8 +108,11 @@ def _bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _refuse_late(kind: str, x: Inputs, o: Options) -> None:
     """A budget that is enough for the values alone is refused before they are made."""
+    if o.budget is None:
+        return
     every = (True,) * len(Trained._fields)
-    plan.refuse_late(sizes_of(kind, x, o, len(x.hidden), every, shares_head(x)), o.budget)
+    rows = len(x.hidden) if x.valid is None or not o.compact else int(x.valid.sum())
+    plan.refuse_late(sizes_of(kind, x, o, rows, every, shares_head(x)), o.budget)
 
 
 def _kept_body(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -178,7 +182,7 @@ def _fake_grads(arguments: Sequence[Any], scaled_later: bool) -> list[Tensor]:
     dtypes = _grad_dtypes(x, o, scaled_later)
     return [
         x.hidden.new_empty(0) if not w or t is None else t.new_empty(t.shape, dtype=d)
-        for t, d, w in zip(x.trained, dtypes, arguments[_N + 1], strict=True)
+        for t, d, w in zip(trained(x), dtypes, arguments[_N + 1], strict=True)
     ]
 
 
@@ -235,7 +239,7 @@ def _setup_kept(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, kept = Inputs(*inputs[1:_K]), None
     if output[1].dim() == 2:
         kept = output[1]
-        only = {**dict.fromkeys(Inputs._fields), **x.trained._asdict(), "valid": x.valid}
+        only = {**dict.fromkeys(Inputs._fields), **trained(x)._asdict(), "valid": x.valid}
         x = Inputs(**only)
     _save(ctx, inputs, x, kept)
     ctx.mark_non_differentiable(output[1])
@@ -252,7 +256,7 @@ def _from_saved(ctx: Any, grad: Tensor | None) -> dict[str, Tensor | None]:
     if grad is None:
         return {}
     *x, kept = ctx.saved_tensors
-    wanted = list(Inputs(*ctx.needs_input_grad[1:_K]).trained)
+    wanted = list(trained(Inputs(*ctx.needs_input_grad[1:_K])))
     given = ctx.kind, *x, *ctx.options, grad.contiguous(), wanted
     return _named(_bwd(*given) if kept is None else _kept_bwd(*given, kept), wanted)
 
@@ -287,7 +291,7 @@ def _setup_fused(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.late = o.compute == torch.float16
     ctx.dtypes = _grad_dtypes(x, o, False)
     ctx.wanted = tuple(inputs[_N + 1])
-    ctx.shapes = [None if t is None else t.shape for t in x.trained]
+    ctx.shapes = [None if t is None else t.shape for t in trained(x)]
     grads = [g if w else None for g, w in zip(output[2:], ctx.wanted, strict=True)]
     # hand_over scales all that is saved, so it gets a copy of the scale.
     ctx.save_for_backward(*grads, inputs[_N].clone().view(1, 1, 1) if ctx.late else None)
@@ -314,14 +318,14 @@ autograd("linear_fused", _backward_fused, _setup_fused)
 def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
     """Values [K, N]; the first is differentiable: by row scaling with a frozen head, else from the
     gradient of the scores, kept or made again, over the vocabulary where that is faster."""
-    trained = [t is not None and t.requires_grad for t in x.trained]
-    if not torch.is_grad_enabled() or not any(trained):
+    wanted = [t is not None and t.requires_grad for t in trained(x)]
+    if not torch.is_grad_enabled() or not any(wanted):
         return _fwd(kind, *x, *o)
-    if not any(trained[1:]):
+    if not any(wanted[1:]):
         return _unit(kind, *x, *o)[0]
     # Traced: shapes must not depend on data, and what a rule asks the machine cannot be traced.
     whole = torch.compiler.is_compiling() or type(x.hidden) is not Tensor
-    if not whole and tiles.takes(kind, x, o, tuple(trained)) and not saved.keeps(kind, x, o):
+    if not whole and tiles.takes(kind, x, o, tuple(wanted)) and not saved.keeps(kind, x, o):
         return KNOWN[kind](x, o)
     return _kept(kind, *x, *o, whole)[0]
 
@@ -329,7 +333,7 @@ def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
 def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(scale * sum(values[0]), values [K, N]); the former is differentiable, its gradients made
     right here."""
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in x.trained]
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in trained(x)]
     if any(wanted):
         total, values, *_ = _fused(kind, *x, *o, scale, wanted)
         return total, values

@@ -41,9 +41,10 @@ class Inputs(NamedTuple):
     ref_logp: Tensor | None  # [N]
     state: Tensor | None = None  # [N, 6], what a process group knows: `sharded.py`
 
-    @property
-    def trained(self) -> Trained:
-        return Trained(*self[: len(Trained._fields)])
+
+def trained(x: Inputs) -> Trained:
+    """The inputs that may be trained. (torch 2.10 traces no property of a NamedTuple.)"""
+    return Trained(*x[: len(Trained._fields)])
 
 
 class Options(NamedTuple):
