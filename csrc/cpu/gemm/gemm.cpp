@@ -144,7 +144,11 @@ struct Product {
 
 bool gemm(const Gemm& g, void* memory, int64_t bytes) {
   if (g.m == 0 || g.n == 0) return true;
-  bool bf16 = g.a.type == Type::bf16 && g.b.type == Type::bf16 && g.out_type == Type::f32;
+  // Tiles of bf16 read pairs, or lines, that lie side by side.
+  auto takes = [](const Matrix& x) {
+    return x.type == Type::bf16 && (x.row == 1 || x.column == 1);
+  };
+  bool bf16 = takes(g.a) && takes(g.b) && g.out_type == Type::f32;
   const Tiles* best = bf16 ? bf16_tiles() : nullptr;
   Product p(g, best ? *best : *kernels().tiles);
   auto aligned = reinterpret_cast<char*>((uintptr_t(memory) + 63) / 64 * 64);

@@ -61,8 +61,8 @@ struct Tiles {
   void (*multiply)(const void* a, const void* b, int64_t words, const Tile& tile);
 };
 
-// Tiles of AVX512-BF16, which multiply bf16 into fp32; null where this CPU, or the compiler of this
-// library, has none, or lesser instructions are asked for.
+// Tiles of AVX512-BF16, which multiply bf16 operands, each with a stride of 1, into fp32; null where
+// this CPU, or the compiler of this library, has none, or lesser instructions are asked for.
 const Tiles* bf16_tiles();
 
 // False, and nothing done, where `bytes` of `memory` are too few. Per row of the smaller of a and b it
