@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -147,6 +148,8 @@ def build(
 
     transformers.logging.set_verbosity_error()
     kind, arguments = FAMILIES[name]
+    if not hasattr(transformers, kind):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     torch.manual_seed(seed)
     options = {"attn_implementation": "eager"} if name in _EAGER_ATTENTION else {}
     model = transformers.AutoModelForCausalLM.from_config(
