@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,8 +32,15 @@ def measure(call: Callable[[], Any]) -> tuple[Any, Allocated]:
         peak = torch.cuda.max_memory_allocated() - before
         return result, Allocated(peak, torch.cuda.memory_allocated() - before, 0)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = call()
+    gc.collect()  # what a collection inside the call frees would count as the call's
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            result = call()
+    finally:
+        if collects:
+            gc.enable()
     changes = _changes(profile)
     now = peak = 0
     for size in changes:

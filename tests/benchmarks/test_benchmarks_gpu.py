@@ -67,7 +67,7 @@ def test_a_call_that_is_ended_leaves_what_it_has_and_no_process(tmp_path):
         f"sys.exit(gpu.command(['--rehearse', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    file, stop = tmp_path / "chunks.json", time.monotonic() + 120
+    file, stop = tmp_path / "chunks.json", time.monotonic() + 400
     while not file.exists() and time.monotonic() < stop and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
