@@ -1,0 +1,156 @@
+"""A run: a folder with a manifest and journals, filled unit by unit, and gone on with later."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepalign_kernels.runs.journal import Journal, read_journal
+from deepalign_kernels.runs.record import Record
+
+MANIFEST = "manifest.json"
+RECORDS, VERDICTS = "records.jsonl", "verdicts.jsonl"
+PACKAGES = ("deepalign_kernels", "torch", "transformers", "tokenizers", "numpy", "scipy")
+
+
+class Unit(NamedTuple):
+    """What is computed and written together."""
+
+    name: str  # unique in the run
+    make: Callable[[], Iterable[Record]]
+    size: int = 1  # how many records are expected; for the progress alone
+
+
+class Run:
+    """The folder of one run, open for writing.
+
+    Args:
+        folder: made if it is not there (0700).
+        manifest: plain values that say what is computed: hash of the weights, rendered template,
+            sampling, judges, hash of the data, system prompts, seeds. A run that goes on must have
+            the same. Versions and hardware are added under "environment" and may differ then.
+
+    Raises:
+        ValueError: the folder holds a run with another manifest (the entries are named), or is in
+            use.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.folder / MANIFEST
+        about = json.loads(json.dumps(dict(manifest)))  # tuples as lists, as they will be read
+        if path.is_file():
+            then = read_manifest(self.folder)
+            names = sorted((about.keys() | then.keys()) - {"environment"})
+            if changed := [name for name in names if then.get(name) != about.get(name)]:
+                raise ValueError(
+                    f"{self.folder}: holds a run with another {', '.join(changed)};"
+                    " choose another folder, or go on with the same settings"
+                )
+        else:
+            write_private(path, json.dumps(about | {"environment": environment()}, indent=1) + "\n")
+        self.records, self._verdicts = Journal(self.folder / RECORDS), None
+
+    @property
+    def verdicts(self) -> Journal:
+        """What judges say, apart from the replies: judging again needs no model to reply again."""
+        if self._verdicts is None:
+            self._verdicts = Journal(self.folder / VERDICTS)
+        return self._verdicts
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.records.close()
+        if self._verdicts is not None:
+            self._verdicts.close()
+
+
+def fill(journal: Journal, units: Iterable[Unit], say: Callable[[str], None] | None = None) -> int:
+    """Make and write every unit that the journal has not, in order; returns how many were made.
+
+    Whatever stops it, the units written stay, and calling it again goes on behind them. `say` gets
+    a line of progress with the time that is left, at most every two seconds.
+    """
+    units = list(units)
+    left = [unit for unit in units if unit.name not in journal.units]
+    total, done = sum(u.size for u in units), sum(u.size for u in units if u not in left)
+    begun = told = time.monotonic()
+    start = done
+    for unit in left:
+        journal.commit(unit.name, unit.make())
+        done += unit.size
+        now = time.monotonic()
+        if say and (now - told > 2 or done == total):
+            told = now
+            rest = (now - begun) * (total - done) / max(1, done - start)
+            say(f"{done}/{total} records, {rest:.0f} s left ({unit.name})")
+    return len(left)
+
+
+def read_records(folder: str | Path, kind: str | None = None) -> Iterator[Record]:
+    """Records of a run's finished units, of one kind or all; no verdicts."""
+    for record in read_journal(Path(folder) / RECORDS):
+        if kind in (None, record.kind):
+            yield record
+
+
+def read_verdicts(folder: str | Path) -> Iterator[Record]:
+    """Verdicts of a run; none if it was not judged."""
+    path = Path(folder) / VERDICTS
+    return read_journal(path) if path.is_file() else iter(())
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What the run was asked to compute, and where it ran.
+
+    Raises:
+        ValueError: no run there, or a manifest that cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no run with a readable {MANIFEST}: {error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    torch = sys.modules.get("torch")
+    cuda = torch is not None and torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "device": torch.cuda.get_device_name() if torch and cuda else None,
+    }
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read; the whole of it or nothing."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
