@@ -15,6 +15,7 @@ from torch import nn
 from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
 from deepalign_kernels.data.source import Source
+from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating, kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import TrainConfig
@@ -23,7 +24,6 @@ from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.reference import (
     ReferenceCache,
     frozen_copy,
-    model_hash,
     reference_logp,
 )
 from deepalign_kernels.train.session import (

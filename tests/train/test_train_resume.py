@@ -9,10 +9,10 @@ import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from train_runs import log_of
 
+from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.train import Example, TrainConfig, TrainingRun
 from deepalign_kernels.train import loop as loop_module
 from deepalign_kernels.train import reference as reference_module
-from deepalign_kernels.train.reference import model_hash
 
 STEPS = 9  # of 4 and 3 conversations in turn: four and a half epochs
 
