@@ -44,14 +44,14 @@ MAY_IMPORT = {  # room -> the rooms it may import
 # else of ours: report reads the files of runs, so attack and analyze need not know it.
 LOW = {"fingerprint", "modes"}  # small helpers of the first floor
 TO_COME = {
-    "runs": (set(), 800),
+    "runs": (set(), 1000),
     "generate": (set(), 500),
     "generate/engine": (set(), 500),
     "judge": ({"check", "generate/engine"}, 500),
     "attack": ({"check", "ops", "hf", "data", "generate", "judge", "runs"} | LOW, 1500),
     "attack/finetune": ({"attack", "check", "hf", "data", "judge", "runs", "train"} | LOW, 1500),
-    "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 700),
-    "report": ({"runs"}, 600),
+    "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1600),
+    "report": ({"runs"}, 1200),
     "plan": ({"check", "ops"}, 600),
 }
 TO_COME["cli"] = ({*MAY_IMPORT, *TO_COME}, 300)
