@@ -9,6 +9,7 @@ from deepalign_kernels.ops.linear.constrained_loss import (
 from deepalign_kernels.ops.linear.memory import MemoryEstimate, estimate_memory
 from deepalign_kernels.ops.linear.token_kl import linear_token_kl
 from deepalign_kernels.ops.linear.token_logp import linear_token_logp
+from deepalign_kernels.ops.linear.token_profile import TokenProfile, linear_token_profile
 from deepalign_kernels.ops.linear.token_stats import linear_token_stats
 from deepalign_kernels.ops.logits.constrained_loss import ConstrainedParts, constrained_loss
 from deepalign_kernels.ops.logits.token_entropy import token_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "ConstrainedParts",
     "LinearConstrainedParts",
     "MemoryEstimate",
+    "TokenProfile",
     "TokenStats",
     "checked",
     "constrained_loss",
@@ -27,6 +29,7 @@ __all__ = [
     "linear_constrained_loss",
     "linear_token_kl",
     "linear_token_logp",
+    "linear_token_profile",
     "linear_token_stats",
     "token_entropy",
     "token_kl",

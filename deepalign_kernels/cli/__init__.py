@@ -1,1 +1,0 @@
-"""The `deepalign` command: finds the command asked for and reads its options."""
