@@ -1,0 +1,1 @@
+"""The `deepalign` command: finds the command asked for and reads its options."""
