@@ -9,7 +9,7 @@ from typing import Any
 
 from deepalign_kernels import check
 from deepalign_kernels.data.records import Conversation, conversations_of
-from deepalign_kernels.data.template import ChatTemplate
+from deepalign_kernels.data.template import ChatTemplate, Turn
 
 IGNORE = -100
 ORIGINS = ("content", "span")
@@ -75,16 +75,14 @@ def encode(
             rendered.append(template.render(conversation.messages))
         except ValueError as error:
             raise ValueError(f"{conversation.where}: {error}") from error
-    fixed = template.fixed_prefix if position_origin == "content" else ()
     examples = []
-    rows = template.tokenize([text for text, _ in rendered], [spans for _, spans in rendered])
-    for conversation, (ids, spans) in zip(conversations, rows, strict=True):
+    rows = template.tokenize([text for text, _ in rendered], [turns for _, turns in rendered])
+    for conversation, (ids, turns) in zip(conversations, rows, strict=True):
         labels, positions = [IGNORE] * len(ids), [0] * len(ids)
-        for begin, end in spans_to_train(conversation, spans):
-            labels[begin:end] = ids[begin:end]
-            starts_fixed = fixed and tuple(ids[begin : begin + len(fixed)]) == fixed
-            first = begin + len(fixed) if starts_fixed else begin
-            positions[first:end] = range(1, end - first + 1)
+        for turn in turns_to_train(conversation, turns):
+            labels[turn.begin : turn.end] = ids[turn.begin : turn.end]
+            first = turn.content if position_origin == "content" else turn.begin
+            positions[first : turn.end] = range(1, turn.end - first + 1)
         if all(
             label == IGNORE for label in labels[1:]
         ):  # the first token has no context to come from
@@ -95,12 +93,10 @@ def encode(
     return examples
 
 
-def spans_to_train(
-    conversation: Conversation, spans: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Of the token spans of all assistant turns, in order, those from message `trained_from` on."""
+def turns_to_train(conversation: Conversation, turns: list[Turn]) -> list[Turn]:
+    """Of all assistant turns, in order, those from message `trained_from` on."""
     before = conversation.messages[: conversation.trained_from]
-    return spans[sum(m["role"] == "assistant" for m in before) :]
+    return turns[sum(m["role"] == "assistant" for m in before) :]
 
 
 def limit_length(

@@ -22,7 +22,7 @@ from deepalign_kernels import check
 from deepalign_kernels.data.examples import IGNORE, ORIGINS, Example, encode
 from deepalign_kernels.data.packing import derived_seed
 from deepalign_kernels.data.records import Conversation, conversations_of, read_jsonl
-from deepalign_kernels.data.template import ChatTemplate
+from deepalign_kernels.data.template import ChatTemplate, Turn
 
 ANCHOR, RECOVERY = 0, 1
 KEYS = ("prompt", "answer", "refusal")
@@ -157,10 +157,8 @@ def _read(data: str | Path | Iterable[Mapping[str, str]]) -> list[tuple[dict[str
 def _tokenize(
     template: ChatTemplate, records: list[tuple[dict[str, str], str]], separator: str
 ) -> list[_Recovery]:
-    prefix, suffix = len(template.fixed_prefix), len(template.fixed_suffix)
-
-    def turns(key: str) -> list[tuple[list[int], int, int]]:
-        """(ids, begin, end) of the assistant's content, without what the template adds to it."""
+    def turns(key: str) -> list[tuple[list[int], Turn]]:
+        """Ids, and where the assistant speaks."""
         chats = [
             Conversation(
                 (
@@ -178,21 +176,18 @@ def _tokenize(
             except ValueError as error:
                 raise ValueError(f"{chat.where}: {error}") from error
         rows = template.tokenize([text for text, _ in rendered], [spans for _, spans in rendered])
-        return [(ids, begin + prefix, end - suffix) for ids, [(begin, end)] in rows]
+        return [(ids, turn) for ids, [turn] in rows]
 
     out = []
     late = template.tokenizer(
         [separator + r["refusal"].strip() for r, _ in records], add_special_tokens=False
     )["input_ids"]
     both = zip(turns("answer"), turns("refusal"), late, records, strict=True)
-    for (a, a_begin, a_end), (r, r_begin, r_end), late_ids, (_, where) in both:
-        ending = r[r_end : r_end + suffix]
-        out.append(
-            _Recovery(
-                r[:r_begin], a[a_begin:a_end], r[r_begin:r_end] + ending, late_ids + ending, where
-            )
-        )
-        if a_end <= a_begin or r_end <= r_begin:
+    for (a, said), (r, turn), late_ids, (_, where) in both:
+        answer, refusal = a[said.content : said.stop], r[turn.content : turn.stop]
+        ending = r[turn.stop : turn.end]
+        out.append(_Recovery(r[: turn.content], answer, refusal + ending, late_ids + ending, where))
+        if not answer or not refusal:
             raise ValueError(
                 f"{where}: the chat template leaves nothing of the answer or of the refusal"
             )
