@@ -45,11 +45,11 @@ MAY_IMPORT = {  # room -> the rooms it may import
 LOW = {"fingerprint", "modes"}  # small helpers of the first floor
 TO_COME = {
     "runs": (set(), 1000),
-    "generate": (set(), 500),
-    "generate/engine": (set(), 500),
-    "judge": ({"check", "generate/engine"}, 500),
-    "attack": ({"check", "ops", "hf", "data", "generate", "judge", "runs"} | LOW, 1500),
-    "attack/finetune": ({"attack", "check", "hf", "data", "judge", "runs", "train"} | LOW, 1500),
+    "generate": ({"check", "generate/engine", "modes"}, 800),
+    "generate/engine": (set(), 100),
+    "judge": ({"check", "generate/engine"}, 700),
+    "attack": ({"check", "ops", "hf", "data", "generate", "judge", "runs"} | LOW, 2600),
+    "attack/finetune": ({"attack", "check", "hf", "data", "judge", "runs", "train"} | LOW, 600),
     "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1600),
     "report": ({"runs"}, 1200),
     "plan": ({"check", "ops"}, 600),
