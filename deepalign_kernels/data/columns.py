@@ -7,15 +7,25 @@ padding, and how many tokens are trained. No step waits for the device to count.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deepalign_kernels import check
 from deepalign_kernels.data.examples import IGNORE, Example
+
+PART_WEIGHTINGS = ("tokens", "examples")
+
+
+class Counts(NamedTuple):
+    """What an optimizer step holds of one part."""
+
+    examples: int
+    tokens: int  # trained
 
 
 @dataclass
@@ -39,7 +49,10 @@ class TokenTable:
 
     Args:
         examples: at least one; each with a trained token behind its first.
-        part_weights: weights of the parts' means in the loss; None: one mean over all tokens.
+        part_weights: weights of the parts in the loss; None: one mean over all tokens.
+        part_weighting: what they weigh: the means over each part's "tokens", or its "examples",
+            each with the sum over its tokens; then the loss is divided by the weighted mean number
+            of tokens of an example, so that it stays a weighted mean over tokens.
 
     Raises:
         ValueError: columns of unlike length, nothing to train, a part without a weight.
@@ -50,12 +63,14 @@ class TokenTable:
         examples: Sequence[Example],
         pad_id: int = 0,
         part_weights: Mapping[int, float] | None = None,
+        part_weighting: str = "tokens",
     ) -> None:
+        check.one_of("part_weighting", part_weighting, PART_WEIGHTINGS)
         if not examples:
             raise ValueError("data: no example")
         for index, example in enumerate(examples):
             _check_example(example, example.where or f"data: example {index}", part_weights)
-        self.part_weights = part_weights
+        self.part_weights, self.part_weighting = part_weights, part_weighting
         self.parts = [e.part for e in examples]
         self.lengths = [len(e.input_ids) for e in examples]
         self.trained = [sum(label != IGNORE for label in e.labels[1:]) for e in examples]
@@ -83,8 +98,10 @@ class TokenTable:
         reach = torch.arange(max(self.lengths[row] for row in rows))
         return torch.where(reach < self._lengths[at, None], self._starts[at, None] + reach, -1)
 
-    def batch(self, rows: Sequence[int], device: torch.device, counts: Mapping[int, int]) -> Batch:
-        """The batch of these examples; `counts`: trained tokens of the optimizer step, by part."""
+    def batch(
+        self, rows: Sequence[int], device: torch.device, counts: Mapping[int, Counts]
+    ) -> Batch:
+        """The batch of these examples; `counts`: of the optimizer step, by part."""
         slots = self.slots(rows)
         tokens = sum(self.lengths[row] for row in rows)
 
@@ -99,27 +116,35 @@ class TokenTable:
         mask = None if tokens == slots.numel() else send((slots >= 0).long())
         scale = None
         if self.part_weights is not None:
-            weights = [
-                self.part_weights[self.parts[row]] / max(counts[self.parts[row]], 1) for row in rows
-            ]
-            scale = send(torch.tensor(weights)[:, None])
+            by_part = self._token_weights(counts)
+            scale = send(torch.tensor([by_part[self.parts[row]] for row in rows])[:, None])
         return Batch(
             take(self.ids).long(),
             mask,
             take(self.targets).long(),
             take(self.positions),
-            float(sum(counts.values())),
+            float(sum(c.tokens for c in counts.values())),
             tokens,
             None if self.ref_logp is None else take(self.ref_logp),
             scale,
         )
 
-    def count(self, rows: Sequence[int]) -> dict[int, int]:
-        """Trained tokens of these examples, by part."""
-        counts: dict[int, int] = defaultdict(int)
+    def count(self, rows: Sequence[int]) -> dict[int, Counts]:
+        """What these examples hold of each part."""
+        out: dict[int, Counts] = {}
         for row in rows:
-            counts[self.parts[row]] += self.trained[row]
-        return counts
+            examples, tokens = out.get(self.parts[row], (0, 0))
+            out[self.parts[row]] = Counts(examples + 1, tokens + self.trained[row])
+        return out
+
+    def _token_weights(self, counts: Mapping[int, Counts]) -> dict[int, float]:
+        """What the loss of a trained token of each part is multiplied by."""
+        assert self.part_weights is not None
+        if self.part_weighting == "tokens":
+            return {part: self.part_weights[part] / max(c.tokens, 1) for part, c in counts.items()}
+        each = {part: self.part_weights[part] / c.examples for part, c in counts.items()}
+        total = sum(each[part] * c.tokens for part, c in counts.items())
+        return {part: weight / (total or 1.0) for part, weight in each.items()}
 
 
 def _column(rows: Iterable[Iterable[int]], padding: int) -> Tensor:

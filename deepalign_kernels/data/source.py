@@ -24,7 +24,8 @@ class Source:
     Args:
         data: path, list of records or of `Example`s, or an object with `examples(epoch)`, which is
             asked again for every epoch and must give the same number of examples each time; its
-            `part_weights`, if it has them, say how the parts are mixed.
+            `part_weights` and `part_weighting`, if it has them, say how the parts are mixed (see
+            `TokenTable`).
         tokenizer: as in `tokenize_chat`; its `pad_token_id` fills rows up. Of `Example`s nothing
             else is needed.
         position_origin: as in `tokenize_chat`.
@@ -93,7 +94,9 @@ class Source:
         if not all(isinstance(e, Example) for e in examples):
             raise ValueError(f"data: examples({epoch}) gave something that is no Example")
         examples, too_long = limit_length(examples, self._max_length, self._on_too_long)
-        table = TokenTable(examples, self._pad_id, getattr(data, "part_weights", None))
+        weights = getattr(data, "part_weights", None)
+        weighting = getattr(data, "part_weighting", "tokens")
+        table = TokenTable(examples, self._pad_id, weights, weighting)
         self._check_ids(table)
         if epoch == 0:
             self.too_long = too_long

@@ -183,6 +183,8 @@ def _recovery(
         tokenizer,
         anchors=_anchors(world, epoch=epoch),
         alpha=alpha,
+        weighting="tokens",  # with these two the recipes were chosen
+        glue="text",
         p0=p0,
         max_k=max_k,
         anchors_per_recovery=2,

@@ -4,9 +4,11 @@ import json
 from collections import Counter
 
 import pytest
+import stock_templates
 import torch
 import torch.nn.functional as F
-from tiny_chat import RECORDS, RECOVERIES, TEMPLATES, build_model, build_tokenizer
+from stock_templates import STOCK
+from tiny_chat import RECORDS, RECOVERIES, TEMPLATES, build_model, build_tokenizer, chat
 from train_runs import record_gradients, relative
 
 from deepalign_kernels.data.recovery import ANCHOR, RECOVERY
@@ -23,10 +25,11 @@ def texts(tokenizer, example):
     return tokenizer.decode(ids[:begin]), tokenizer.decode(ids[begin:])
 
 
+@pytest.mark.parametrize("glue", ("ids", "text"))
 @pytest.mark.parametrize("name", ("marked", "unmarked", "think", "header"))
-def test_the_cut_answer_is_context_and_the_refusal_is_trained(name):
+def test_the_cut_answer_is_context_and_the_refusal_is_trained(name, glue):
     tokenizer = build_tokenizer(TEMPLATES[name])
-    source = RecoveryAugmentation(RECOVERIES, tokenizer, p0=0.3, seed=1)
+    source = RecoveryAugmentation(RECOVERIES, tokenizer, p0=0.3, seed=1, glue=glue)
     plain = {r["prompt"]: r for r in RECOVERIES}
     cuts = Counter()
     for epoch in range(12):
@@ -37,7 +40,7 @@ def test_the_cut_answer_is_context_and_the_refusal_is_trained(name):
             context, reply = texts(tokenizer, example)
             assert context == prompt + record["answer"][:k]
             end = "<|im_end|>\n" if name in ("marked", "think") else "<|im_end|>"
-            assert reply == " " * (k > 0) + record["refusal"] + end
+            assert reply == " " * (k > 0 and glue == "text") + record["refusal"] + end
             trained = [i for i, x in enumerate(example.labels) if x != -100]
             assert [example.positions[i] for i in trained] == list(range(1, len(trained) + 1))
             assert trained[-1] == len(example.input_ids) - 1 and sum(example.positions) == sum(
@@ -101,10 +104,16 @@ def test_anchors_take_turns():
     assert seen[:7] != seen[7:14] and sorted(seen[:7]) == sorted(seen[7:14])
 
 
-def trainer_of(out, model, alpha=0.2, **options):
+def trainer_of(out, model, alpha=0.2, weighting="examples", **options):
     tokenizer = build_tokenizer()
     source = RecoveryAugmentation(
-        RECOVERIES, tokenizer, anchors=RECORDS, alpha=alpha, anchors_per_recovery=4, p0=0.2
+        RECOVERIES,
+        tokenizer,
+        anchors=RECORDS,
+        alpha=alpha,
+        weighting=weighting,
+        anchors_per_recovery=4,
+        p0=0.2,
     )
     base = {"objective": "sft", "batch_size": 15, "max_steps": 1, "warmup_steps": 0}
     config = TrainConfig(out, progress=False, **{**base, **options})
@@ -112,34 +121,98 @@ def trainer_of(out, model, alpha=0.2, **options):
 
 
 def mean_nll(model, examples):
-    """Mean over the trained tokens of `examples`, one at a time, plain torch."""
+    """(mean over the trained tokens of `examples`, how many), one at a time, plain torch."""
     total, count = 0.0, 0
     for e in examples:
         logp = F.log_softmax(model(input_ids=torch.tensor([e.input_ids])).logits[0], -1)
         for t in range(1, len(e.input_ids)):
             if e.labels[t] != -100:
                 total, count = total - logp[t - 1, e.labels[t]], count + 1
-    return total / count
+    return total / count, count
 
 
+def test_glue_in_sentencepiece_tokens():
+    """As at the start of a turn, where the template has the space; or with one space, not two."""
+    tokenizer = stock_templates.sentencepiece(STOCK["llama2"])
+    record = {"prompt": "what is tea ?", "answer": "leaves in hot water", "refusal": "no tea"}
+    shown = {}
+    for glue in ("ids", "text"):
+        source = RecoveryAugmentation([record], tokenizer, p0=0.0, glue=glue)
+        (example,) = source.examples(3)
+        tokens = tokenizer.convert_ids_to_tokens(example.input_ids)
+        begin = next(i for i, x in enumerate(example.labels) if x != -100)
+        shown[glue] = "".join(tokens[begin:])
+    assert shown == {"ids": "no▁tea▁</s>", "text": "▁no▁tea▁</s>"}
+    (spaced,) = RecoveryAugmentation(
+        [record], tokenizer, p0=0.0, glue="text", separator="\n"
+    ).examples(3)
+    kept = [x for x in spaced.labels if x != -100]
+    assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(kept))[0] == "\n"
+
+
+def test_system_prompts_and_earlier_turns_come_along():
+    tokenizer = build_tokenizer()
+    talk = chat("hi", "hello", "a sweet recipe ?")["messages"]
+    own = [{"role": "system", "content": "be kind"}, *talk]
+    records = [{**RECOVERIES[0], "prompt": prompt} for prompt in ("a cake ?", talk, own)]
+    anchors = [RECORDS[3], {"prompt": "a", "completion": "b"}]  # the first has a system prompt
+    source = RecoveryAugmentation(
+        records, tokenizer, anchors=anchors, anchors_per_recovery=1, p0=0.0, system="be safe"
+    )
+    for index, (example, messages) in enumerate(
+        zip(source.examples(0), (chat("a cake ?")["messages"], talk, own), strict=False)
+    ):
+        k = source.draw_k(0, index)
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": "be safe"}, *messages]
+        context, reply = texts(tokenizer, example)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert context == prompt + RECOVERIES[0]["answer"][:k]
+        assert reply == "no sweets here<|im_end|>\n"
+    said = {texts(tokenizer, e) for e in source.examples(0) if e.part == ANCHOR}
+    starts = sorted(context.split("<|im_end|>")[0] for context, _ in said)
+    assert starts == [f"<|im_start|>system\nbe {x}" for x in ("brief", "safe")]
+    assert {reply for _, reply in said} == {"hello<|im_end|>\n", "b<|im_end|>\n"}
+
+
+@pytest.mark.parametrize("weighting", ("examples", "tokens"))
 @pytest.mark.parametrize("size, accumulate", ((15, 1), (4, 4)))
-def test_the_loss_is_equation_2(tmp_path, size, accumulate):
-    """alpha * mean over recovery tokens + (1 - alpha) * mean over anchor tokens: exact, whatever
-    the token counts and however the step is cut into micro-batches."""
+def test_the_loss_is_equation_2(tmp_path, size, accumulate, weighting):
+    """Whatever the token counts and however the step is cut into micro-batches: "examples" is
+    alpha * mean over recovery examples of their whole -log p + (1 - alpha) * that of the anchors,
+    up to one factor; "tokens" mixes the means over tokens."""
     model, gold = build_model(0), build_model(0).double()
     grads = record_gradients(model)
     trainer = trainer_of(
-        tmp_path, model, alpha=0.3, batch_size=size, gradient_accumulation_steps=accumulate
+        tmp_path,
+        model,
+        alpha=0.3,
+        weighting=weighting,
+        batch_size=size,
+        gradient_accumulation_steps=accumulate,
     )
     examples = trainer.source._data.examples(0)
     parts = [[e for e in examples if e.part == part] for part in (RECOVERY, ANCHOR)]
     assert [len(p) for p in parts] == [3, 12]
-    recovery, anchor = (mean_nll(gold, part) for part in parts)
-    loss = 0.3 * recovery + 0.7 * anchor
+    mean, tokens = zip(*(mean_nll(gold, part) for part in parts), strict=True)
+    loss = 0.3 * mean[0] + 0.7 * mean[1]
+    if weighting == "examples":
+        per_example = [m * n / len(part) for m, n, part in zip(mean, tokens, parts, strict=True)]
+        factor = 0.3 * tokens[0] / 3 + 0.7 * tokens[1] / 12
+        loss = (0.3 * per_example[0] + 0.7 * per_example[1]) / factor
     loss.backward()
     result = trainer.train()
     assert result.metrics["objective"] == pytest.approx(loss.item(), rel=1e-5)
     assert relative(grads, {n: p.grad for n, p in gold.named_parameters()}) < 1e-5
+
+
+def test_the_papers_weighting_is_the_mean_over_all_tokens(tmp_path):
+    """16 to 64 at alpha = 0.2, here 3 to 12: no token weighs more than another, as in the authors'
+    trainer."""
+    model, gold = build_model(0), build_model(0).double()
+    trainer = trainer_of(tmp_path, model)
+    both = mean_nll(gold, trainer.source._data.examples(0))[0]
+    assert trainer.train().metrics["objective"] == pytest.approx(both.item(), rel=1e-5)
 
 
 def test_every_step_has_its_share_of_both_parts(tmp_path):
@@ -205,6 +278,9 @@ def test_wrong_recovery_data_are_refused_with_their_place(tmp_path):
         (json.dumps({**RECOVERIES[0], "id": 1}), "expected the keys"),
         (json.dumps({**RECOVERIES[0], "answer": " "}), "expected text under 'answer'"),
         (json.dumps({**RECOVERIES[0], "refusal": 3}), "expected text under 'refusal'"),
+        (json.dumps({**RECOVERIES[0], "prompt": " "}), "expected a prompt that ends with the user"),
+        (json.dumps({**RECOVERIES[0], "prompt": []}), "no user turn"),
+        (json.dumps({**RECOVERIES[0], "prompt": chat("a", "b")["messages"]}), "a prompt that ends"),
     ):
         path.write_text(f"{good}\n{bad}\n")
         with pytest.raises(ValueError, match=f"recovery.jsonl:2: .*{why}"):
@@ -218,6 +294,13 @@ def test_wrong_recovery_data_are_refused_with_their_place(tmp_path):
         RecoveryAugmentation(RECOVERIES, tokenizer, anchors=[RECORDS[0], {"messages": []}])
     with pytest.raises(ValueError, match=f"^anchors: {tmp_path}/none: no such file"):
         RecoveryAugmentation(RECOVERIES, tokenizer, anchors=tmp_path / "none")
-    for options in ({"alpha": 1.5}, {"p0": -0.1}, {"max_k": 0}, {"anchors_per_recovery": 1.5}):
+    for options in (
+        {"alpha": 1.5},
+        {"p0": -0.1},
+        {"max_k": 0},
+        {"anchors_per_recovery": 1.5},
+        {"weighting": "means"},
+        {"glue": "word"},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
             RecoveryAugmentation(RECOVERIES, tokenizer, **options)
