@@ -163,10 +163,7 @@ def test_what_a_judging_model_is_asked():
 def test_templates(tmp_path):
     file = tmp_path / "t.txt"
     file.write_text("{prompt}\n{reply}")
-    by_file, by_text = (Prompted(Says(), "score", t) for t in (file, "{prompt}
-{reply}"))
-        Prompted(Says(), "score", "{prompt}\n{reply}"),
-    )
+    by_file, by_text = (Prompted(Says(), "score", t) for t in (file, "{prompt}\n{reply}"))
     assert by_file.name == by_text.name != Prompted(Says()).name
     assert "{prompt}" in RUBRIC
     for bad, named in (
