@@ -105,6 +105,8 @@ def train_stage(
         beta=beta or PAPER,
         learning_rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
+        gradient_accumulation_steps=1,
+        save_every=None,
         max_steps=recipe.steps,
         adam_betas=recipe.adam_betas,
         max_grad_norm=recipe.max_grad_norm,

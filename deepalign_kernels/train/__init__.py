@@ -20,6 +20,7 @@ from deepalign_kernels.data import (
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.loop import TrainingRun, TrainResult, fit
 from deepalign_kernels.train.renamed import ConstrainedSFTConfig, ConstrainedSFTTrainer
+from deepalign_kernels.train.session import Terminated
 
 __all__ = [
     "ConstrainedSFTConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "Conversation",
     "Example",
     "RecoveryAugmentation",
+    "Terminated",
     "TrainConfig",
     "TrainResult",
     "TrainingRun",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from deepalign_kernels.train.config import FREE_TO_CHANGE
-from deepalign_kernels.train.reference import write_atomically
+from deepalign_kernels.train.folder import read, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
+    """Checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
     found = [(int(m[1]), path) for path in folder.iterdir() if (m := NAME.fullmatch(path.name))]
@@ -32,31 +34,100 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
-def load(path: Path, config: dict[str, Any], data_hash: str) -> dict[str, Any]:
-    """The state in `path`, after checking that it belongs to this configuration and this data.
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that is whole. One that is not is passed over, with a warning.
 
     Raises:
-        ValueError: an unreadable file, another configuration, other data.
+        ValueError: there is none, or one of another version of this library.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        known = state["format"] == FORMAT
-    except Exception as error:
+    found = checkpoints(folder)
+    if not found:
+        raise ValueError(f"resume: no checkpoint in {folder}")
+    why = None
+    for path in reversed(found):
+        try:
+            state = read(path)
+        except ValueError as error:
+            why = error
+            warnings.warn(f"resume: {error}; taking the one before it", stacklevel=2)
+            continue
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"resume: {path} has format {state.get('format')}, expected {FORMAT}: finish the"
+                " run with the version of this library that began it"
+            )
+        return path, state
+    raise ValueError(f"resume: no checkpoint in {folder} can be read; the oldest: {why}")
+
+
+def trained_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict without parameters that are not trained: of LoRA, the adapter alone."""
+    frozen = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: nn.Module, state: dict[str, Any]) -> None:
+    """Put what `trained_state` gave back.
+
+    Raises:
+        ValueError: another set of names.
+    """
+    expected = trained_state(model).keys()
+    if odd := sorted(expected ^ state.keys()):
         raise ValueError(
-            f"resume: {path} is not a readable checkpoint (remove it, and resume"
-            f" takes the one before it, if any): {error}"
-        ) from error
-    if not known:
-        raise ValueError(f"resume: {path} has format {state['format']}, expected {FORMAT}")
-    then, now = (
-        {k: v for k, v in c.items() if k not in FREE_TO_CHANGE} for c in (state["config"], config)
+            f"resume: the checkpoint and the parameters that model trains differ, first in {odd[0]}"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state dict with names of parameters in the place of numbers."""
+    state = optimizer.state_dict()
+    names = list(_names(optimizer, model))
+    return {
+        "state": {names[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]
+) -> None:
+    """Put what `optimizer_state` gave back."""
+    numbers = {name: number for number, name in enumerate(_names(optimizer, model))}
+    optimizer.load_state_dict(
+        {
+            "state": {numbers[name]: values for name, values in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [numbers[name] for name in group["params"]]}
+                for group in state["param_groups"]
+            ],
+        }
     )
-    if changed := [k for k in now if then.get(k) != now[k]]:
-        was = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed)
-        raise ValueError(f"resume: {path} comes from another configuration: {was}")
-    if state["data"] != data_hash:
-        raise ValueError(f"resume: {path} comes from other training data than data gives now")
-    return state
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:
+    """Of the optimizer's parameters, in the order of its state dict's numbers."""
+    named = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield named[id(p)]
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether no trained parameter holds a NaN or an infinity."""
+    every = [p for p in model.parameters() if p.requires_grad]
+    return all(bool(_local(p).isfinite().all()) for p in every)
+
+
+def _local(x: Tensor) -> Tensor:
+    """This process's part of a sharded tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

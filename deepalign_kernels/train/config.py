@@ -19,21 +19,30 @@ OBJECTIVES = {"sft": "nll", "constrained": "exact"}
 REFERENCES = ("precomputed", "frozen")
 SCHEDULES = ("linear", "cosine", "constant")
 HEADS = ("fused", "logits")
-# What may differ between a run and its continuation without changing a single weight.
-FREE_TO_CHANGE = ("output_dir", "save_every", "keep_checkpoints", "log_every", "progress")
+KL_DIRECTIONS = ("policy_ref", "ref_policy", "js")
+PAPERS_WARMUP = 10  # steps; by default at most a fifth of the run
 
 Schedule = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults are the paper's for constrained fine-tuning (arXiv 2406.05946).
+    """How to train. The defaults are the paper's for constrained fine-tuning of Llama-2-7B-Chat on
+    ordinary data (arXiv 2406.05946): beta, AdamW and its betas, learning rate, warm-up, 64
+    conversations a step, 3 epochs, no clipping.
 
     Args:
         output_dir: folder of the log, the checkpoints and the reference cache; made when training
             starts.
         objective: "constrained" (equation 3), "sft" (cross-entropy), another rule by name, or a
-            function of (logp, ref_logp, beta): see `deepalign_kernels.rules`.
+            function of (logp, ref_logp, beta): see `deepalign_kernels.rules`. What the authors'
+            code computes is "surrogate" with min_weight=1e-3.
+        min_weight: floor of each token's weight, with objective="surrogate" only.
+        temperature: divides the logits of policy and reference.
+        kl_coef: what the divergence from the reference over the whole vocabulary, nats per trained
+            token, is multiplied by before it is added to the objective; above 0 it needs
+            reference="frozen".
+        kl_direction: "policy_ref", "ref_policy" or "js", as in `deepalign_kernels.token_kl`.
         beta: positions [...] -> beta [...], or one number for every position. A rule without a
             reference, such as "sft", does not use it; its `prefix_length` still
             divides the logged positions into groups.
@@ -50,15 +59,18 @@ class TrainConfig:
             its "span".
         learning_rate: peak, reached after `warmup_steps`.
         lr_schedule: "linear" or "cosine" bring the rate to 0 at the end, "constant" holds it.
-        warmup_steps: steps of linear warm-up. As in transformers, the first of several has rate 0.
+        warmup_steps: steps of linear warm-up; None: the paper's 10, but at most a fifth of the run.
+            As in transformers, the first of several has rate 0. A number that reaches to the end of
+            the run is taken with a warning.
         batch_size: conversations per forward.
-        gradient_accumulation_steps: forwards per optimizer step.
-        epochs: rounds through the data; without this and max_steps, one. Not both.
+        gradient_accumulation_steps: forwards per optimizer step; 4 of 16 are the paper's batch.
+        epochs: rounds through the data; without this and max_steps, 3. Not both.
         max_steps: optimizer steps, instead of epochs.
         adam_betas: of AdamW; the paper has 0.5 and 0.999.
         adam_eps: of AdamW.
         weight_decay: decoupled, on parameters with two or more dimensions.
-        max_grad_norm: 2-norm to which the gradient is clipped; None leaves it as it is.
+        max_grad_norm: 2-norm to which the gradient is clipped; None, as in the paper, leaves it as
+            it is: clipping takes away from the constraint where it pulls hardest.
         max_length: tokens per conversation; None asks the model's config.
         on_too_long: "error" refuses a longer one, "drop" leaves it out, "truncate" keeps its
             beginning.
@@ -66,10 +78,11 @@ class TrainConfig:
             rate of 2e-5 is mostly below the resolution of bf16 weights.
         gradient_checkpointing: recompute activations in the backward.
         seed: of data order and dropout; nothing outside the run depends on it.
-        save_every: steps between checkpoints; None keeps none, but for a run that is interrupted.
+        save_every: steps between checkpoints, one more at the end; None keeps none, but for a run
+            that is interrupted.
         keep_checkpoints: how many of the newest stay.
-        log_every: steps that one line of the log sums up; the only time the loop waits for the
-            device.
+        log_every: steps that one line of the log sums up; only then, and to save, does the loop
+            wait for the device.
         progress: a line on the terminal with the step and the loss.
 
     Raises:
@@ -78,27 +91,31 @@ class TrainConfig:
 
     output_dir: str | Path
     objective: str | rules.Rule = "constrained"
+    min_weight: float = 0.0
+    temperature: float = 1.0
+    kl_coef: float = 0.0
+    kl_direction: str = "policy_ref"
     beta: BetaSchedule | Schedule | float = field(default_factory=BetaSchedule)
     reference: str = "precomputed"
     head: str = "fused"
     position_origin: str = "content"
     learning_rate: float = 2e-5
     lr_schedule: str = "linear"
-    warmup_steps: int = 10
+    warmup_steps: int | None = None
     batch_size: int = 16
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 4
     epochs: int | None = None
     max_steps: int | None = None
     adam_betas: tuple[float, float] = (0.5, 0.999)
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = None
     max_length: int | None = None
     on_too_long: str = "error"
     autocast_dtype: Any = None
     gradient_checkpointing: bool = False
     seed: int = 0
-    save_every: int | None = None
+    save_every: int | None = 100
     keep_checkpoints: int = 2
     log_every: int = 1
     progress: bool = True
@@ -108,6 +125,7 @@ class TrainConfig:
             ("reference", REFERENCES),
             ("lr_schedule", SCHEDULES),
             ("head", HEADS),
+            ("kl_direction", KL_DIRECTIONS),
             ("position_origin", ORIGINS),
             ("on_too_long", TOO_LONG),
         ):
@@ -117,14 +135,15 @@ class TrainConfig:
         rules.objective_of(self.rule)
         for name in ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             _integer(name, getattr(self, name), 1)
-        for name in ("epochs", "max_steps", "max_length", "save_every"):
+        for name in ("epochs", "max_steps", "max_length", "save_every", "warmup_steps"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
-        _integer("warmup_steps", self.warmup_steps, 0)
+                _integer(name, getattr(self, name), int(name != "warmup_steps"))
         _integer("seed", self.seed, 0)
         check.number("learning_rate", self.learning_rate, above=0.0)
         check.number("adam_eps", self.adam_eps, above=0.0)
         check.number("weight_decay", self.weight_decay, low=0.0)
+        check.number("temperature", self.temperature, above=0.0)
+        self._check_loss()
         if self.max_grad_norm is not None:
             check.number("max_grad_norm", self.max_grad_norm, above=0.0)
         if self.epochs is not None and self.max_steps is not None:
@@ -132,8 +151,22 @@ class TrainConfig:
                 f"epochs, max_steps: give one of the two, got {self.epochs} and {self.max_steps}"
             )
         if self.epochs is None and self.max_steps is None:
-            object.__setattr__(self, "epochs", 1)
+            object.__setattr__(self, "epochs", 3)
         self._check_composites()
+
+    def _check_loss(self) -> None:
+        check.number("min_weight", self.min_weight, low=0.0, below=2.0 + 1e-6)
+        if self.min_weight > 0 and self.objective != "surrogate":
+            raise ValueError(
+                "min_weight: a floor belongs to objective='surrogate', got"
+                f" {self.min_weight} with {self.objective!r}"
+            )
+        check.number("kl_coef", self.kl_coef, low=0.0)
+        if self.kl_coef > 0 and self.reference != "frozen":
+            raise ValueError(
+                f"kl_coef: the divergence needs all that the reference says of a token, and"
+                f" reference={self.reference!r} keeps its target alone; give reference='frozen'"
+            )
 
     def _check_composites(self) -> None:
         betas = self.adam_betas
@@ -162,8 +195,8 @@ class TrainConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the rule compares with a reference model."""
-        return rules.objective_of(self.rule).needs_reference
+        """Whether the loss compares with a reference model."""
+        return rules.objective_of(self.rule).needs_reference or self.kl_coef > 0
 
     @property
     def prefix_length(self) -> int:
@@ -172,24 +205,35 @@ class TrainConfig:
 
     @property
     def step_size(self) -> int:
-        """Conversations in one optimizer step."""
+        """Conversations in one optimizer step, of each process."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps`."""
+        if self.warmup_steps is None:
+            return min(PAPERS_WARMUP, total_steps // 5)
+        return self.warmup_steps
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the log and the checkpoints."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         beta = self.beta
-        out["beta"] = (
-            asdict(beta) if is_dataclass(beta) and not isinstance(beta, type) else repr(beta)
-        )
+        if is_dataclass(beta) and not isinstance(beta, type):
+            out["beta"] = asdict(beta)
+        else:
+            out["beta"] = _name_of(beta)
         if not isinstance(self.objective, str):
-            out["objective"] = getattr(self.objective, "__qualname__", repr(self.objective))
+            out["objective"] = _name_of(self.objective)
         out["output_dir"] = str(self.output_dir)
         out["adam_betas"] = list(self.adam_betas)
         out["autocast_dtype"] = self.autocast_dtype and str(self.autocast_dtype).removeprefix(
             "torch."
         )
         return out
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _integer(name: str, value: object, low: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels.data.examples import IGNORE
-from deepalign_kernels.ops import ConstrainedParts
+from deepalign_kernels.train.objective import TokenParts
 
 GROUPS = ("first", "prefix", "rest")  # position 1; 2..prefix_length; all other trained tokens
 FILE = "train_log.jsonl"
@@ -23,43 +24,43 @@ class Meter:
     """Sums over the steps since the last line of the log, kept on the device until somebody reads
     them.
 
-    `sums` [5, 3] fp64: per position group the number of tokens and the sums of log-probability,
-    weight and log-ratio; the last row holds the objective, the last gradient norm and the number of
-    steps.
+    `sums` [6, 3] fp64: per position group the number of tokens and the sums of log-probability,
+    weight, log-ratio and divergence; the last row holds the objective, the largest gradient norm
+    and the number of steps.
     """
 
     def __init__(self, device: torch.device, prefix_length: int) -> None:
         self.bounds = torch.tensor([1, max(prefix_length, 1)], dtype=torch.int32, device=device)
         self._columns = torch.arange(3, device=device)
-        self.sums = torch.zeros(5, 3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(6, 3, dtype=torch.float64, device=device)
 
-    def add(
-        self, loss: Tensor, parts: ConstrainedParts, targets: Tensor, positions: Tensor
-    ) -> None:
-        """One micro-batch."""
+    def add(self, loss: Tensor, parts: TokenParts, targets: Tensor, positions: Tensor) -> None:
+        """One micro-batch; `loss` as it is to be logged."""
         valid = (targets != IGNORE).reshape(-1)
         at = positions.reshape(-1)
         # Position 0 that is trained (what a chat template puts before the content) counts as
         # "rest".
         group = torch.where(at > 0, torch.bucketize(at, self.bounds), 2)
         groups = (group[:, None] == self._columns).double()
-        logp, ref_logp, weight = (x.reshape(-1) for x in parts)
-        columns = torch.stack([valid.to(logp.dtype), logp, weight, logp - ref_logp])
-        self.sums[:4] += columns.double() @ groups
-        self.sums[4, 0] += loss.detach()
+        logp, ref_logp, weight = (x.reshape(-1) for x in parts[:3])
+        kl = torch.zeros_like(logp) if parts.kl is None else parts.kl.reshape(-1)
+        columns = torch.stack([valid.to(logp.dtype), logp, weight, logp - ref_logp, kl])
+        self.sums[:5] += columns.double() @ groups
+        self.sums[5, 0] += loss.detach()
 
     def add_step(
-        self, batches: list[tuple[Tensor, ConstrainedParts, Tensor, Tensor]], norm: Tensor
+        self, batches: list[tuple[Tensor, TokenParts, Tensor, Tensor]], norm: Tensor
     ) -> None:
         """One optimizer step: (loss, parts, targets, positions) of its micro-batches."""
         for batch in batches:
             self.add(*batch)
-        self.sums[4, 1] = norm
-        self.sums[4, 2] += 1
+        # A NaN, too, is the largest: none between two lines of the log goes unseen.
+        self.sums[5, 1] = torch.maximum(self.sums[5, 1], norm.double())
+        self.sums[5, 2] += 1
 
-    def read(self, with_reference: bool) -> dict[str, float | int | None]:
+    def read(self, with_reference: bool, with_kl: bool = False) -> dict[str, float | int | None]:
         """Means since the last call, in nats; the one place where the loop waits for the device."""
-        count, logp, weight, ratio, (objective, norm, steps) = self.sums.tolist()
+        count, logp, weight, ratio, kl, (objective, norm, steps) = self.sums.tolist()
         self.sums.zero_()
         out: dict[str, float | int | None] = {
             "objective": objective / max(steps, 1),
@@ -72,6 +73,8 @@ class Meter:
             if with_reference:
                 out[f"weight_{name}"] = _mean(weight[index], count[index])
                 out[f"log_ratio_{name}"] = _mean(ratio[index], count[index])
+            if with_kl:
+                out[f"kl_{name}"] = _mean(kl[index], count[index])
         return out
 
 
@@ -99,11 +102,13 @@ class RunLog:
     """`train_log.jsonl`: one object per line, each complete on disk as soon as it is written.
 
     A run that resumes keeps the lines up to its checkpoint and drops what the interrupted run wrote
-    after it.
+    after it. The log of another run that is there is kept as `train_log-<number>.jsonl`.
     """
 
     def __init__(self, folder: Path, resume_at: int | None) -> None:
         self.path = folder / FILE
+        if resume_at is None and self.path.exists():
+            _put_aside(self.path)
         kept = []
         if resume_at is not None and self.path.exists():
             for line in self.path.read_bytes().splitlines():
@@ -122,6 +127,12 @@ class RunLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _put_aside(path: Path) -> None:
+    numbers = itertools.count(1)
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in numbers)
+    os.replace(path, next(name for name in names if not name.exists()))
 
 
 def _belongs(line: bytes, resume_at: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,9 @@ from deepalign_kernels.data.source import Source
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating, kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
+from deepalign_kernels.train import folder as folders
 from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.identity import differences, frozen_hash, identity
 from deepalign_kernels.train.log import Meter, Progress, RunLog, Speed
 from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.reference import (
@@ -28,7 +32,7 @@ from deepalign_kernels.train.reference import (
 )
 from deepalign_kernels.train.session import (
     check_models,
-    deferred_interrupts,
+    deferred_stops,
     embeddings_of,
     positions_of,
     training_session,
@@ -56,7 +60,7 @@ def fit(
     ref_model: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
     *,
-    resume: bool = False,
+    resume: bool | str = False,
 ) -> TrainResult:
     """Fine-tunes `model` in place: `TrainingRun(model, ...).train(resume)`, which see."""
     return TrainingRun(model, tokenizer, config, data, ref_model, callbacks).train(resume)
@@ -102,7 +106,14 @@ class TrainingRun:
         self._ref_arg = ref_model
         check_models(model, ref_model, config, self.device)
         self.objective = BatchObjective(
-            config.rule, config.beta_at, head=config.head, autocast_dtype=config.autocast_dtype
+            config.rule,
+            config.beta_at,
+            head=config.head,
+            autocast_dtype=config.autocast_dtype,
+            temperature=config.temperature,
+            min_weight=config.min_weight,
+            kl_coef=config.kl_coef,
+            kl_direction=config.kl_direction,
         )
         self._models = [m for m in (model, ref_model) if m is not None]
         for name, each in zip(("model", "ref_model"), self._models, strict=False):
@@ -121,6 +132,13 @@ class TrainingRun:
         )
         self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), config.step_size)
         self.total_steps = config.max_steps or (config.epochs or 1) * self.steps_per_epoch
+        self.warmup_steps = config.warmup_of(self.total_steps)
+        if self.warmup_steps >= self.total_steps:
+            warnings.warn(
+                f"warmup_steps: {self.warmup_steps} of {self.total_steps} steps; the learning rate"
+                f" never reaches {config.learning_rate:g}. None takes a fifth of the run at most",
+                stacklevel=2,
+            )
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.source.check(self.epochs)
         self.step = 0  # optimizer steps done
@@ -132,48 +150,56 @@ class TrainingRun:
         self._meter = Meter(self.device, config.prefix_length)
         self._speed = Speed()
         self._rng = ckpt.rng_state(self.device)  # after the last complete step
+        self._frozen: str | None = None  # hash of what is not trained, once it was asked for
         self._consistent = True  # the model is between two steps, not inside an update
 
     # The loop.
 
-    def train(self, resume: bool = False) -> TrainResult:
+    def train(self, resume: bool | str = False) -> TrainResult:
         """Run to the end.
 
         Args:
-            resume: go on from the newest checkpoint in `output_dir`; the parameters at the end are
-                bit for bit those of a run that was never interrupted (on one machine, with
-                deterministic kernels).
+            resume: True: go on from the newest whole checkpoint in `output_dir`; the parameters at
+                the end are bit for bit those of a run that was never interrupted (on one machine,
+                with deterministic kernels). "auto": the same if there is one, else begin.
 
         Raises:
             ValueError: nothing to resume, or a run in `output_dir` that this one would overwrite;
-                another configuration, other data or a missing reference at a resume.
-            FloatingPointError: the loss is no longer finite.
-            KeyboardInterrupt: after an interrupt, once a checkpoint is written.
+                another run at work in it; another configuration, other data or a missing reference
+                at a resume.
+            FloatingPointError: the loss, the gradient or a weight is no longer finite. What is not
+                is never saved.
+            OSError: no room for a checkpoint; those before it stay.
+            KeyboardInterrupt: after an interrupt, once a checkpoint is written; after SIGTERM its
+                subclass `Terminated`.
         """
+        if resume not in (True, False, "auto"):
+            raise ValueError(f"resume: expected True, False or 'auto', got {resume!r}")
         begun = time.perf_counter()
-        state = self._state_to_resume(resume)
-        session = training_session(self._models, self.config, self.device)
-        with session, self.objective.on(*self._models):
+        with contextlib.ExitStack() as stack:
+            if not resume or resume == "auto" or self.folder.is_dir():
+                stack.enter_context(folders.owned(self.folder))
+            state = self._state_to_resume(resume)
+            stack.enter_context(training_session(self._models, self.config, self.device))
+            stack.enter_context(self.objective.on(*self._models))
             self._prepare(state)
             log = RunLog(self.folder, None if state is None else self.step)
             progress = Progress(self.total_steps, self.step, self.config.progress)
             try:
                 self._announce(log, state is not None)
-                with deferred_interrupts() as interrupted:
+                with deferred_stops() as stop:
                     self._speed.restart()
                     while self.step < self.total_steps:
-                        if interrupted():
-                            raise KeyboardInterrupt
+                        if (reason := stop()) is not None:
+                            raise reason
                         self._train_step()
                         progress.step()
                         self._report(log, progress)
-                        if self.config.save_every and self.step % self.config.save_every == 0:
+                        if self._save_is_due():
                             self.save_checkpoint()
-                if self.config.save_every and self.step % self.config.save_every:
-                    self.save_checkpoint()
                 log.write("end", step=self.step, seconds=time.perf_counter() - begun)
             except KeyboardInterrupt:
-                if self._consistent:
+                if self._consistent and self.step:
                     self.save_checkpoint()
                 raise
             finally:
@@ -183,12 +209,17 @@ class TrainingRun:
         seconds = time.perf_counter() - begun
         return TrainResult(self.step, self.metrics, log.path, self.step0_max_log_ratio, seconds)
 
+    def _save_is_due(self) -> bool:
+        every = self.config.save_every
+        return every is not None and (self.step % every == 0 or self.step == self.total_steps)
+
     def _train_step(self) -> None:
         batches, done = self._batches(self.step), []
         for batch in batches:
             loss, parts = self.objective.loss(self.model, batch, self.ref_model)
             loss.backward()
-            done.append((loss.detach(), parts, batch.targets, batch.positions))
+            shown = loss.detach() - self.objective.constant(batch)
+            done.append((shown, parts, batch.targets, batch.positions))
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.params, self.config.max_grad_norm, norm)
@@ -215,7 +246,7 @@ class TrainingRun:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step`, from 0: transformers' schedule of the same name."""
-        warmup, total = self.config.warmup_steps, self.total_steps
+        warmup, total = self.warmup_steps, self.total_steps
         if step < warmup:
             return self.config.learning_rate * step / warmup
         done = min((step - warmup) / max(total - warmup, 1), 1.0)
@@ -224,22 +255,27 @@ class TrainingRun:
 
     # Before the loop.
 
-    def _state_to_resume(self, resume: bool) -> dict[str, Any] | None:
+    def _state_to_resume(self, resume: bool | str) -> dict[str, Any] | None:
         found = ckpt.checkpoints(self.folder)
-        if not resume:
-            if found:
-                raise ValueError(
-                    f"output_dir: {self.folder} holds the checkpoints of a run; resume it, remove"
-                    " them, or choose another folder"
-                )
+        if not resume and found:
+            raise ValueError(
+                f"output_dir: {self.folder} holds the checkpoints of a run; resume it, remove them,"
+                " or choose another folder"
+            )
+        if not resume or (resume == "auto" and not found):
             return None
-        if not found:
-            raise ValueError(f"resume: no checkpoint in {self.folder}")
-        return ckpt.load(found[-1], self.config.as_dict(), self.source.table(0).content_hash())
+        path, state = ckpt.load_newest(self.folder)
+        if why := differences(state["identity"], self._identity()):
+            raise ValueError(f"resume: {path} comes from {why}")
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        if self._frozen is None:
+            self._frozen = frozen_hash(self.model)
+        return identity(self.config, self.source.table(0), self._frozen, processes=1)
 
     def _prepare(self, state: dict[str, Any] | None) -> None:
         """Reference, optimizer and, at a resume, the state of the checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.step, self.metrics, self.step0_max_log_ratio = 0, {}, None
         self._rng, self._consistent = ckpt.rng_state(self.device), True
         self._meter = Meter(self.device, self.config.prefix_length)
@@ -248,8 +284,8 @@ class TrainingRun:
         if self.objective.needs_reference:
             self._prepare_reference(state)
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            ckpt.load_trained(self.model, state["model"])
+            ckpt.load_optimizer(self.optimizer, self.model, state["optimizer"])
             self._meter.sums.copy_(state["meter"])
             self.step, self.metrics, self._rng = state["step"], state["metrics"], state["rng"]
             self.step0_max_log_ratio = state["step0_max_log_ratio"]
@@ -276,13 +312,16 @@ class TrainingRun:
             table = self.source.table(epoch)
             if state is not None:
                 key = state["reference"][epoch]
+                table.ref_logp = cache.load(key, table)
             else:
-                key = cache.key(reference, table, self.config.autocast_dtype, self.config.head)
-                if not cache.path(key).exists():
-                    size = self.config.batch_size
-                    logp = reference_logp(reference, table, self.objective.logp, self.device, size)
-                    cache.save(key, table, logp)
-            table.ref_logp = cache.load(key, table)
+                about = (self.config.autocast_dtype, self.config.head, self.config.temperature)
+                key = cache.key(reference, table, *about)
+                table.ref_logp = cache.load_or_none(key, table)
+            if table.ref_logp is None:
+                size = self.config.batch_size
+                logp = reference_logp(reference, table, self.objective.logp, self.device, size)
+                cache.save(key, table, logp)
+                table.ref_logp = cache.load(key, table)
             keys.append(key)
         self._reference_keys = keys
 
@@ -317,6 +356,7 @@ class TrainingRun:
             total_steps=self.total_steps,
             examples=len(self.source.table(0)),
             too_long=self.source.too_long,
+            warmup_steps=self.warmup_steps,
             trained_tokens_per_epoch=sum(self.source.table(0).trained),
             step0_max_log_ratio=self.step0_max_log_ratio,
             torch=torch.__version__,
@@ -345,12 +385,9 @@ class TrainingRun:
         if self.step % self.config.log_every and self.step != self.total_steps:
             return
         # The one place where the loop waits for the device.
-        values = self._meter.read(with_reference=self.objective.needs_reference)
+        values = self._meter.read(self.objective.needs_reference, self.config.kl_coef > 0)
         for name in ("objective", "grad_norm"):
-            if not math.isfinite(values[name] or 0.0):
-                raise FloatingPointError(
-                    f"step {self.step}: {name} is {values[name]}; the run is stopped"
-                )
+            self._must_be_finite(name, values[name] or 0.0)
         self.metrics = log.write(
             "step",
             step=self.step,
@@ -367,14 +404,31 @@ class TrainingRun:
             ckpt.set_rng_state(self._rng, self.device)
         self._speed.restart()
 
+    def _must_be_finite(self, name: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        found = ckpt.checkpoints(self.folder)
+        last = f"the last checkpoint is {found[-1].name}" if found else "there is no checkpoint"
+        raise FloatingPointError(f"step {self.step}: {name} is {value}; the run is stopped, {last}")
+
     def save_checkpoint(self) -> Path:
-        """Write the state after the last complete step to `output_dir`; callbacks may call this."""
+        """Write the state after the last complete step to `output_dir`; callbacks may call this.
+
+        Raises:
+            FloatingPointError: a loss since the last line of the log, or a weight, is not finite.
+            OSError: no room.
+        """
+        for name, value in zip(
+            ("objective", "grad_norm"), self._meter.sums[-1].tolist(), strict=False
+        ):
+            self._must_be_finite(name, value)
+        if not ckpt.all_finite(self.model):
+            self._must_be_finite("a weight", math.nan)
         state = {
-            "config": self.config.as_dict(),
-            "data": self.source.table(0).content_hash(),
+            "identity": self._identity(),
             "reference": self._reference_keys,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": ckpt.trained_state(self.model),
+            "optimizer": ckpt.optimizer_state(self.optimizer, self.model),
             "meter": self._meter.sums.cpu(),
             "rng": self._rng,
             "metrics": self.metrics,

@@ -6,8 +6,9 @@ Knows a model and a batch; no step, no optimizer, no data source.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,16 @@ from deepalign_kernels import check, rules
 from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.losses import reduce_tokens
-from deepalign_kernels.ops import ConstrainedParts, constrained_loss, token_logp
+from deepalign_kernels.ops import constrained_loss, token_kl, token_logp
+
+
+class TokenParts(NamedTuple):
+    """What a log says about the tokens [B, T], detached; 0 where nothing is trained."""
+
+    logp: Tensor  # log-probability of the target under the policy, nats
+    ref_logp: Tensor  # the same under the reference; 0 without one
+    weight: Tensor  # what the token's cross-entropy gradient is multiplied by
+    kl: Tensor | None  # divergence to the reference, nats, before kl_coef; None without kl_coef
 
 
 class BatchObjective:
@@ -27,6 +37,11 @@ class BatchObjective:
         beta: positions [B, T] int -> beta [B, T] float; a rule without a reference does not ask.
         head: "fused": inside the model's own output head; "logits": from whole logits.
         autocast_dtype: of the forward; None: none.
+        temperature: divides the logits of policy and reference, > 0.
+        min_weight: floor of the weight, with the rule "surrogate" only.
+        kl_coef: >= 0, what the divergence of each trained token over the whole vocabulary is
+            multiplied by; above 0 `loss` needs a `ref_model`.
+        kl_direction: "policy_ref", "ref_policy" or "js", as in `deepalign_kernels.token_kl`.
 
     Attributes:
         needs_reference: whether a batch must bring `ref_logp`, or `loss` be given a `ref_model`.
@@ -42,11 +57,20 @@ class BatchObjective:
         *,
         head: str = "fused",
         autocast_dtype: torch.dtype | None = None,
+        temperature: float = 1.0,
+        min_weight: float = 0.0,
+        kl_coef: float = 0.0,
+        kl_direction: str = "policy_ref",
     ) -> None:
         check.one_of("head", head, tuple(HEADS))
-        self.needs_reference = rules.objective_of(rule).needs_reference
+        about = rules.objective_of(rule)
+        self._asks, self._exact = about.needs_reference, rule == "exact"
+        self.needs_reference = about.needs_reference or kl_coef > 0
         self._beta = beta
-        self._head: FusedHead | LogitsHead = HEADS[head](autocast_dtype, rule)
+        options = {"temperature": temperature, "min_weight": min_weight}
+        if kl_coef > 0:
+            options |= {"kl_coef": kl_coef, "kl_direction": kl_direction}
+        self._head: FusedHead | LogitsHead = HEADS[head](autocast_dtype, rule, options)
 
     def check(self, name: str, model: nn.Module) -> None:
         """Refuse a model that the head cannot work with; `name` is the argument to blame.
@@ -62,7 +86,7 @@ class BatchObjective:
 
     def loss(
         self, model: nn.Module, batch: Batch, ref_model: nn.Module | None = None
-    ) -> tuple[Tensor, ConstrainedParts]:
+    ) -> tuple[Tensor, TokenParts]:
         """One micro-batch's share of the step's loss, and what a log says about its tokens.
 
         Args:
@@ -73,15 +97,23 @@ class BatchObjective:
         Returns:
             The loss, 0-d fp32: the sum over the tokens divided by `batch.normalizer`, or, where
             parts are mixed, each row's sum times its `row_scale`. Shares of a step add up.
-            logp, ref_logp (0 without a reference) and weight of the tokens [B, T], detached.
         """
-        beta = ref_logp = None
-        if self.needs_reference:
-            beta = self._beta(batch.positions)
-            ref_logp = batch.ref_logp if ref_model is None else self.logp(ref_model, batch)
+        beta = self._beta(batch.positions) if self._asks else None
         normalizer = batch.normalizer if batch.row_scale is None else None
-        loss, parts = self._head.loss(model, batch, beta, ref_logp, normalizer)
+        loss, parts = self._head.loss(model, batch, beta, ref_model, normalizer)
         return (loss if batch.row_scale is None else (loss * batch.row_scale).sum()), parts
+
+    def constant(self, batch: Batch) -> Tensor | float:
+        """What is in `loss` whatever the model does, and a log leaves out: where policy and
+        reference agree, equation 3 is (2 / beta) log 2 a token, and no learning takes that away.
+        """
+        if not self._exact:
+            return 0.0
+        beta = self._beta(batch.positions)
+        each = torch.where((batch.targets != IGNORE) & (beta > 0), 2 * math.log(2) / beta, 0.0)
+        if batch.row_scale is not None:
+            return (each * batch.row_scale).sum()
+        return each.sum() / batch.normalizer
 
     def logp(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of the targets [B, T]: nats, 0 where untrained, no gradient."""
@@ -97,11 +129,15 @@ class FusedHead:
     """
 
     def __init__(
-        self, autocast_dtype: torch.dtype | None, rule: str | rules.Rule = "exact"
+        self,
+        autocast_dtype: torch.dtype | None,
+        rule: str | rules.Rule = "exact",
+        options: dict[str, Any] | None = None,
     ) -> None:
         from deepalign_kernels import hf
 
         self._hf, self._dtype, self._rule = hf, autocast_dtype, rule
+        self._options: dict[str, Any] = options or {}
 
     def check(self, name: str, model: nn.Module) -> None:
         """Refuse a model that `hf.attach` does; costs a forward of one token."""
@@ -128,31 +164,55 @@ class FusedHead:
         model: nn.Module,
         batch: Batch,
         beta: Tensor | None,
-        ref_logp: Tensor | None,
+        ref_model: nn.Module | None,
         normalizer: float | Tensor | None,
-    ) -> tuple[Tensor, ConstrainedParts]:
+    ) -> tuple[Tensor, TokenParts]:
         """The rule's loss: (sum over the tokens / normalizer, or each [B, T] where that is None;
-        what the log says about the tokens [B, T])."""
+        what the log says about the tokens)."""
+        reference: dict[str, Any] = {"ref_logp": batch.ref_logp}
+        if "kl_coef" in self._options:
+            assert ref_model is not None
+            reference = self._rows(ref_model, batch)
+        elif ref_model is not None:
+            reference = {"ref_logp": self.logp(ref_model, batch)}
         loss = self._hf.ConstrainedLoss(
-            beta=beta, ref_logp=ref_logp, objective=self._rule, **_reduced(normalizer)
+            beta=beta,
+            objective=self._rule,
+            **reference,
+            **_reduced(normalizer),
+            **self._options,
         )
         out = self._call(model, batch, loss)
         shown = out.parts.get("ref_logp", torch.zeros_like(out.logp))
-        return out.loss, ConstrainedParts(out.logp, shown, out.parts["weight"])
+        return out.loss, TokenParts(out.logp, shown, out.parts["weight"], out.parts.get("kl"))
 
     @torch.no_grad()
     def logp(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probabilities of the targets [B, T] in nats, 0 where nothing is trained."""
-        return self._call(model, batch, self._hf.TokenLogp()).logp
+        temperature = self._options.get("temperature", 1.0)
+        return self._call(model, batch, self._hf.TokenLogp(temperature=temperature)).logp
+
+    def _rows(self, ref_model: Any, batch: Batch) -> dict[str, Any]:
+        """The reference's last hidden states and its head, for the whole distribution."""
+        with _autocast(batch, self._dtype):
+            rows = self._hf.hidden_rows(ref_model, **self._inputs(batch))
+        head = ref_model.get_output_embeddings()
+        return {
+            "ref_rows": rows,
+            "ref_weight": head.weight,
+            "ref_bias": getattr(head, "bias", None),
+        }
 
     def _call(self, model: nn.Module, batch: Batch, loss: Any) -> Any:
         with _autocast(batch, self._dtype):
-            return model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                shift_labels=batch.targets,
-                dak_loss=loss,
-            )
+            return model(**self._inputs(batch), dak_loss=loss)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "shift_labels": batch.targets,
+        }
 
 
 class LogitsHead:
@@ -163,9 +223,17 @@ class LogitsHead:
     """
 
     def __init__(
-        self, autocast_dtype: torch.dtype | None, rule: str | rules.Rule = "exact"
+        self,
+        autocast_dtype: torch.dtype | None,
+        rule: str | rules.Rule = "exact",
+        options: dict[str, Any] | None = None,
     ) -> None:
+        options = dict(options or {})
         self._dtype, self._rule = autocast_dtype, rule
+        self._temperature = options.get("temperature", 1.0)
+        self._min_weight = options.get("min_weight", 0.0)
+        self._kl_coef = options.get("kl_coef", 0.0)
+        self._kl_direction = options.get("kl_direction", "policy_ref")
 
     def check(self, name: str, model: nn.Module) -> None:
         """Nothing is refused before the first forward."""
@@ -180,17 +248,47 @@ class LogitsHead:
         model: nn.Module,
         batch: Batch,
         beta: Tensor | None,
+        ref_model: nn.Module | None,
+        normalizer: float | Tensor | None,
+    ) -> tuple[Tensor, TokenParts]:
+        kl, ref_logp, ref_logits = None, batch.ref_logp, None
+        if ref_model is not None:
+            with torch.no_grad():
+                ref_logits = self._logits(ref_model, batch)
+                ref_logp = token_logp(ref_logits, batch.targets, temperature=self._temperature)
+        logits, trained = self._logits(model, batch), batch.targets != IGNORE
+        loss, parts = self._rule_loss(logits, batch.targets, beta, ref_logp, normalizer)
+        if self._kl_coef:
+            assert ref_logits is not None
+            kl = token_kl(
+                logits,
+                ref_logits,
+                valid=trained,
+                direction=cast(Any, self._kl_direction),
+                temperature=self._temperature,
+            )
+            added = kl if normalizer is None else reduce_tokens(kl, trained, normalizer=normalizer)
+            loss, kl = loss + self._kl_coef * added, kl.detach()
+        return loss, parts._replace(kl=kl)
+
+    def _rule_loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        beta: Tensor | None,
         ref_logp: Tensor | None,
         normalizer: float | Tensor | None,
-    ) -> tuple[Tensor, ConstrainedParts]:
-        logits, target = self._logits(model, batch), batch.targets
+    ) -> tuple[Tensor, TokenParts]:
         if self._rule in rules.KERNELS:
             options: Any = {**_reduced(normalizer), "objective": self._rule, "beta": beta}
+            options |= {"temperature": self._temperature, "min_weight": self._min_weight}
             result = constrained_loss(
                 logits, target, ref_logp=ref_logp, return_parts=True, **options
             )
-            return cast(tuple[Tensor, ConstrainedParts], result)
-        logp, trained = token_logp(logits, target), target != IGNORE
+            loss, parts = cast(tuple[Tensor, tuple[Tensor, Tensor, Tensor]], result)
+            return loss, TokenParts(*parts, None)
+        logp = token_logp(logits, target, temperature=self._temperature)
+        trained = target != IGNORE
         name = rules.objective_of(self._rule).name
         each, weight = rules.run(name, 0.0, logp.detach(), ref_logp, beta)
         each, weight = (torch.where(trained, x, 0.0) for x in (each, weight))
@@ -198,11 +296,12 @@ class LogitsHead:
         if normalizer is not None:
             loss = reduce_tokens(loss, trained, normalizer=normalizer)
         shown = torch.zeros_like(weight) if ref_logp is None else ref_logp
-        return loss, ConstrainedParts(logp.detach(), shown, weight)
+        return loss, TokenParts(logp.detach(), shown, weight, None)
 
     @torch.no_grad()
     def logp(self, model: nn.Module, batch: Batch) -> Tensor:
-        return token_logp(self._logits(model, batch), batch.targets)
+        logits = self._logits(model, batch)
+        return token_logp(logits, batch.targets, temperature=self._temperature)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         with _autocast(batch, self._dtype):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.data.packing import micro_batches
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating
+from deepalign_kernels.train.folder import read, write_atomically
 
 LogpOf = Callable[[nn.Module, Batch], Tensor]
 
@@ -72,11 +73,8 @@ class ReferenceCache:
                 f"resume: {path} is missing; it holds the reference of this run, which"
                 " cannot be computed again from a policy that has moved"
             )
-        try:
-            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            logp, data = saved["ref_logp"], saved["data"]
-        except Exception as error:
-            raise ValueError(f"{path}: not a readable reference file: {error}") from error
+        saved: dict[str, Any] = read(path)
+        logp, data = saved["ref_logp"], saved["data"]
         trained = table.targets != IGNORE
         if data != table.content_hash() or logp.numel() != int(trained.sum()):
             raise ValueError(f"{path}: made from other tokens than data gives now")
@@ -84,19 +82,16 @@ class ReferenceCache:
         column[trained] = logp
         return column
 
+    def load_or_none(self, key: str, table: TokenTable) -> Tensor | None:
+        """As `load`, for a reference that can be computed again: None if that is to be done."""
+        if not self.path(key).is_file():
+            return None
+        try:
+            return self.load(key, table)
+        except ValueError as error:
+            warnings.warn(f"{error}; computing the reference again", stacklevel=2)
+            return None
+
     def save(self, key: str, table: TokenTable, column: Tensor) -> None:
         logp = column[table.targets != IGNORE]
         write_atomically(self.path(key), {"ref_logp": logp, "data": table.content_hash()})
-
-
-def write_atomically(path: Path, value: object) -> None:
-    """torch.save that leaves either the whole file or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

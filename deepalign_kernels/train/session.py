@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,12 @@ def check_models(
     Raises:
         ValueError: naming the argument.
     """
+    processes = max(int(os.environ.get("WORLD_SIZE", "1")), _world_size())
+    if processes > 1:
+        raise ValueError(
+            f"model: this is one of {processes} processes, and each would train all of the data"
+            " alone and write into the same folder; start one"
+        )
     if config.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable"
@@ -41,6 +48,11 @@ def check_models(
     there = next(ref_model.parameters()).device
     if there != device:
         raise ValueError(f"ref_model: expected on the device of model, {device}, got {there}")
+
+
+def _world_size() -> int:
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def embeddings_of(model: nn.Module) -> int | None:
@@ -160,26 +172,38 @@ def _put(module: nn.Module, place: tuple[str, Any], value: object) -> None:
         held[name] = value
 
 
+class Terminated(KeyboardInterrupt):
+    """A run ended by SIGTERM, as a batch system or a container sends it, its checkpoint written."""
+
+
+STOPS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
 @contextlib.contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function true; a second one interrupts at
-    once.
+def deferred_stops() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function give the exception that
+    is due; a second one acts at once.
 
-    Outside the main thread, which alone may handle signals, interrupts stay as they are.
+    Outside the main thread, which alone may handle signals, they stay as they are.
     """
-    asked = False
+    asked: list[type[KeyboardInterrupt]] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: None
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in STOPS}
 
-    def handle(*_: object) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    def put_back() -> None:
+        for number, handler in before.items():
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, handler or default)
 
-    signal.signal(signal.SIGINT, handle)
+    def handle(number: int, *_: object) -> None:
+        asked.append(STOPS[signal.Signals(number)])
+        put_back()
+
+    for number in STOPS:
+        signal.signal(number, handle)
     try:
-        yield lambda: asked
+        yield lambda: asked[0] if asked else None
     finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        put_back()

@@ -9,7 +9,10 @@ from torch import nn
 
 from deepalign_kernels.train import TrainConfig, TrainingRun
 
-RUN = {"max_steps": 1, "batch_size": 7, "warmup_steps": 0, "progress": False}
+RUN = {
+    "max_steps": 1, "batch_size": 7, "gradient_accumulation_steps": 1, "warmup_steps": 0,
+    "save_every": None, "progress": False,
+}  # fmt: skip
 
 
 def cubed(logp, ref_logp, beta):

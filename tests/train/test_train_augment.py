@@ -116,6 +116,7 @@ def trainer_of(out, model, alpha=0.2, weighting="examples", **options):
         p0=0.2,
     )
     base = {"objective": "sft", "batch_size": 15, "max_steps": 1, "warmup_steps": 0}
+    base |= {"gradient_accumulation_steps": 1}
     config = TrainConfig(out, progress=False, **{**base, **options})
     return TrainingRun(model, tokenizer, config, source)
 

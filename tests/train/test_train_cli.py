@@ -1,6 +1,9 @@
 """`python -m deepalign_kernels.train`: from a folder with a model to one with a trained model."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,8 +12,12 @@ import torch
 from tiny_chat import RECORDS, RECOVERIES, build_model, build_tokenizer
 from transformers import AutoModelForCausalLM
 
-from deepalign_kernels.train.__main__ import build, main, parser
-from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train import TrainConfig, TrainingRun
+from deepalign_kernels.train.__main__ import build, main, parser, settle
+
+
+def signal_term():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def write(path, records):
@@ -44,8 +51,12 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert not all(torch.equal(trained[k], before[k]) for k in trained)
 
     assert main(arguments) == 2  # would overwrite
-    assert "error: output_dir: " in capsys.readouterr().err
+    assert "model is there already; choose another folder" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0  # nothing left to do
+    shutil.rmtree(out / "model")
+    assert main(arguments) == 2
+    assert "error: output_dir: " in capsys.readouterr().err
+    assert main([*arguments, "--resume", "auto"]) == 0
 
 
 def test_recovery_data_and_another_reference(tmp_path):
@@ -53,7 +64,8 @@ def test_recovery_data_and_another_reference(tmp_path):
     build_model(1).save_pretrained(tmp_path / "reference")
     arguments += ["--recovery", write(tmp_path / "recovery.jsonl", RECOVERIES), "--alpha", "0.4"]
     arguments += ["--ref-model", str(tmp_path / "reference"), "--reference", "frozen"]
-    trainer = build(parser().parse_args([*arguments, "--max-steps", "1"]))
+    arguments += ["--objective", "constrained", "--max-steps", "1"]
+    trainer = build(parser().parse_args(arguments))
     assert trainer.source.table(0).part_weights == {0: 0.6, 1: 0.4}
     assert trainer.train().step0_max_log_ratio > 0.1
 
@@ -69,11 +81,47 @@ def test_wrong_data_end_with_one_line(tmp_path, capsys):
 
 
 def test_options_have_the_configs_defaults(tmp_path):
-    options = vars(parser().parse_args(["--model", "m", "--data", "d", "--output", "o"]))
+    given = parser().parse_args(["--model", "m", "--data", "d", "--output", "o"])
+    assert settle(given) is None
+    options = vars(given)
     for name, value in vars(TrainConfig(tmp_path)).items():
         if name not in ("output_dir", "beta", "epochs"):
             assert options[name] == value, name
-    assert options["epochs"] is None  # one epoch if neither is given
+    assert options["epochs"] is None  # three epochs if neither is given
+
+
+def test_recovery_alone_trains_what_the_paper_trains_and_says_so(tmp_path, capsys):
+    """Held to the model as it was, it could not learn to refuse."""
+    arguments, out = prepare(tmp_path)
+    arguments += ["--recovery", write(tmp_path / "recovery.jsonl", RECOVERIES), "--max-k", "3"]
+    trainer = build(parser().parse_args([*arguments, "--max-steps", "4", "--p0", "0"]))
+    assert trainer.config.objective == "sft" and not trainer.objective.needs_reference
+    assert trainer.config.adam_betas == (0.9, 0.999) and trainer.warmup_steps == 0
+    told = capsys.readouterr().err
+    assert "--recovery: as in the paper, objective sft, adam_betas (0.9, 0.999), warmup" in told
+    assert all(1 <= trainer.source._data.draw_k(0, index) <= 3 for index in range(2))
+    chosen = build(parser().parse_args([*arguments, "--objective", "constrained"]))
+    assert chosen.config.objective == "constrained" and chosen.config.adam_betas == (0.9, 0.999)
+
+
+def test_a_stop_says_what_is_saved(tmp_path, capsys, monkeypatch):
+    arguments, out = prepare(tmp_path)
+    arguments += ["--max-steps", "3"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepalign_kernels.train.loop.reference_logp", stop)
+        assert main(arguments) == 130
+    assert "nothing was saved yet" in capsys.readouterr().err
+    real = TrainingRun._report
+    monkeypatch.setattr(TrainingRun, "_report", lambda *a: (real(*a), signal_term()))
+    assert main([*arguments, "--resume", "auto"]) == 143
+    assert "--resume goes on from" in (told := capsys.readouterr().err)
+    assert told.strip().endswith("checkpoint-0000001.pt")
+    assert main([*arguments, "--resume", "auto"]) == 143  # one step more
+    assert sorted(p.name for p in out.glob("c*")) == [f"checkpoint-000000{n}.pt" for n in (1, 2)]
 
 
 @pytest.mark.slow
