@@ -7,6 +7,7 @@ export TORCH TRITON
 
 # Here a native build that fails is an error, not a fall back to Python. CUDA C++ is compiled wherever
 # nvcc is, GPU or not: that is its compile check.
+WHEEL_CUDA := $(or $(DEEPALIGN_BUILD_CUDA),0)
 NVCC_PATH := $(shell command -v $${NVCC:-nvcc} 2>/dev/null)
 DEEPALIGN_BUILD_NATIVE ?= 1
 DEEPALIGN_BUILD_CUDA ?= $(if $(and $(NVCC_PATH),$(wildcard csrc/cuda/*.cu),$(filter 1,$(DEEPALIGN_BUILD_NATIVE))),1,auto)
@@ -64,7 +65,7 @@ build: ## .venv with torch and the tools, then the native libraries
 	@$(PY) setup.py --quiet build_ext --inplace
 
 wheel: build ## wheels and the source archive, into dist/
-	@sh .ci/wheel
+	@DEEPALIGN_BUILD_CUDA=$(WHEEL_CUDA) sh .ci/wheel
 
 hub: wheel ## the layout of a kernel repository of the Hugging Face Hub, into build/hub/
 	@cd build/wheel/deepalign_kernels-* && CXXFLAGS="-include $$PWD/.ci/glibc_2_28.h" \
