@@ -50,7 +50,7 @@ TO_COME = {
     "judge": ({"check", "generate/engine"}, 700),
     "attack": ({"check", "ops", "hf", "data", "generate", "judge", "runs"} | LOW, 2600),
     "attack/finetune": ({"attack", "check", "hf", "data", "judge", "runs", "train"} | LOW, 600),
-    "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1600),
+    "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1800),
     "report": ({"runs"}, 1200),
     "plan": ({"check", "ops"}, 600),
 }
