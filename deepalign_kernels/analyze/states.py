@@ -39,7 +39,10 @@ class HeadWeights:
         """[n, V] in fp32 (fp64 for fp64): for a few rows at a time."""
         kind = torch.promote_types(self.weight.dtype, torch.float32)
         x = hidden.to(self.weight.device, kind) @ self.weight.to(kind).T
-        x = x if self.bias is None else x + self.bias.to(kind)
+        return self.shaped(x if self.bias is None else x + self.bias.to(kind))
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """The logits of what the head's matrix returns."""
         x = x * self.logit_scale
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 

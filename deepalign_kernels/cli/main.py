@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from deepalign_kernels import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
+    "analyze": ("deepalign_kernels.analyze.command", "where two models differ, by position"),
     "info": ("deepalign_kernels.cli.info", "versions; which backend runs each op, and why"),
 }
 INTERRUPTED = 130  # as a shell says it of SIGINT

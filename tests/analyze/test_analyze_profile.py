@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers", reason="deepalign_kernels.analyze needs transformers")
 
 import tiny_chat
+from answer_pairs import draw_pairs
 from tiny_models import FAMILIES, build
 from torch import nn
 
@@ -19,16 +20,6 @@ from deepalign_kernels import analyze, check
 from deepalign_kernels.analyze import Pair
 
 pytestmark = pytest.mark.clean_memory
-
-
-def draw_pairs(vocab, lengths=((5, 7), (3, 4), (9, 1), (4, 8)), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = [torch.randint(3, vocab, (sum(n),), generator=generator).tolist() for n in lengths]
-    names = ("odd", "even")
-    return [
-        Pair(tuple(x[:c]), tuple(x[c:]), names[i % 2], f"pair {i}")
-        for i, (x, (c, _)) in enumerate(zip(ids, lengths, strict=True))
-    ]
 
 
 def brute_force(model, base, pairs, vocab):
