@@ -33,6 +33,7 @@ class Prompt:
         target: what an answer begins with that a search tries to make likely, or None.
         category: of the set, or "".
         benign: whether a good model answers it (sets for over-refusal).
+        suffix: what an attack adds behind the prompt, with a space between.
     """
 
     id: str
@@ -41,6 +42,12 @@ class Prompt:
     target: str | None = None
     category: str = ""
     benign: bool = False
+    suffix: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The user's turn as it goes to the model."""
+        return f"{self.prompt} {self.suffix}" if self.suffix else self.prompt
 
 
 def _plain(row: Row, text: str, **more: Any) -> Prompt:
@@ -194,8 +201,8 @@ def load_prompts(path: str | Path, format: str = "auto") -> list[Prompt]:
 
 def data_hash(prompts: list[Prompt]) -> str:
     """16 hex digits of all that is in the prompts, in order; for a manifest."""
-    rows = [[p.id, p.prompt, p.answer, p.target, p.category, p.benign] for p in prompts]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    raw = json.dumps([vars(p) for p in prompts], sort_keys=True).encode()
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def _with_ids(prompts: list[Prompt], path: Path) -> list[Prompt]:

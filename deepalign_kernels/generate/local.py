@@ -92,6 +92,13 @@ class LocalEngine:
         scores = self._in_batches([pairs[i] for i in order], self._score)
         return [s for _, s in sorted(zip(order, scores, strict=True), key=lambda pair: pair[0])]
 
+    def next_ids(self, prompt: Sequence[int], n: int) -> tuple[int, ...]:
+        """The n most probable next ids behind one prompt, the most probable first."""
+        with evaluating(self.model), torch.inference_mode():
+            ids = torch.tensor([list(prompt)])
+            logits = self._forward(ids, None, None, [len(prompt) - 1]).logits[0, 0]
+        return tuple(logits.float().topk(n).indices.tolist())
+
     def self_check(self, requests: Sequence[Request]) -> dict[str, int]:
         """How many of these requests get other ids in mode "fast" than in mode "exact"."""
         before, found = self.mode, {}
