@@ -48,8 +48,14 @@ TO_COME = {
     "generate": ({"check", "generate/engine", "modes"}, 800),
     "generate/engine": (set(), 100),
     "judge": ({"check", "generate/engine"}, 700),
-    "attack": ({"check", "ops", "hf", "data", "generate", "judge", "runs"} | LOW, 2600),
-    "attack/finetune": ({"attack", "check", "hf", "data", "judge", "runs", "train"} | LOW, 600),
+    "attack": (
+        {"check", "ops", "hf", "data", "generate", "generate/engine", "judge", "runs"} | LOW,
+        2600,
+    ),
+    "attack/finetune": (
+        {"attack", "check", "hf", "data", "generate", "judge", "runs", "train"} | LOW,
+        600,
+    ),
     "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1800),
     "report": ({"runs"}, 1200),
     "plan": ({"check", "ops"}, 600),
