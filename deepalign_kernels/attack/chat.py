@@ -24,7 +24,8 @@ class Chat:
 
     def __init__(self, tokenizer: Any, asking: Asking) -> None:
         self.tokenizer, self._system = tokenizer, asking.system
-        self._template = ChatTemplate(tokenizer) if asking.chat == "template" else None
+        self.templated = asking.chat == "template"
+        self._template = ChatTemplate(tokenizer) if self.templated else None
         if self._template is None and asking.system is not None:
             raise ValueError("system: a plain prompt has no system turn")
 

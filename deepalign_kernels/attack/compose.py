@@ -1,0 +1,48 @@
+"""Two attacks in a row: a prefill behind a suffix, decoding after fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deepalign_kernels.attack.attack import Attack, Prepares
+from deepalign_kernels.data.prompts import Prompt
+from deepalign_kernels.runs.record import Record
+
+
+@dataclass(frozen=True)
+class Compose:
+    """`then` on what `first` leaves: its suffixes, or its model.
+
+    Records are named "first+then"; those of the search or training come first.
+
+    Args:
+        first: GCG, RandomSearch or Finetune.
+        then: any attack.
+    """
+
+    first: Prepares
+    then: Attack
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of its records."""
+        return f"{self.first.name}+{self.then.name}"
+
+    @property
+    def together(self) -> bool:
+        """Whether all prompts are needed at once."""
+        return self.first.together or self.then.together
+
+    def about(self) -> dict[str, Any]:
+        """Both configs as plain values."""
+        from deepalign_kernels.attack.suite import plain
+
+        return {"attack": self.name, "first": plain(self.first), "then": plain(self.then)}
+
+    def __call__(self, engine: Any, prompts: Sequence[Prompt]) -> Iterator[Record]:
+        """As `Attack`."""
+        records, engine, prompts = self.first.prepare(engine, prompts)
+        for record in (*records, *self.then(engine, prompts)):
+            yield replace(record, name=self.name)

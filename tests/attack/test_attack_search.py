@@ -1,0 +1,388 @@
+"""Searches for a suffix against plain formulas: losses, gradient, text, resume, what is left."""
+
+import copy
+import dataclasses
+import itertools
+
+import pytest
+
+pytest.importorskip("transformers", reason="models and templates are of transformers")
+
+import tiny_models
+import torch
+from peaked import peaked_model
+
+from deepalign_kernels.attack import GCG, Compose, Prefill, RandomSearch
+from deepalign_kernels.attack import gcg as gcg_module
+from deepalign_kernels.attack.chat import Chat
+from deepalign_kernels.attack.search import Field, searching
+from deepalign_kernels.attack.suffix import Place, allowed_ids, distinct
+from deepalign_kernels.attack.target_loss import TargetLoss
+from deepalign_kernels.data.prompts import Prompt
+from deepalign_kernels.generate.engine import Request, Sampling
+from deepalign_kernels.generate.local import LocalEngine
+from deepalign_kernels.toyworld import World, build_tokenizer
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.clean_memory]
+TOKENIZER = build_tokenizer()
+RECORDS = World(0, limit=3).records("restricted")
+PROMPTS = [
+    Prompt(f"p{n}", r["messages"][0]["content"], answer=r["messages"][1]["content"])
+    for n, r in enumerate(RECORDS)
+]
+INIT = "mix mix mix mix mix"
+QUICK = {"init": INIT, "target": "great choice , the glacier pie", "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return peaked_model(TOKENIZER)
+
+
+@pytest.fixture
+def engine(model):
+    return LocalEngine(model, TOKENIZER)
+
+
+def plain_losses(model, before, suffixes, after, target):
+    """From whole logits in fp64, one sequence at a time."""
+    out = []
+    for suffix in suffixes.tolist():
+        ids = torch.tensor([[*before, *suffix, *after, *target]])
+        with torch.no_grad():
+            logp = model(ids).logits[0].double().log_softmax(-1)
+        places = range(ids.shape[1] - len(target) - 1, ids.shape[1] - 1)
+        out.append(-sum(logp[p, t] for p, t in zip(places, target, strict=True)) / len(target))
+    return torch.stack(out)
+
+
+def random_case(vocab, seed=0, T=9):
+    g = torch.Generator().manual_seed(seed)
+    before, after, target = (
+        tuple(torch.randint(3, vocab, (n,), generator=g).tolist()) for n in (11, 3, T)
+    )
+    return before, torch.randint(3, vocab, (13, 4), generator=g), after, target
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gpt2", "qwen3", "cohere"])
+def test_losses_and_gradient_of_families(name):
+    """Against whole logits in fp64; heads with scales and caps, embeddings with scales, a window
+    that keeps the prompt from being shared."""
+    model = tiny_models.build(name).eval()
+    truth = copy.deepcopy(model).double()
+    before, suffixes, after, target = random_case(150)
+    with searching(model) as attached:
+        losses = TargetLoss(attached, before, after, target, batch=5)
+        got = losses.losses(suffixes)
+        wanted = plain_losses(truth, before, suffixes, after, target)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+        grad = losses.gradient(suffixes[0])
+        again = losses.losses(suffixes)
+    torch.testing.assert_close(got, again)  # nothing grew
+    embed = truth.get_input_embeddings()
+    one_hot = torch.nn.functional.one_hot(suffixes[0], len(embed.weight)).double().requires_grad_()
+    scale = getattr(embed, "embed_scale", 1.0)
+    rows = [embed(torch.tensor(x)) for x in (before, (*after, *target))]
+    ids = torch.cat([rows[0], one_hot @ embed.weight * scale, rows[1]])[None]
+    logp = truth(inputs_embeds=ids).logits[0].log_softmax(-1)[-len(target) - 1 : -1]
+    loss = -logp.gather(1, torch.tensor(target)[:, None]).mean()
+    (exact,) = torch.autograd.grad(loss, one_hot)
+    assert (grad.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+@pytest.mark.parametrize("T", [1, 3, 4, 9])
+def test_abandoning_changes_no_minimum(model, T):
+    """The target is what the model says behind the first suffix, so the others cost much early."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # sure of itself
+    before, suffixes, after, _ = random_case(600)
+    suffixes = torch.cat([suffixes, suffixes.flip(1), suffixes.roll(1, 1), suffixes.roll(2, 1)])
+    settings = Sampling(max_new_tokens=T)
+    request = Request((*before, *suffixes[0].tolist(), *after), settings)
+    (reply,) = LocalEngine(model, TOKENIZER).generate([request])
+    target = reply.ids
+    assert len(target) == T
+    with searching(model) as attached:
+        losses = TargetLoss(attached, before, after, target, batch=8)
+        whole = losses.losses(suffixes)
+        spent = losses.tokens[0]
+        some = losses.losses(suffixes, bound=float("inf"))
+    kept = some.isfinite()
+    torch.testing.assert_close(some[kept], whole[kept], rtol=1e-5, atol=1e-5)
+    assert int(some.argmin()) == int(whole.argmin()) or some.min() == pytest.approx(whole.min())
+    if T == 9:
+        assert kept.sum() < len(kept) and losses.tokens[0] - spent < spent
+
+
+def test_out_of_memory_halves_and_remembers(model, monkeypatch):
+    before, suffixes, after, target = random_case(600)
+    with searching(model) as attached:
+        losses = TargetLoss(attached, before, after, target, batch=16)
+        wanted, plain, sizes = losses.losses(suffixes), losses._piece, []
+
+        def small(piece, bound):
+            sizes.append(len(piece))
+            if len(piece) > 3:
+                raise torch.OutOfMemoryError("planted")
+            return plain(piece, bound)
+
+        monkeypatch.setattr(losses, "_piece", small)
+        torch.testing.assert_close(losses.losses(suffixes), wanted, rtol=1e-5, atol=1e-6)
+        assert losses.batch == 3 and sizes[:3] == [13, 6, 3]
+
+
+def test_a_place_and_its_texts():
+    chat = Chat(TOKENIZER, GCG(**QUICK))
+    place = Place(chat, Prompt("a", "bake a pie", suffix=INIT))
+    whole = chat.ids(Prompt("a", "bake a pie", suffix=INIT))
+    assert place.before + place.first + place.after == whole and len(place.first) == 5
+    assert place.texts([place.first]) == [INIT]
+    mix = place.first[0]
+    v, anilla = TOKENIZER.convert_tokens_to_ids(["Ġv", "a"])
+    (vanilla,) = TOKENIZER("vanilla")["input_ids"]
+    pieces = tuple(TOKENIZER.convert_tokens_to_ids(["Ġv", *"anilla"]))
+    assert place.texts([(mix, vanilla), (mix, *pieces), (anilla, mix), (v, mix)]) == [
+        "mix vanilla",
+        None,  # its text is one token
+        None,  # would stick to the prompt
+        "v mix",
+    ]
+
+
+def test_a_suffix_that_cannot_be_found():
+    chat = Chat(TOKENIZER, GCG(**QUICK))
+    with pytest.raises(ValueError, match="once in the rendered prompt"):
+        Place(chat, Prompt("a", "bake mix", suffix="mix"))
+
+
+def test_allowed_ids():
+    mask = allowed_ids(TOKENIZER, 700, ascii_only=True, device="cpu")
+    texts = TOKENIZER.batch_decode([[i] for i in range(len(TOKENIZER))])
+    for i, text in enumerate(texts):
+        good = bool(text) and text.isascii() and text.isprintable() and i not in range(5)
+        assert bool(mask[i]) == good, (i, text)
+    assert not mask[len(TOKENIZER) :].any()
+    wide = allowed_ids(TOKENIZER, 700, ascii_only=False, device="cpu")
+    assert wide.sum() > mask.sum() and not wide[:5].any()
+
+
+def test_candidates_follow_the_gradient():
+    """Each changes `replace` places at most, to ids among the best of that place."""
+    scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    scores[:, :10] = -torch.inf
+    config = GCG(width=400, topk=3, replace=2, **QUICK)
+    current = torch.arange(6)
+    made = gcg_module.by_gradient(scores, current, config, torch.Generator().manual_seed(1))
+    best = scores.topk(3).indices
+    seen = set()
+    for row in made:
+        changed = (row != current).nonzero()[:, 0].tolist()
+        assert len(changed) == 2
+        for place in changed:
+            assert row[place] in best[place]
+            seen.add((place, int(row[place])))
+    assert len(seen) == 18
+    assert len(distinct(torch.cat([made, made, current[None]]), current)) == len(
+        {tuple(r) for r in made.tolist()}
+    )
+
+
+def test_gcg_against_a_plain_search(engine):
+    """Ten steps written down once more, from whole logits and a one-hot gradient."""
+    config = GCG(steps=10, width=24, topk=8, **QUICK)
+    (record,) = [r for r in config(engine, PROMPTS[:1]) if r.kind == "search"]
+    with searching(engine.model) as model:
+        field = Field(config, model, TOKENIZER, PROMPTS[:1])
+    place, target = field.places[0], field.targets[0]
+    generator = torch.Generator().manual_seed(config._seed(PROMPTS[:1]))
+    current, history = field.first, []
+    embed = engine.model.get_input_embeddings().weight.detach()
+    for _ in range(10):
+        one_hot = torch.nn.functional.one_hot(current, len(embed)).float().requires_grad_()
+        rows = [embed[list(x)] for x in (place.before, (*place.after, *target))]
+        logits = engine.model(
+            inputs_embeds=torch.cat([rows[0], one_hot @ embed, rows[1]])[None]
+        ).logits[0, -len(target) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(target))
+        (grad,) = torch.autograd.grad(loss, one_hot)
+        scores = (-grad).masked_fill(~field.allowed, -torch.inf)
+        made = gcg_module.by_gradient(scores, current, config, generator)
+        made = [c for c in distinct(made, current) if place.texts([c])[0]]
+        losses = plain_losses(engine.model, place.before, torch.tensor(made), place.after, target)
+        current = torch.tensor(made[int(losses.argmin())])
+        history.append(float(losses.min()))
+    assert record.data["history"] == pytest.approx(history, abs=1e-4)
+    assert record.data["loss"] == min(record.data["history"]) < history[0]
+
+
+def test_the_result_is_text_that_gives_the_loss(engine):
+    config = GCG(steps=8, width=32, topk=16, momentum=0.5, abandon=True, **QUICK)
+    records = list(config(engine, PROMPTS[:2]))
+    assert [r.kind for r in records] == ["search", "search", "sample", "sample"]
+    for record, sample, prompt in zip(records, records[2:], PROMPTS, strict=False):
+        suffix = record.text["suffix"]
+        ids = TOKENIZER.apply_chat_template(
+            [{"role": "user", "content": f"{prompt.prompt} {suffix}"}],
+            add_generation_prompt=True, return_dict=True,
+        )["input_ids"]  # fmt: skip
+        target = TOKENIZER(config.target)["input_ids"]
+        loss = plain_losses(engine.model, ids, torch.zeros(1, 0).long(), (), target)
+        assert record.data["loss"] == pytest.approx(float(loss), abs=1e-4)
+        assert record.data["loss_as_text"] == pytest.approx(float(loss), abs=1e-4)
+        assert sample.text["suffix"] == suffix and sample.text["prompt"] == prompt.prompt
+        assert record.data["flops"] > 1e6
+
+
+def test_a_loss_that_text_does_not_give_is_an_error(engine, monkeypatch):
+    monkeypatch.setattr(TargetLoss, "_nll", lambda self, ids, wanted: torch.ones(len(ids)))
+    records = list(GCG(steps=2, width=8, topk=4, **QUICK)(engine, PROMPTS[:1]))
+    assert "the suffix as text has loss" in records[0].error
+    assert records[1].error == "no suffix was found"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GCG(steps=9, width=16, topk=8, momentum=0.5, save_every=2, **QUICK),
+        RandomSearch(steps=30, restarts=2, save_every=4, **QUICK),
+    ],
+    ids=["gcg", "random_search"],
+)
+def test_a_stopped_search_goes_on(engine, tmp_path, monkeypatch, config):
+    wanted = list(config(engine, PROMPTS[:1]))
+    kept = dataclasses.replace(config, state=str(tmp_path))
+    plain, calls = TargetLoss.losses, itertools.count()
+
+    def dies(self, *args):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    monkeypatch.setattr(TargetLoss, "losses", dies)
+    with pytest.raises(KeyboardInterrupt):
+        list(kept(engine, PROMPTS[:1]))
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+    got = list(kept(engine, PROMPTS[:1]))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.text == b.text and a.key == b.key
+        assert {**a.data, "flops": 0} == {**b.data, "flops": 0}
+    assert next(calls) > 8 and not list(tmp_path.glob("*.pt"))
+
+
+def test_universal_takes_prompts_in(engine):
+    config = GCG(steps=6, width=16, topk=8, universal=True, train=2, progressive=False, **QUICK)
+    records = list(config(engine, PROMPTS))
+    search, *samples = records
+    assert search.item == "" and search.data["prompts"] == 2 and config.together
+    assert [s.item for s in samples] == ["p0", "p1", "p2"]
+    assert {s.text["suffix"] for s in samples} == {search.text["suffix"]}
+    mean = 0.0
+    for prompt in PROMPTS[:2]:
+        chat = Chat(TOKENIZER, config)
+        ids = chat.ids(Prompt("x", prompt.prompt, suffix=search.text["suffix"]))
+        target = chat.answer_ids(prompt, config.target)
+        mean += float(plain_losses(engine.model, ids, torch.zeros(1, 0).long(), (), target)) / 2
+    assert search.data["loss"] == pytest.approx(mean, abs=1e-4)
+    easy = GCG(steps=5, width=16, topk=8, universal=True, **{**QUICK, "target": "a"})
+    target = engine.generate([gcg_request(easy)])[0].ids[0]
+    own = GCG(steps=5, width=16, topk=8, universal=True, early_stop=True,
+              **{**QUICK, "target": TOKENIZER.decode([target])})  # fmt: skip
+    found = next(iter(own(engine, PROMPTS)))
+    assert 1 <= found.data["prompts"] <= 3
+
+
+def gcg_request(config):
+    ids = Chat(TOKENIZER, config).ids(Prompt("x", PROMPTS[0].prompt, suffix=INIT))
+    return Request(ids, Sampling(max_new_tokens=1))
+
+
+def test_several_models(engine):
+    other = peaked_model(TOKENIZER, seed=5)
+    config = GCG(steps=3, width=12, topk=8, also=(other,), **QUICK)
+    with searching(engine.model) as model, searching(other) as more:
+        field = Field(config, model, TOKENIZER, PROMPTS[:1], [more])
+        pair = field.losses[0]
+        assert len(pair) == 2
+    record = next(iter(config(engine, PROMPTS[:1])))
+    assert record.error is None
+    place, target, chat = field.places[0], field.targets[0], field.chat
+    ids = chat.ids(dataclasses.replace(PROMPTS[0], suffix=record.text["suffix"]))
+    own = [
+        float(plain_losses(m, ids, torch.zeros(1, 0).long(), (), target))
+        for m in (engine.model, other)
+    ]
+    assert record.data["loss"] == pytest.approx(sum(own) / 2, abs=1e-4)
+    assert len(place.first) == 5
+
+
+def test_random_search_only_improves(engine):
+    config = RandomSearch(steps=60, proposals=3, temperature=0.0, **QUICK)
+    record = next(iter(config(engine, PROMPTS[:1])))
+    chat = Chat(TOKENIZER, config)
+    first = chat.ids(Prompt("x", PROMPTS[0].prompt, suffix=INIT))
+    target = chat.answer_ids(PROMPTS[0], config.target)[:1]
+    begun = plain_losses(engine.model, first, torch.zeros(1, 0).long(), (), target)
+    assert record.data["loss"] < float(begun) and record.data["accepted"] > 0
+    again = next(iter(config(engine, PROMPTS[:1])))
+    assert again.line == record.line
+
+
+def test_self_transfer(engine):
+    """Once a prompt is solved, its suffix begins the search for the others."""
+    config = RandomSearch(steps=150, stop_at=7e-6, transfer=True, change=2, **QUICK)
+    records, _, found = config.prepare(engine, PROMPTS)
+    assert config.together and records[0].data["matched"] and found[0].suffix != INIT
+    chat = Chat(TOKENIZER, config)
+    for record, prompt in zip(records[1:], PROMPTS[1:], strict=True):
+        ids = chat.ids(dataclasses.replace(prompt, suffix=found[0].suffix))
+        target = chat.answer_ids(prompt, config.target)[:1]
+        begun = plain_losses(engine.model, ids, torch.zeros(1, 0).long(), (), target)
+        assert record.data["loss"] <= float(begun) + 1e-4  # a search only improves
+    alone, _, _ = dataclasses.replace(config, transfer=False, steps=1).prepare(engine, PROMPTS)
+    assert all(a.data["loss"] > r.data["loss"] for a, r in zip(alone[1:], records[1:], strict=True))
+
+
+def test_a_prefill_behind_a_suffix(engine):
+    gcg, prefill = GCG(steps=2, width=8, topk=4, **QUICK), Prefill(depths=(2,), max_new_tokens=4)
+    records = list(Compose(gcg, prefill)(engine, PROMPTS[:2]))
+    assert {r.name for r in records} == {"gcg+prefill"}
+    assert [r.kind for r in records] == ["search"] * 2 + ["sample"] * 2
+    for record in records[2:]:
+        assert record.cell["k"] == 2 and record.text["suffix"] and record.text["prefix"]
+
+
+def test_everything_is_left_as_it_was(engine):
+    model = copy.deepcopy(engine.model).train()
+    model.model.layers[0].eval()
+    model.model.norm.weight.requires_grad_(False)
+    keys, state = set(model.__dict__), torch.get_rng_state()
+    modes = [m.training for m in model.modules()]
+    list(GCG(steps=2, width=8, topk=4, **QUICK)(LocalEngine(model, TOKENIZER), PROMPTS[:1]))
+    assert set(model.__dict__) == keys
+    assert [m.training for m in model.modules()] == modes
+    wanted = [p for p in model.parameters() if not p.requires_grad]
+    assert len(wanted) == 1 and wanted[0] is model.model.norm.weight
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_server_cannot_be_searched():
+    with pytest.raises(ValueError, match="local model"):
+        list(GCG(**QUICK)(object.__new__(type("S", (), {"tokenizer": TOKENIZER})), PROMPTS))
+
+
+@pytest.mark.parametrize(
+    "make,named",
+    [
+        (lambda: GCG(width=0), "width"),
+        (lambda: GCG(momentum=1.0), "momentum"),
+        (lambda: GCG(target=" "), "target"),
+        (lambda: GCG(init=""), "init"),
+        (lambda: RandomSearch(stop_at=0.0), "stop_at"),
+        (lambda: RandomSearch(proposals=0), "proposals"),
+    ],
+)
+def test_bad_configs(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
