@@ -1,4 +1,4 @@
-"""The constrained loss under the Hugging Face Trainer (and trl's SFTTrainer), from whole logits.
+"""The constrained loss under the Hugging Face Trainer, from whole logits.
 
 python examples/09_hf_trainer.py [MODEL]
 """
@@ -33,7 +33,7 @@ def row(example):
 rows = [row(example) for example in tokenize_chat(tokenizer, tiny.CHATS[:1] * 4)]
 
 # --8<-- [start:trainer]
-model.loss_function = hf.LogitsLoss(beta=dak.BetaSchedule())
+hf.install(model, hf.LogitsLoss(beta=dak.BetaSchedule()))
 arguments = TrainingArguments(
     output_dir="out", max_steps=2, remove_unused_columns=False, report_to="none"
 )

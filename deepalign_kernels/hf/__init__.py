@@ -15,7 +15,10 @@ family: what lies between the head and the logits (a scale, a tanh cap, columns 
 by probing.
 
 Two smaller ways in, both with whole logits in memory: `dak.constrained_loss(logits, ...)` in any
-PyTorch loop, and `model.loss_function = hf.LogitsLoss(...)` under the Hugging Face Trainer.
+PyTorch loop, and `hf.install(model, hf.LogitsLoss(...))` under the Hugging Face Trainer.
+
+A model that is not attached ignores `dak_loss=` and trains plain cross-entropy. `hf.compute_loss`
+raises there; a loss object that is thrown away without having run says so in a warning.
 
 Limits. The head's forward is swapped during a call, so threads that share a model must take turns,
 and `nn.DataParallel` does not work. A forward hook of one's own on the head sees the packed losses
@@ -26,6 +29,7 @@ compile the decoder layers. Needs transformers (`pip install "deepalign_kernels[
 
 from deepalign_kernels.hf.attach import attach, attached, detach, verify
 from deepalign_kernels.hf.head import Head
+from deepalign_kernels.hf.install import compute_loss, install, uninstall
 from deepalign_kernels.hf.logits_loss import LogitsLoss
 from deepalign_kernels.hf.losses import (
     ConstrainedLoss,
@@ -46,7 +50,10 @@ __all__ = [
     "TokenLogp",
     "attach",
     "attached",
+    "compute_loss",
     "detach",
     "hidden_rows",
+    "install",
+    "uninstall",
     "verify",
 ]

@@ -57,7 +57,7 @@ def attach(model: Model) -> Model:
     """
     if _find(model) is not None:
         return model
-    inner = _unwrap(model)
+    inner = inner_model(model)
     _check_model(inner)
     forward = Forward(inner)
     if _is_local(model, inner):
@@ -177,6 +177,8 @@ class Forward:
     ) -> Any:
         if args and args[0] is self.model:
             args = args[1:]  # accelerate's unwrap_model leaves types.MethodType(this, model)
+        if wrong := [name for name in kwargs if name.startswith("dak_")]:
+            raise TypeError(f"{wrong[0]}: no such keyword; did you mean dak_loss?")
         if dak_loss is None:
             return self.plain(*args, **kwargs)
         if not callable(dak_loss):
@@ -304,7 +306,7 @@ def _autocast(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _unwrap(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
     """The Hugging Face model inside PEFT, DDP, FSDP1, DeepSpeed and torch.compile wrappers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers causal language model, got {model!r}")
@@ -320,7 +322,7 @@ def _unwrap(model: Any) -> Any:
 
 
 def _find(model: nn.Module) -> Forward | None:
-    forward = _unwrap(model).__dict__.get("forward")
+    forward = inner_model(model).__dict__.get("forward")
     while forward is not None and not isinstance(forward, Forward):
         inside = "__func__" if isinstance(forward, types.MethodType) else "__wrapped__"
         forward = getattr(forward, inside, None)

@@ -8,15 +8,17 @@ from torch import Tensor
 
 from deepalign_kernels import ops
 from deepalign_kernels.hf.head import IGNORE
+from deepalign_kernels.hf.losses import MustRun
 from deepalign_kernels.losses import BetaSchedule, response_positions
 
 
-class LogitsLoss:
-    """`model.loss_function = LogitsLoss(beta=...)`: `outputs.loss` becomes `dak.constrained_loss`.
+class LogitsLoss(MustRun):
+    """`hf.install(model, LogitsLoss(beta=...))`: `outputs.loss` becomes `dak.constrained_loss`.
 
-    Works wherever a model's own `loss` is used: Trainer, or any loop that reads `outputs.loss`. It
-    makes no copy of the logits but needs them whole; `attach` is the way without them. Columns of
-    the batch reach it through the model's call, so TrainingArguments(remove_unused_columns=False):
+    Works wherever a model's own `loss` is used: Trainer, or any loop that reads `outputs.loss`; not
+    under trl's SFTTrainer, which computes its own (`install` raises there). It makes no copy of the
+    logits but needs them whole; `attach` is the way without them. Columns of the batch reach it
+    through the model's call, so TrainingArguments(remove_unused_columns=False):
 
         ref_logp [B, T] float: log-probs of the labels under the reference, in nats (0 at the first
             token of a row); required.
@@ -37,6 +39,7 @@ class LogitsLoss:
 
     def __init__(self, *, beta: float | BetaSchedule, **options: Any):
         self.beta, self.options = beta, options
+        self.ran = False
 
     def __call__(
         self,
@@ -51,6 +54,7 @@ class LogitsLoss:
         **_unused: Any,
     ) -> Tensor:
         """logits [B, T, V], labels [B, T] -> 0-d. With shift_labels, columns come shifted too."""
+        self.ran = True
         target = labels if shift_labels is None else shift_labels
         if target is None or ref_logp is None:
             raise ValueError(

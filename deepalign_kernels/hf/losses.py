@@ -7,6 +7,8 @@ dataclasses to the compute dtype, and a reference log-prob in bf16 is off by up 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,7 +47,24 @@ class HiddenRows(NamedTuple):
     source: object  # which attached model they come from
 
 
-class TokenLogp:
+class MustRun:
+    """A loss that warns when it is thrown away without having run: the model ignored it."""
+
+    ran = True  # until __init__ has come to its end
+
+    def __del__(self) -> None:
+        if not self.ran and not sys.is_finalizing():
+            warnings.warn(
+                f"a {type(self).__name__} was made and never run. If a model was called with it,"
+                " the model ignored it and trained plain cross-entropy: attach it"
+                " (dak.hf.attach), check the keyword (dak_loss=) or the way the loss was put on"
+                " the model (dak.hf.install). dak.hf.compute_loss raises in that case",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class TokenLogp(MustRun):
     """Log-probs of the labels. `logp` carries gradient, so any loss can follow outside.
 
     Args:
@@ -66,8 +85,10 @@ class TokenLogp:
     ):
         self.normalizer = normalizer
         self.options = {"temperature": temperature, **options}
+        self.ran = False
 
     def __call__(self, head: Head) -> LossOutput:
+        self.ran = True
         options = {**head.options, **self.options}
         logp = ops.linear_token_logp(head.hidden, head.weight, head.target, **options)
         divisor = _normalizer(self.normalizer, head)
@@ -75,7 +96,7 @@ class TokenLogp:
         return LossOutput(loss=loss, logp=logp)
 
 
-class ConstrainedLoss:
+class ConstrainedLoss(MustRun):
     """`dak.linear_constrained_loss` in the head: the loss of arXiv 2406.05946, equation 3.
 
     Exactly one reference must be given, except to an `objective` that needs none. Per-token tensors
@@ -128,8 +149,10 @@ class ConstrainedLoss:
         self.beta, self.ref_logp, self.ref_rows = beta, ref_logp, ref_rows
         self.ref_weight, self.ref_bias = ref_weight, ref_bias
         self.normalizer, self.options = normalizer, {"reduction": reduction, **options}
+        self.ran = False
 
     def __call__(self, head: Head) -> LossOutput:
+        self.ran = True
         options = {**head.options, **self.options, "return_parts": True}
         options["normalizer"] = _normalizer(self.normalizer, head, options["reduction"])
         beta = None if self.beta is None else head.align("beta", self.beta)
@@ -149,7 +172,7 @@ class ConstrainedLoss:
         return _constrained_output(result, lambda x: _put(x, rows, head.target))
 
 
-class TokenKL:
+class TokenKL(MustRun):
     """`dak.linear_token_kl` in the head: full-vocabulary KL to a reference, per trained token.
 
     Args:
@@ -185,8 +208,10 @@ class TokenKL:
         self.ref_rows, self.ref_weight, self.ref_bias = ref_rows, ref_weight, ref_bias
         named = {"direction": direction, "js_beta": js_beta, "reduction": reduction}
         self.normalizer, self.options = normalizer, {**named, **options}
+        self.ran = False
 
     def __call__(self, head: Head) -> LossOutput:
+        self.ran = True
         rows, options = self.ref_rows, {**head.options, **self.options}
         options["normalizer"] = _normalizer(self.normalizer, head, options["reduction"])
         options.update(_reference(head, rows, self.ref_weight, self.ref_bias))

@@ -77,7 +77,7 @@ def train(model, folder, kind=transformers.Trainer, **options):
 def test_loss_function_of_a_model(tmp_path):
     model = build("gemma2")
     theirs, loss = expected(model)
-    model.loss_function = hf.LogitsLoss(beta=dak.BetaSchedule())
+    hf.install(model, hf.LogitsLoss(beta=dak.BetaSchedule()))
     found, logged = train(model, tmp_path)
     assert gradient_error(found, theirs) <= 1e-5
     assert logged == pytest.approx(loss, rel=1e-4)
