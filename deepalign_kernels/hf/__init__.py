@@ -29,8 +29,8 @@ compile the decoder layers. Needs transformers (`pip install "deepalign_kernels[
 
 from deepalign_kernels.hf.attach import attach, attached, detach, verify
 from deepalign_kernels.hf.head import Head
-from deepalign_kernels.hf.install import compute_loss, install, uninstall
 from deepalign_kernels.hf.logits_loss import LogitsLoss
+from deepalign_kernels.hf.loss_function import compute_loss, install, uninstall
 from deepalign_kernels.hf.losses import (
     ConstrainedLoss,
     HiddenRows,
