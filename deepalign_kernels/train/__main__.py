@@ -7,6 +7,7 @@ Fine-tunes a causal LM and writes it, with its tokenizer, to DIR/model. Every fi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
@@ -24,6 +25,7 @@ from deepalign_kernels.train import config as choices
 from deepalign_kernels.train.checkpoint import checkpoints
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.loop import TrainingRun
+from deepalign_kernels.train.ranks import PARALLEL, ProcessLost
 from deepalign_kernels.train.session import Terminated
 
 BY_HAND = ("output_dir", "beta", "adam_betas")
@@ -40,6 +42,7 @@ ALLOWED = {
     "reference": choices.REFERENCES,
     "head": choices.HEADS,
     "kl_direction": choices.KL_DIRECTIONS,
+    "parallel": PARALLEL,
     "lr_schedule": choices.SCHEDULES,
     "position_origin": ORIGINS,
     "on_too_long": TOO_LONG,
@@ -66,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights"
     )
-    out.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    local = os.environ.get("LOCAL_RANK", "0")  # under a launcher: this process's device
+    out.add_argument("--device", default=f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     out.add_argument(
         "--resume",
         nargs="?",
@@ -140,7 +144,7 @@ def settle(options: argparse.Namespace) -> str | None:
 
 def build(options: argparse.Namespace) -> TrainingRun:
     """The run that the options describe."""
-    if note := settle(options):
+    if (note := settle(options)) and os.environ.get("RANK", "0") == "0":
         print(note, file=sys.stderr)
     named = vars(options)
     beta = BetaSchedule(**{f.name: named[f"beta_{f.name}"] for f in fields(BetaSchedule)})
@@ -175,21 +179,36 @@ def build(options: argparse.Namespace) -> TrainingRun:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
+        return _run(options)
+    finally:
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and "LOCAL_RANK" in os.environ:
+            dist.destroy_process_group()
+
+
+def _run(options: argparse.Namespace) -> int:
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
         run = build(options)
         result = run.train(resume=options.resume)
+        folder = Path(options.output) / "model"
+        run.save_model(folder)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    except ProcessLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         saved = checkpoints(Path(options.output))
         then = f"--resume goes on from {saved[-1]}" if saved else "nothing was saved yet"
-        print(f"stopped; {then}", file=sys.stderr)
+        if main_process:
+            print(f"stopped; {then}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
-    folder = Path(options.output) / "model"
-    for part in (run.model, run.tokenizer):
-        part.save_pretrained(folder)  # type: ignore[operator]
-    nll = f"nll {result.metrics['nll']:.4g}"
-    print(f"{result.steps} steps, {nll}; model in {folder}, log in {result.log_path}")
+    if main_process:
+        nll = f"nll {result.metrics['nll']:.4g}"
+        print(f"{result.steps} steps, {nll}; model in {folder}, log in {result.log_path}")
     return 0
 
 

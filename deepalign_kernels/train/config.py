@@ -13,6 +13,7 @@ from torch import Tensor
 from deepalign_kernels import check, rules
 from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
 from deepalign_kernels.losses import BetaSchedule
+from deepalign_kernels.train.ranks import PARALLEL
 
 # Names of this level; any other is a rule of rules.py.
 OBJECTIVES = {"sft": "nll", "constrained": "exact"}
@@ -62,8 +63,9 @@ class TrainConfig:
         warmup_steps: steps of linear warm-up; None: the paper's 10, but at most a fifth of the run.
             As in transformers, the first of several has rate 0. A number that reaches to the end of
             the run is taken with a warning.
-        batch_size: conversations per forward.
-        gradient_accumulation_steps: forwards per optimizer step; 4 of 16 are the paper's batch.
+        batch_size: conversations per forward, of each process.
+        gradient_accumulation_steps: forwards per optimizer step; 4 of 16 are the paper's batch of
+            64, as are 2 of 16 in two processes.
         epochs: rounds through the data; without this and max_steps, 3. Not both.
         max_steps: optimizer steps, instead of epochs.
         adam_betas: of AdamW; the paper has 0.5 and 0.999.
@@ -77,6 +79,10 @@ class TrainConfig:
         autocast_dtype: "bfloat16" runs the forward in it. Keep the weights in fp32: a step at a
             rate of 2e-5 is mostly below the resolution of bf16 weights.
         gradient_checkpointing: recompute activations in the backward.
+        parallel: with several processes, what they share. "ddp": each has the whole model; "fsdp":
+            parameters, gradients and optimizer states are sharded (FSDP2), those of `model` for
+            good; "auto": what `accelerate launch` is configured for, else "ddp".
+        cpu_offload: with "fsdp", what is not in use lies on the CPU.
         seed: of data order and dropout; nothing outside the run depends on it.
         save_every: steps between checkpoints, one more at the end; None keeps none, but for a run
             that is interrupted.
@@ -114,6 +120,8 @@ class TrainConfig:
     on_too_long: str = "error"
     autocast_dtype: Any = None
     gradient_checkpointing: bool = False
+    parallel: str = "auto"
+    cpu_offload: bool = False
     seed: int = 0
     save_every: int | None = 100
     keep_checkpoints: int = 2
@@ -125,6 +133,7 @@ class TrainConfig:
             ("reference", REFERENCES),
             ("lr_schedule", SCHEDULES),
             ("head", HEADS),
+            ("parallel", PARALLEL),
             ("kl_direction", KL_DIRECTIONS),
             ("position_origin", ORIGINS),
             ("on_too_long", TOO_LONG),
@@ -166,6 +175,11 @@ class TrainConfig:
             raise ValueError(
                 f"kl_coef: the divergence needs all that the reference says of a token, and"
                 f" reference={self.reference!r} keeps its target alone; give reference='frozen'"
+            )
+        if self.kl_coef > 0 and self.parallel == "fsdp":
+            raise ValueError(
+                "kl_coef: the reference's head must be whole, which it is not with parallel='fsdp';"
+                " give 'ddp'"
             )
 
     def _check_composites(self) -> None:

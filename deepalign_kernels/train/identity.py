@@ -18,6 +18,8 @@ from deepalign_kernels.train.config import TrainConfig
 FREE_TO_CHANGE = (
     "batch_size",
     "gradient_accumulation_steps",
+    "parallel",
+    "cpu_offload",
     "output_dir",
     "save_every",
     "keep_checkpoints",

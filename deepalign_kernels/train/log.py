@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.train.objective import TokenParts
+from deepalign_kernels.train.ranks import ALONE, Ranks
 
 GROUPS = ("first", "prefix", "rest")  # position 1; 2..prefix_length; all other trained tokens
 FILE = "train_log.jsonl"
@@ -58,9 +59,24 @@ class Meter:
         self.sums[5, 1] = torch.maximum(self.sums[5, 1], norm.double())
         self.sums[5, 2] += 1
 
-    def read(self, with_reference: bool, with_kl: bool = False) -> dict[str, float | int | None]:
+    def total(self, ranks: Ranks) -> Tensor:
+        """`sums` of all processes, in all of them."""
+        own = self.sums[-1, 1:].clone()  # the same everywhere
+        sums = ranks.sum(self.sums.clone())
+        sums[-1, 1:] = own
+        return sums
+
+    def go_on_from(self, sums: Tensor, main: bool) -> None:
+        """Take up what `total` gave; the first process has all of it."""
+        self.sums.copy_(sums)
+        if not main:
+            self.sums[:-1], self.sums[-1, 0] = 0.0, 0.0
+
+    def read(
+        self, with_reference: bool, with_kl: bool = False, ranks: Ranks = ALONE
+    ) -> dict[str, float | int | None]:
         """Means since the last call, in nats; the one place where the loop waits for the device."""
-        count, logp, weight, ratio, kl, (objective, norm, steps) = self.sums.tolist()
+        count, logp, weight, ratio, kl, (objective, norm, steps) = self.total(ranks).tolist()
         self.sums.zero_()
         out: dict[str, float | int | None] = {
             "objective": objective / max(steps, 1),
@@ -102,11 +118,15 @@ class RunLog:
     """`train_log.jsonl`: one object per line, each complete on disk as soon as it is written.
 
     A run that resumes keeps the lines up to its checkpoint and drops what the interrupted run wrote
-    after it. The log of another run that is there is kept as `train_log-<number>.jsonl`.
+    after it. The log of another run that is there is kept as `train_log-<number>.jsonl`. Without
+    `write`, as in all processes but the first, nothing is written.
     """
 
-    def __init__(self, folder: Path, resume_at: int | None) -> None:
+    def __init__(self, folder: Path, resume_at: int | None, write: bool = True) -> None:
         self.path = folder / FILE
+        self._file = None
+        if not write:
+            return
         if resume_at is None and self.path.exists():
             _put_aside(self.path)
         kept = []
@@ -121,12 +141,14 @@ class RunLog:
 
     def write(self, event: str, **values: Any) -> dict[str, Any]:
         record = {"event": event, **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         return record
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _put_aside(path: Path) -> None:

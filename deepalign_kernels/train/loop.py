@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,31 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
 from deepalign_kernels.data.source import Source
-from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating, kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
-from deepalign_kernels.train import folder as folders
 from deepalign_kernels.train.config import TrainConfig
-from deepalign_kernels.train.identity import differences, frozen_hash, identity
 from deepalign_kernels.train.log import Meter, Progress, RunLog, Speed
-from deepalign_kernels.train.objective import BatchObjective
-from deepalign_kernels.train.reference import (
-    ReferenceCache,
-    frozen_copy,
-    reference_logp,
-)
+from deepalign_kernels.train.objective import BatchObjective, untrained
+from deepalign_kernels.train.optimizers import make_optimizer
+from deepalign_kernels.train.ranks import Ranks, accumulating, shard, share_out, way_of, whole
+from deepalign_kernels.train.reference import Reference
+from deepalign_kernels.train.resume import Resumable
 from deepalign_kernels.train.session import (
+    STOPS,
     check_models,
     deferred_stops,
     embeddings_of,
     positions_of,
     training_session,
 )
+from deepalign_kernels.train.state import load_optimizer, load_trained
 
 Callback = Callable[["TrainingRun", dict[str, Any]], None]
 
@@ -66,7 +65,7 @@ def fit(
     return TrainingRun(model, tokenizer, config, data, ref_model, callbacks).train(resume)
 
 
-class TrainingRun:
+class TrainingRun(Resumable):
     """Fine-tunes `model` in place with the constrained objective or plain SFT.
 
     Args:
@@ -99,12 +98,15 @@ class TrainingRun:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.callbacks = tuple(callbacks)
         self.folder = Path(config.output_dir)
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.params = _trained(model)
         if not self.params:
             raise ValueError("model: no parameter requires a gradient, nothing to train")
         self.device = self.params[0].device
         self._ref_arg = ref_model
         check_models(model, ref_model, config, self.device)
+        self.ranks = Ranks.here(self.device)
+        self._way = way_of(config.parallel, config.cpu_offload, config.autocast_dtype is not None)
+        self._called: nn.Module = model  # what a forward calls: the model, or what shares it
         self.objective = BatchObjective(
             config.rule,
             config.beta_at,
@@ -130,7 +132,8 @@ class TrainingRun:
             # A precomputed reference is a column of every epoch's table before the first step.
             keep_epochs=self.objective.needs_reference and config.reference == "precomputed",
         )
-        self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), config.step_size)
+        self.step_size = config.step_size * self.ranks.count  # conversations, of all processes
+        self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), self.step_size)
         self.total_steps = config.max_steps or (config.epochs or 1) * self.steps_per_epoch
         self.warmup_steps = config.warmup_of(self.total_steps)
         if self.warmup_steps >= self.total_steps:
@@ -142,15 +145,13 @@ class TrainingRun:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.source.check(self.epochs)
         self.step = 0  # optimizer steps done
-        self.ref_model: nn.Module | None = None  # in memory only with reference="frozen"
-        self._reference_keys: list[str] = []
+        self.reference = Reference(config, self.objective, self.source, self.ranks)
         self.step0_max_log_ratio: float | None = None
         self.metrics: dict[str, Any] = {}
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(self.config, self.params)
         self._meter = Meter(self.device, config.prefix_length)
         self._speed = Speed()
         self._rng = ckpt.rng_state(self.device)  # after the last complete step
-        self._frozen: str | None = None  # hash of what is not trained, once it was asked for
         self._consistent = True  # the model is between two steps, not inside an update
 
     # The loop.
@@ -176,22 +177,26 @@ class TrainingRun:
         if resume not in (True, False, "auto"):
             raise ValueError(f"resume: expected True, False or 'auto', got {resume!r}")
         begun = time.perf_counter()
+        config, ranks = self.config, self.ranks
         with contextlib.ExitStack() as stack:
-            if not resume or resume == "auto" or self.folder.is_dir():
-                stack.enter_context(folders.owned(self.folder))
+            stack.enter_context(ranks.naming_the_lost())
+            # The first process alone owns the folder; no other goes on before it does.
+            ranks.first(lambda: self._own_folder(stack, resume))
+            ranks.must_agree("data", repr(self._identity()["data"]))
             state = self._state_to_resume(resume)
-            stack.enter_context(training_session(self._models, self.config, self.device))
+            session = training_session(self._models, config, self.device, ranks.rank)
+            stack.enter_context(session)
             stack.enter_context(self.objective.on(*self._models))
             self._prepare(state)
-            log = RunLog(self.folder, None if state is None else self.step)
-            progress = Progress(self.total_steps, self.step, self.config.progress)
+            log = RunLog(self.folder, None if state is None else self.step, write=ranks.main)
+            progress = Progress(self.total_steps, self.step, config.progress and ranks.main)
             try:
                 self._announce(log, state is not None)
-                with deferred_stops() as stop:
+                with deferred_stops(patient=ranks.count > 1) as stop:
                     self._speed.restart()
                     while self.step < self.total_steps:
-                        if (reason := stop()) is not None:
-                            raise reason
+                        if number := int(ranks.largest(stop())):
+                            raise STOPS[signal.Signals(number)]
                         self._train_step()
                         progress.step()
                         self._report(log, progress)
@@ -206,6 +211,7 @@ class TrainingRun:
                 self.optimizer.zero_grad(set_to_none=True)
                 progress.close()
                 log.close()
+                self._called = self.model
         seconds = time.perf_counter() - begun
         return TrainResult(self.step, self.metrics, log.path, self.step0_max_log_ratio, seconds)
 
@@ -215,9 +221,10 @@ class TrainingRun:
 
     def _train_step(self) -> None:
         batches, done = self._batches(self.step), []
-        for batch in batches:
-            loss, parts = self.objective.loss(self.model, batch, self.ref_model)
-            loss.backward()
+        for number, batch in enumerate(batches, 1):
+            with accumulating(self._called, last=number == len(batches)):
+                loss, parts = self.objective.loss(self._called, batch, self.reference.model)
+                self._backward(loss)
             shown = loss.detach() - self.objective.constant(batch)
             done.append((shown, parts, batch.targets, batch.positions))
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
@@ -229,20 +236,33 @@ class TrainingRun:
         self._consistent = False  # until the end, a checkpoint would hold half an update
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._meter.add_step(done, norm)
+        self._meter.add_step(done, whole(norm))
         self.step += 1
         self._rng = ckpt.rng_state(self.device)
-        self._speed.add(sum(batch.tokens for batch in batches))
+        self._speed.add(sum(batch.tokens for batch in batches) * self.ranks.count)
         self._consistent = True
 
+    def _backward(self, loss: Tensor) -> None:
+        """DDP and FSDP take the mean over the processes; the shares of a step are to add up."""
+        (loss if self.ranks.count == 1 else loss * self.ranks.count).backward()
+
     def _batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step: a function of the step alone, or no run could be resumed."""
+        """The micro-batches of a step: a function of the step alone, or no run could be resumed.
+
+        Each process has its share of every one, an empty share as a row without trained tokens: it
+        must take part in the exchange of gradients.
+        """
         epoch, at = divmod(step, self.steps_per_epoch)
         table, order = self.source.epoch(epoch)
-        rows = order[at * self.config.step_size :][: self.config.step_size]
+        rows = order[at * self.step_size :][: self.step_size]
         counts = table.count(rows)  # of the whole step, so that its micro-batches add up
-        groups = micro_batches(rows, table.lengths, self.config.batch_size)
-        return [table.batch(group, self.device, counts) for group in groups]
+        size = self.config.batch_size * self.ranks.count
+        out = []
+        for group in micro_batches(rows, table.lengths, size):
+            own = self.ranks.share(group)
+            batch = table.batch(own or group[-1:], self.device, counts)
+            out.append(batch if own else untrained(batch))
+        return out
 
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step`, from 0: transformers' schedule of the same name."""
@@ -255,75 +275,45 @@ class TrainingRun:
 
     # Before the loop.
 
-    def _state_to_resume(self, resume: bool | str) -> dict[str, Any] | None:
-        found = ckpt.checkpoints(self.folder)
-        if not resume and found:
-            raise ValueError(
-                f"output_dir: {self.folder} holds the checkpoints of a run; resume it, remove them,"
-                " or choose another folder"
-            )
-        if not resume or (resume == "auto" and not found):
-            return None
-        path, state = ckpt.load_newest(self.folder)
-        if why := differences(state["identity"], self._identity()):
-            raise ValueError(f"resume: {path} comes from {why}")
-        return state
-
-    def _identity(self) -> dict[str, Any]:
-        if self._frozen is None:
-            self._frozen = frozen_hash(self.model)
-        return identity(self.config, self.source.table(0), self._frozen, processes=1)
-
     def _prepare(self, state: dict[str, Any] | None) -> None:
-        """Reference, optimizer and, at a resume, the state of the checkpoint."""
+        """Reference, shares, optimizer and, at a resume, the state of the checkpoint."""
         self.step, self.metrics, self.step0_max_log_ratio = 0, {}, None
         self._rng, self._consistent = ckpt.rng_state(self.device), True
         self._meter = Meter(self.device, self.config.prefix_length)
-        self.optimizer = self._make_optimizer()
+        if self.objective.needs_reference:  # its hash, before the model is sharded
+            self.reference.begin(self.model, self._ref_arg, resumed=state is not None)
+            if state is not None:
+                self.reference.must_be(state["reference"])
+        self._share_out()
+        self.optimizer = make_optimizer(self.config, self.params)
         self.optimizer.zero_grad(set_to_none=True)
         if self.objective.needs_reference:
-            self._prepare_reference(state)
+            self.reference.take(
+                self._called if self._ref_arg is None else self._ref_arg,
+                self.source.epochs_with_own_table(self.epochs),
+                self.device,
+                self.folder,
+                None if state is None else state["reference"],
+            )
+            if state is None:
+                self._check_step0()
         if state is not None:
-            ckpt.load_trained(self.model, state["model"])
-            ckpt.load_optimizer(self.optimizer, self.model, state["optimizer"])
-            self._meter.sums.copy_(state["meter"])
-            self.step, self.metrics, self._rng = state["step"], state["metrics"], state["rng"]
+            load_trained(self.model, state["model"])
+            load_optimizer(self.optimizer, self.model, state["optimizer"])
+            self._meter.go_on_from(state["meter"], self.ranks.main)
+            self.step, self.metrics = state["step"], state["metrics"]
             self.step0_max_log_ratio = state["step0_max_log_ratio"]
+            self._rng = self._rng_of(state["rng"])
         ckpt.set_rng_state(self._rng, self.device)
 
-    def _prepare_reference(self, state: dict[str, Any] | None) -> None:
-        reference = self.model if self._ref_arg is None else self._ref_arg
-        if self.config.reference == "frozen":
-            self.ref_model = frozen_copy(reference) if self._ref_arg is None else reference.eval()
-            self._reference_keys = [model_hash(self.ref_model)]
-            if state is not None and state["reference"] != self._reference_keys:
-                raise ValueError(
-                    "resume: the frozen reference is not the one this run began with; pass that as"
-                    " ref_model, or the model as it was before training"
-                )
-        else:
-            self._load_or_precompute(reference, state)
-        if state is None:
-            self._check_step0()
-
-    def _load_or_precompute(self, reference: nn.Module, state: dict[str, Any] | None) -> None:
-        cache, keys = ReferenceCache(self.folder), []
-        for epoch in self.source.epochs_with_own_table(self.epochs):
-            table = self.source.table(epoch)
-            if state is not None:
-                key = state["reference"][epoch]
-                table.ref_logp = cache.load(key, table)
-            else:
-                about = (self.config.autocast_dtype, self.config.head, self.config.temperature)
-                key = cache.key(reference, table, *about)
-                table.ref_logp = cache.load_or_none(key, table)
-            if table.ref_logp is None:
-                size = self.config.batch_size
-                logp = reference_logp(reference, table, self.objective.logp, self.device, size)
-                cache.save(key, table, logp)
-                table.ref_logp = cache.load(key, table)
-            keys.append(key)
-        self._reference_keys = keys
+    def _share_out(self) -> None:
+        """With several processes: what a forward calls from here on, and what is trained."""
+        if self.ranks.count == 1:
+            return
+        self._called = share_out(self.model, *self._way)
+        if self._way[0] == "fsdp" and self.reference.model is not None and self._ref_arg is None:
+            shard(self.reference.model, self._way[1])
+        self.params = _trained(self.model)
 
     @torch.no_grad()
     def _check_step0(self) -> None:
@@ -332,9 +322,10 @@ class TrainingRun:
         The first batch goes through the very path of training; a reference that is shifted by a
         token, belongs to other data or sees other masks cannot pass.
         """
-        with evaluating(self.model):
-            _, parts = self.objective.loss(self.model, self._batches(0)[0], self.ref_model)
-        gap = (parts.logp - parts.ref_logp).abs().max().item()
+        with evaluating(self._called):
+            batch = self._batches(0)[0]
+            _, parts = self.objective.loss(self._called, batch, self.reference.model)
+        gap = self.ranks.largest((parts.logp - parts.ref_logp).abs().max().item())
         low = self.config.autocast_dtype is not None or self.params[0].element_size() < 4
         allowed = 1.0 if low else 1e-2
         if self._ref_arg is None and not gap <= allowed:
@@ -362,22 +353,6 @@ class TrainingRun:
             torch=torch.__version__,
         )
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        config = self.config
-        matrices = [p for p in self.params if p.dim() >= 2]
-        vectors = [p for p in self.params if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            fused=self.device.type in ("cpu", "cuda"),  # one kernel for all parameters
-        )
-
     # After a step.
 
     def _report(self, log: RunLog, progress: Progress) -> None:
@@ -385,7 +360,8 @@ class TrainingRun:
         if self.step % self.config.log_every and self.step != self.total_steps:
             return
         # The one place where the loop waits for the device.
-        values = self._meter.read(self.objective.needs_reference, self.config.kl_coef > 0)
+        about = self.objective.needs_reference, self.config.kl_coef > 0, self.ranks
+        values = self._meter.read(*about)
         for name in ("objective", "grad_norm"):
             self._must_be_finite(name, values[name] or 0.0)
         self.metrics = log.write(
@@ -404,34 +380,6 @@ class TrainingRun:
             ckpt.set_rng_state(self._rng, self.device)
         self._speed.restart()
 
-    def _must_be_finite(self, name: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        found = ckpt.checkpoints(self.folder)
-        last = f"the last checkpoint is {found[-1].name}" if found else "there is no checkpoint"
-        raise FloatingPointError(f"step {self.step}: {name} is {value}; the run is stopped, {last}")
 
-    def save_checkpoint(self) -> Path:
-        """Write the state after the last complete step to `output_dir`; callbacks may call this.
-
-        Raises:
-            FloatingPointError: a loss since the last line of the log, or a weight, is not finite.
-            OSError: no room.
-        """
-        for name, value in zip(
-            ("objective", "grad_norm"), self._meter.sums[-1].tolist(), strict=False
-        ):
-            self._must_be_finite(name, value)
-        if not ckpt.all_finite(self.model):
-            self._must_be_finite("a weight", math.nan)
-        state = {
-            "identity": self._identity(),
-            "reference": self._reference_keys,
-            "model": ckpt.trained_state(self.model),
-            "optimizer": ckpt.optimizer_state(self.optimizer, self.model),
-            "meter": self._meter.sums.cpu(),
-            "rng": self._rng,
-            "metrics": self.metrics,
-            "step0_max_log_ratio": self.step0_max_log_ratio,
-        }
-        return ckpt.save(self.folder, self.step, state, self.config.keep_checkpoints)
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]

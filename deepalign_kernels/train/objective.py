@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,6 +28,12 @@ class TokenParts(NamedTuple):
     ref_logp: Tensor  # the same under the reference; 0 without one
     weight: Tensor  # what the token's cross-entropy gradient is multiplied by
     kl: Tensor | None  # divergence to the reference, nats, before kl_coef; None without kl_coef
+
+
+def untrained(batch: Batch) -> Batch:
+    """The same rows with nothing to train: what a process computes that has no share of a batch."""
+    targets = torch.full_like(batch.targets, IGNORE)
+    return replace(batch, targets=targets, positions=torch.zeros_like(batch.positions), tokens=0)
 
 
 class BatchObjective:

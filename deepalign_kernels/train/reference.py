@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from deepalign_kernels.data.columns import Batch, TokenTable
 from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.data.packing import micro_batches
+from deepalign_kernels.data.source import Source
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating
+from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.folder import read, write_atomically
+from deepalign_kernels.train.objective import BatchObjective
+from deepalign_kernels.train.ranks import ALONE, Ranks
 
 LogpOf = Callable[[nn.Module, Batch], Tensor]
 
@@ -29,16 +33,90 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def reference_logp(
-    model: nn.Module, table: TokenTable, logp_of: LogpOf, device: torch.device, batch_size: int
+    model: nn.Module,
+    table: TokenTable,
+    logp_of: LogpOf,
+    device: torch.device,
+    batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Log-probability of every target under `model`: a fp32 column of the table, else 0."""
+    """Log-probability of every target under `model`: a fp32 column of the table, else 0.
+
+    Each process computes its share; the column is whole in all of them.
+    """
     out = torch.zeros(table.targets.shape, dtype=torch.float32)
     with evaluating(model):
-        for rows in micro_batches(range(len(table)), table.lengths, batch_size):
-            batch = table.batch(rows, device, table.count(rows))
+        for group in micro_batches(range(len(table)), table.lengths, batch_size * ranks.count):
+            rows = ranks.share(group)
+            # A sharded model computes in all processes at once only: with another's row, if need
+            # be.
+            each = rows or group[-1:]
+            batch = table.batch(each, device, table.count(each))
             logp = logp_of(model, batch).float().cpu()
-            out[table.slots(rows)] = logp  # padding: every write to its slot is a 0
-    return out
+            if rows:
+                out[table.slots(rows)] = logp  # padding: every write to its slot is a 0
+    return ranks.sum(out)
+
+
+class Reference:
+    """What the policy is compared with: a column of the data, or a model in memory.
+
+    Attributes:
+        keys: what a checkpoint keeps, so that a resume finds the very same again.
+        model: the frozen one that runs along, else None.
+    """
+
+    def __init__(
+        self, config: TrainConfig, objective: BatchObjective, source: Source, ranks: Ranks
+    ) -> None:
+        self.keys: list[str] = []
+        self.model: nn.Module | None = None
+        self._config, self._objective, self._source = config, objective, source
+        self._ranks, self._hash = ranks, ""
+
+    def begin(self, policy: nn.Module, given: nn.Module | None, resumed: bool) -> None:
+        """Before the policy is sharded or moves: its copy and its hash, where they are needed."""
+        model = policy if given is None else given
+        if self._config.reference == "frozen":
+            self.model = frozen_copy(model) if given is None else model.eval()
+        if self.model is not None or not resumed:
+            self._hash = model_hash(model)
+
+    def must_be(self, keys: list[str]) -> None:
+        """Raises ValueError: a frozen model is not the one of a checkpoint, which has `keys`."""
+        if self.model is not None and keys != [self._hash]:
+            raise ValueError(
+                "resume: the frozen reference is not the one this run began with; pass that as"
+                " ref_model, or the model as it was before training"
+            )
+
+    def take(
+        self,
+        model: nn.Module,
+        epochs: range,
+        device: torch.device,
+        folder: Path,
+        keys: list[str] | None,
+    ) -> None:
+        """Fill the columns of the epochs' tables; `keys`: those of a checkpoint."""
+        if self.model is not None:
+            self.keys = [self._hash]
+            return
+        cache, self.keys, ranks = ReferenceCache(folder), [], self._ranks
+        for epoch in epochs:
+            table = self._source.table(epoch)
+            config = self._config
+            key = keys[epoch] if keys is not None else ""
+            if not key:
+                about = (config.autocast_dtype, config.head, config.temperature)
+                key = cache.key(self._hash, table, *about)
+                there = ranks.first(lambda k=key, t=table: cache.load_or_none(k, t) is not None)
+                if not there:
+                    logp_of, size = self._objective.logp, config.batch_size
+                    logp = reference_logp(model, table, logp_of, device, size, ranks)
+                    ranks.first(lambda k=key, t=table, x=logp: cache.save(k, t, x))
+            table.ref_logp = cache.load(key, table)
+            self.keys.append(key)
 
 
 class ReferenceCache:
@@ -54,8 +132,9 @@ class ReferenceCache:
         self.folder = folder
 
     @staticmethod
-    def key(reference: nn.Module, table: TokenTable, *details: object) -> str:
-        text = repr((model_hash(reference), table.content_hash(), details))
+    def key(reference: str, table: TokenTable, *details: object) -> str:
+        """`reference`: the hash of the model."""
+        text = repr((reference, table.content_hash(), details))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def path(self, key: str) -> Path:

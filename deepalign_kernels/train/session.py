@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepalign_kernels.data.packing import derived_seed
 from deepalign_kernels.modes import kept_modes
 from deepalign_kernels.train.config import TrainConfig
 
@@ -27,11 +27,10 @@ def check_models(
     Raises:
         ValueError: naming the argument.
     """
-    processes = max(int(os.environ.get("WORLD_SIZE", "1")), _world_size())
-    if processes > 1:
+    if hasattr(model, "require_backward_grad_sync") or hasattr(model, "reshard"):
         raise ValueError(
-            f"model: this is one of {processes} processes, and each would train all of the data"
-            " alone and write into the same folder; start one"
+            f"model: {type(model).__name__} is distributed already; hand over the bare model, each"
+            " process its own, and choose with `parallel`"
         )
     if config.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
         raise ValueError(
@@ -48,11 +47,6 @@ def check_models(
     there = next(ref_model.parameters()).device
     if there != device:
         raise ValueError(f"ref_model: expected on the device of model, {device}, got {there}")
-
-
-def _world_size() -> int:
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def embeddings_of(model: nn.Module) -> int | None:
@@ -73,10 +67,11 @@ def positions_of(model: nn.Module) -> int | None:
 
 @contextlib.contextmanager
 def training_session(
-    models: Sequence[nn.Module], config: TrainConfig, device: torch.device
+    models: Sequence[nn.Module], config: TrainConfig, device: torch.device, rank: int = 0
 ) -> Iterator[None]:
     """Settings of `models`, the trained one and perhaps its reference, and of torch's generators
-    that hold while training; all are put back, whatever ends the block.
+    that hold while training; all are put back, whatever ends the block. `rank`: of this process;
+    each draws random numbers of its own.
 
     A model that comes in train mode keeps the modules that are in eval mode as they are (frozen
     statistics, no dropout there). One that comes in eval mode, as from_pretrained gives it, is put
@@ -86,13 +81,18 @@ def training_session(
     with contextlib.ExitStack() as stack:
         for each in models:
             stack.enter_context(kept_modes(each))
-        stack.enter_context(_own_random_numbers(config.seed, device))
+        stack.enter_context(_own_random_numbers(seed_of(config.seed, rank), device))
         stack.enter_context(_no_cache(getattr(model, "config", None)))
         if config.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
             stack.enter_context(_checkpointed(model))
         if not model.training:
             model.train()
         yield
+
+
+def seed_of(seed: int, rank: int, *more: object) -> int:
+    """Of a process's random numbers; the first one has the seed itself."""
+    return derived_seed(seed, "rank", rank, *more) if rank or more else seed
 
 
 @contextlib.contextmanager
@@ -180,15 +180,15 @@ STOPS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 @contextlib.contextmanager
-def deferred_stops() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function give the exception that
-    is due; a second one acts at once.
+def deferred_stops(patient: bool = False) -> Iterator[Callable[[], int]]:
+    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function give its number, else 0;
+    a second one acts at once, unless `patient`: launchers send them twice.
 
     Outside the main thread, which alone may handle signals, they stay as they are.
     """
-    asked: list[type[KeyboardInterrupt]] = []
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda: 0
         return
     before = {number: signal.getsignal(number) for number in STOPS}
 
@@ -198,12 +198,13 @@ def deferred_stops() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
             signal.signal(number, handler or default)
 
     def handle(number: int, *_: object) -> None:
-        asked.append(STOPS[signal.Signals(number)])
-        put_back()
+        asked.append(number)
+        if not patient:
+            put_back()
 
     for number in STOPS:
         signal.signal(number, handle)
     try:
-        yield lambda: asked[0] if asked else None
+        yield lambda: asked[0] if asked else 0
     finally:
         put_back()

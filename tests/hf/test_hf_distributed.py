@@ -7,10 +7,7 @@ every test reads its line of the result.
 
 import importlib
 import importlib.util
-import json
 import os
-import tempfile
-import time
 
 import pytest
 
@@ -18,12 +15,12 @@ pytest.importorskip("transformers", reason="deepalign_kernels.hf needs transform
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tiny_models import batch, build, gradients, plain_logp
+from two_processes import WORLD, run_cases, spawn, start
 
 import deepalign_kernels.hf as hf
 
-WORLD, BUDGET, LIMIT = 2, 1e-5, 240.0
+BUDGET = 1e-5
 BETA, REF = 0.7, -2.0
 
 # case -> (family, how the model is distributed, PEFT, the tokens that are not trained on each rank)
@@ -149,67 +146,9 @@ def run_case(rank, family, how, tuning, untrained):
     return max(errors)
 
 
-def start(rank, folder):
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    import datetime
-
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
-    )
-
-
 def work(rank, folder, cases):
     start(rank, folder)
     run_cases(rank, folder, cases, run_case)
-
-
-def run_cases(rank, folder, cases, run):
-    for case, arguments in cases.items():
-        try:
-            line = run(rank, *arguments)
-        except Exception as error:  # the other tests still want their line
-            line = f"{type(error).__name__}: {error}"
-        with open(f"{folder}/rank{rank}.jsonl", "a") as file:
-            file.write(json.dumps([case, line]) + "\n")
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-def spawn(worker, *arguments):
-    """{case: [what rank 0 got, what rank 1 got]}; a case that hangs is missing, and so are those
-    after it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        context = mp.spawn(worker, (folder, *arguments), nprocs=WORLD, join=False)
-        deadline = time.monotonic() + LIMIT
-        try:
-            while time.monotonic() < deadline and not context.join(timeout=5):
-                pass
-        except Exception as error:
-            print(f"a worker ended early: {error}")
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
-        lines = {}
-        for rank in range(WORLD):
-            if os.path.exists(f"{folder}/rank{rank}.jsonl"):
-                with open(f"{folder}/rank{rank}.jsonl") as file:
-                    for case, line in map(json.loads, file):
-                        lines.setdefault(case, []).append(line)
-        return lines
 
 
 @pytest.fixture(scope="module")

@@ -384,13 +384,6 @@ def test_lora_checkpoints_hold_the_adapter(tmp_path):
         other.train(resume=True)
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="model: this is one of 2 processes"):
-        bigram_run(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_warm_up_never_eats_a_run_unnoticed(tmp_path):
     """The paper's 10 steps, but a fifth of a short run."""
     with warnings.catch_warnings():

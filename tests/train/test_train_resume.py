@@ -11,7 +11,6 @@ from train_runs import log_of
 
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.train import Example, TrainConfig, TrainingRun
-from deepalign_kernels.train import loop as loop_module
 from deepalign_kernels.train import reference as reference_module
 
 STEPS = 9  # of 4 and 3 conversations in turn: four and a half epochs
@@ -85,7 +84,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, how, log_every):
     assert stopped.step == (3 if how == "in a forward" else 4)
     assert [p.name for p in sorted((tmp_path / "parts").glob("*.pt"))] == [
         f"checkpoint-{stopped.step:07d}.pt",
-        f"reference-{stopped._reference_keys[0]}.pt",
+        f"reference-{stopped.reference.keys[0]}.pt",
     ]
     again = make(tmp_path / "parts", log_every=log_every)
     more = again.train(resume=True)
@@ -227,9 +226,9 @@ def test_a_frozen_reference_must_be_the_one_the_run_began_with(tmp_path):
 
 def test_the_reference_is_computed_once_and_kept_small(tmp_path, monkeypatch):
     calls = []
-    real = loop_module.reference_logp
+    real = reference_module.reference_logp
     monkeypatch.setattr(
-        loop_module, "reference_logp", lambda *a, **k: calls.append(1) or real(*a, **k)
+        reference_module, "reference_logp", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
     data = [Example([1] * 200, [-100] + [1] * 199, [0, *range(1, 200)]) for _ in range(40)]
     options = {"data": data, "max_steps": 2}

@@ -1,0 +1,239 @@
+"""The processes of one run: who they are, what they tell each other, how they share a model.
+
+Data parallelism in torch's own terms: every process has its share of each batch, and DDP or FSDP2
+adds the gradients up. Counts of tokens need no message, since every process knows the whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class ProcessLost(RuntimeError):
+    """Another process of this run ended, so that this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. Without a launcher: one of one, and nothing is sent."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # of what is sent
+
+    @classmethod
+    def here(cls, device: torch.device) -> Ranks:
+        """As torchrun or `accelerate launch` say it; joins the others if nobody has done so yet.
+
+        Args:
+            device: of the model in this process.
+        """
+        dist = torch.distributed
+        if not dist.is_available():
+            return cls()
+        if not dist.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+                return cls()
+            on_cpu = device.type == "cpu"
+            dist.init_process_group("gloo" if on_cpu else f"cpu:gloo,{device.type}:nccl")
+        if dist.get_world_size() < 2:
+            return cls()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        sent = torch.device("cpu") if "gloo" in str(dist.get_backend_config()) else device
+        return cls(dist.get_rank(), dist.get_world_size(), sent)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def first(self, act: Callable[[], T]) -> T:
+        """What `act` gives in the first process, in all; what it raises there is raised in all."""
+        if self.count == 1:
+            return act()
+        told: list[Any] = [None, None]
+        if self.main:
+            try:
+                told[0] = act()
+            except Exception as error:
+                told[1] = error
+        torch.distributed.broadcast_object_list(told, device=self.device)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every process, in all of them."""
+        if self.count == 1:
+            return [value]
+        out: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(out, value)
+        return out
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the processes, in all of them."""
+        if self.count == 1:
+            return x
+        sent = x.to(self.device, copy=True)
+        torch.distributed.all_reduce(sent)
+        return sent.to(x.device)
+
+    def largest(self, value: float) -> float:
+        if self.count == 1:
+            return value
+        sent = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(sent, torch.distributed.ReduceOp.MAX)
+        return sent.item()
+
+    def must_agree(self, name: str, text: str) -> None:
+        """Every process has the same `text`.
+
+        Raises:
+            ValueError: not so; in all of them.
+        """
+        digests = self.gather(hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
+        if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise ValueError(
+                f"{name}: process {odd[0]} of {self.count} has other ones than process 0; each must"
+                " read the same, in the same order"
+            )
+
+    def share(self, rows: list[int]) -> list[int]:
+        """Those of a group of rows that are this process's; perhaps none."""
+        return rows[self.rank :: self.count]
+
+    @contextlib.contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """A connection that breaks in the block says what that means.
+
+        Raises:
+            ProcessLost: another process of the run ended.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count > 1 and _is_connection(error):
+                raise ProcessLost(
+                    f"process {self.rank} of {self.count}: another process of this run ended; see"
+                    " what it said. Start all of them again with resume='auto'"
+                ) from error
+            raise
+
+
+ALONE = Ranks()
+
+
+def _is_connection(error: RuntimeError) -> bool:
+    dist = torch.distributed
+    kinds = (dist.DistBackendError, dist.DistNetworkError)
+    return isinstance(error, kinds) or "gloo" in str(error) or "Connection closed" in str(error)
+
+
+# How a model is shared.
+
+PARALLEL = ("auto", "ddp", "fsdp")
+
+
+def way_of(parallel: str, cpu_offload: bool, autocast: bool) -> tuple[str, bool]:
+    """("ddp" or "fsdp", whether FSDP keeps what is not in use on the CPU): the configuration's, or
+    for "auto" what `accelerate launch` was configured for, else DDP.
+
+    Raises:
+        ValueError: accelerate was configured for something that this loop would not do.
+    """
+    asked = {
+        name: os.environ.get(name, "").lower()
+        for name in (
+            "ACCELERATE_USE_DEEPSPEED",
+            "ACCELERATE_USE_FSDP",
+            "ACCELERATE_MIXED_PRECISION",
+            "FSDP_VERSION",
+            "FSDP_OFFLOAD_PARAMS",
+        )
+    }
+    if asked["ACCELERATE_USE_DEEPSPEED"] == "true":
+        raise ValueError(
+            "parallel: accelerate is configured for DeepSpeed, which this loop does not drive; use"
+            " fsdp_version 2, which shards the same, or hf.attach in transformers' Trainer"
+        )
+    mixed = asked["ACCELERATE_MIXED_PRECISION"]
+    if mixed not in ("", "no") and not (mixed == "bf16" and autocast):
+        raise ValueError(
+            f"autocast_dtype: accelerate is configured for mixed_precision {mixed}; this loop does"
+            " 'bf16', with autocast_dtype='bfloat16'"
+        )
+    if parallel == "auto" and asked["ACCELERATE_USE_FSDP"] == "true":
+        if asked["FSDP_VERSION"] not in ("", "2"):
+            raise ValueError("parallel: accelerate is configured for FSDP1; set fsdp_version: 2")
+        return "fsdp", cpu_offload or asked["FSDP_OFFLOAD_PARAMS"] == "true"
+    return ("fsdp" if parallel == "fsdp" else "ddp"), cpu_offload
+
+
+def share_out(model: nn.Module, way: str, cpu_offload: bool) -> nn.Module:
+    """The module to call in the place of `model`. "fsdp" shards `model` itself, for good."""
+    if way == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return shard(model, cpu_offload)
+
+
+def shard(model: nn.Module, cpu_offload: bool = False) -> nn.Module:
+    """`model`, sharded in place by FSDP2: each layer a unit, an output head of its own as well."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+
+    if isinstance(model, FSDPModule):
+        return model
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    options: Any = (
+        {"offload_policy": CPUOffloadPolicy(pin_memory=not on_cpu)} if cpu_offload else {}
+    )
+    for module in _units(model):
+        fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def _units(model: Any) -> list[nn.Module]:
+    """What is gathered and let go as one: transformers names the classes of its layers."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = set(getattr(base, "_no_split_modules", None) or ())
+    units = [m for m in model.modules() if type(m).__name__ in layers]
+    if hasattr(base, "get_output_embeddings"):
+        head, inputs = base.get_output_embeddings(), base.get_input_embeddings()
+        tied = head is None or getattr(head, "weight", 0) is getattr(inputs, "weight", 1)
+        if not tied and all(head is not m for unit in units for m in unit.modules()):
+            units.append(head)
+    return units
+
+
+@contextlib.contextmanager
+def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients of a backward in the block are sent with those of the last one only."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+    elif last or not hasattr(model, "no_sync"):
+        yield
+    else:
+        with model.no_sync():  # type: ignore[operator]
+            yield
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor put together."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[operator]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")

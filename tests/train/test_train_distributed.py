@@ -1,0 +1,303 @@
+"""Two gloo processes against one: gradients, weights, log, checkpoints; nothing but time differs.
+
+All cases share one spawn; every test reads its line of the result. RECORDS are seven conversations
+of 2 to 60 trained tokens, so shares are uneven and the last step of an epoch leaves a process
+without a row.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_chat import RECORDS, build_model, build_tokenizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from train_runs import log_of
+from two_processes import WORLD, run_cases, spawn, start
+
+from deepalign_kernels.train import TrainConfig, TrainingRun
+from deepalign_kernels.train.__main__ import main
+from deepalign_kernels.train.ranks import Ranks, way_of
+from deepalign_kernels.train.state import full_state
+
+BUDGET = 1e-5
+STEPS = 5  # of four conversations: 4, 3, 4, 3, 4
+CASES = {
+    "ddp": {"parallel": "ddp"},
+    "ddp, accumulation": {"parallel": "ddp", "batch_size": 1, "gradient_accumulation_steps": 2},
+    "ddp, a process without a row": {"parallel": "ddp", "batch_size": 3, "max_steps": 3},
+    "ddp, frozen reference": {"parallel": "ddp", "reference": "frozen", "kl_coef": 0.3},
+    "ddp, LoRA": {"parallel": "ddp", "lora": True},
+    "ddp, whole logits, clipped": {"parallel": "ddp", "head": "logits", "max_grad_norm": 0.1},
+    "fsdp, head of its own": {"parallel": "fsdp"},
+    "fsdp, tied head": {"parallel": "fsdp", "tied": True},
+    "fsdp, accumulation": {
+        "parallel": "fsdp", "batch_size": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1,
+    },
+    "fsdp, a process without a row": {"parallel": "fsdp", "batch_size": 3, "max_steps": 3},
+    "fsdp, frozen reference, offload": {
+        "parallel": "fsdp", "reference": "frozen", "cpu_offload": True,
+    },
+    "fsdp, LoRA": {"parallel": "fsdp", "lora": True},
+}  # fmt: skip
+
+
+def make(out, processes, callbacks=(), lora=False, tied=False, **options):
+    """The same run for one process and for two."""
+    base = {"batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": STEPS, "seed": 3}
+    base |= {"learning_rate": 3e-3, "warmup_steps": 1, "progress": False}
+    base |= options
+    if processes == 1:
+        base["batch_size"] *= WORLD
+        base |= {"parallel": "auto", "cpu_offload": False}
+    # fp64: AdamW turns the rounding of a gradient near 0 into a whole step.
+    model = build_model(0, tie_word_embeddings=tied).double()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(model, config).double()
+    return TrainingRun(model, build_tokenizer(), TrainConfig(out, **base), RECORDS, None, callbacks)
+
+
+def seen_gradients(run):
+    """The list of each step's gradients, whole, as they are when the optimizer gets them."""
+    steps = []
+
+    def look(optimizer, *_):
+        named = {n: p for n, p in run.model.named_parameters() if p.grad is not None}
+        whole = {
+            n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).cpu().clone()
+            for n, p in named.items()
+        }
+        steps.append(whole)
+
+    return steps, register_optimizer_step_pre_hook(look)
+
+
+def trained(out, processes, **options):
+    """(gradients of every step, weights at the end, log) of a run."""
+    run = make(out, processes, **options)
+    steps, hook = seen_gradients(run)
+    try:
+        result = run.train()
+    finally:
+        hook.remove()
+    local = [getattr(p, "to_local", lambda p=p: p)().numel() for p in run.model.parameters()]
+    whole = [p.numel() for p in run.model.parameters()]
+    assert (local < whole) == (processes > 1 and options["parallel"] == "fsdp")
+    return steps, full_state(run.model), result
+
+
+def distance(ours, gold):
+    top = max(x.abs().max().item() for x in gold.values())
+    assert ours.keys() == gold.keys(), ours.keys() ^ gold.keys()
+    return max((ours[n] - gold[n]).abs().max().item() for n in gold) / top
+
+
+def run_case(rank, folder, name):
+    """[gradients, weights, log, checkpoint of the other number of processes] of two against one."""
+    options, place = CASES[name], Path(folder) / name.replace(" ", "-")
+    steps, weights, _ = trained(place / "two", 2, **options)
+    if rank:
+        dist.barrier()
+    else:
+        own = alone(place / "one", options, steps, weights, place / "two")
+        dist.barrier()
+    # One process stopped two steps before the end; two go on.
+    resumed = make(place / "stopped", 2, **options)
+    resumed.train(resume=True)
+    again = full_state(resumed.model)
+    if rank:
+        return None
+    return [*own, distance(again, weights)]
+
+
+def alone(place, options, steps, weights, two):
+    """In the first process, the other waiting: the run of one process, and one that stops."""
+    with mock.patch.object(Ranks, "here", lambda device: Ranks()):
+        gold, gold_weights, _ = trained(place, 1, **options)
+
+        def stop(run, record):
+            if record["step"] == run.total_steps - 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            make(place.parent / "stopped", 1, callbacks=[stop], **options).train()
+    assert len(gold) == len(steps) == options.get("max_steps", STEPS)
+    gradients = max(distance(a, b) for a, b in zip(steps, gold, strict=True))
+    lines = zip(_steps(two), _steps(place), strict=True)
+    log = max(abs(a[k] - b[k]) for a, b in lines for k in b if b[k] is not None)
+    return [gradients, distance(weights, gold_weights), log]
+
+
+def _steps(out):
+    lines = [r for r in log_of(out) if r["event"] == "step"]
+    return [{k: v for k, v in r.items() if k not in ("tokens_per_s", "event")} for r in lines]
+
+
+def work(rank, folder, names):
+    start(rank, folder)
+    run_cases(rank, folder, {name: (folder, name) for name in names}, run_case)
+
+
+@pytest.fixture(scope="module")
+def results():
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    present = importlib.util.find_spec("peft") is not None
+    return spawn(work, [name for name in CASES if present or "LoRA" not in name], limit=400.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(results, name):
+    if "LoRA" in name:
+        pytest.importorskip("peft", reason="needs peft")
+    lines = results.get(name, [])
+    print(f"{name:34s} {lines}")
+    assert len(lines) == WORLD, f"a process hung or died: {lines}"
+    assert isinstance(lines[0], list) and lines[1] is None, lines
+    gradients, weights, log, resumed = lines[0]
+    assert gradients <= BUDGET and weights <= BUDGET and log <= 1e-4 and resumed <= BUDGET
+
+
+def launch(tmp_path, *more, records=RECORDS, steps=3):
+    """`torchrun` with two processes of the command line."""
+    base = tmp_path / "base"
+    if not base.exists():
+        build_model(0).save_pretrained(base)
+        build_tokenizer().save_pretrained(base)
+    data = tmp_path / "chat.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in records))
+    run = ["--model", str(base), "--data", str(data), "--device", "cpu", "--no-progress"]
+    run += ["--max-steps", str(steps), "--batch-size", "2", "--gradient-accumulation-steps", "1"]
+    run += ["--output", str(tmp_path / "out"), *more]
+    root = str(Path(__file__).parents[2])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "deepalign_kernels.train", *run]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True), run
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_command_line(tmp_path):
+    """One log, one model, that of one process; and a resume with another number of processes."""
+    process, run = launch(tmp_path, "--save-every", "1", "--keep-checkpoints", "9")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert out.count("3 steps, nll ") == 1
+    lines = [r["event"] for r in log_of(tmp_path / "out")]
+    assert lines == ["start", "step", "step", "step", "end"]
+    alone = tmp_path / "alone"
+    one = [*run, "--output", str(alone), "--gradient-accumulation-steps", "2"]
+    (tmp_path / "out" / "checkpoint-0000003.pt").unlink()
+    shutil.rmtree(tmp_path / "out" / "model")
+    two = torch.load(tmp_path / "out" / "checkpoint-0000002.pt", weights_only=True)["model"]
+    assert main([*run, "--resume", "--gradient-accumulation-steps", "2"]) == 0
+    assert main(one) == 0
+    gold = torch.load(alone / "checkpoint-0000002.pt", weights_only=True)["model"]
+    assert distance(two, gold) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_with_a_message(tmp_path):
+    process, _ = launch(tmp_path, "--save-every", "2", steps=100000)
+    wait_for(process, tmp_path / "out" / "checkpoint-0000002.pt")
+    begun = time.monotonic()
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and time.monotonic() - begun < 60
+    assert "another process of this run ended" in errors or "Signal 9" in errors, errors
+    assert not [p for p in children(process.pid) if os.path.exists(f"/proc/{p}")]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_is_a_checkpoint_of_all(tmp_path):
+    process, _ = launch(tmp_path, "--save-every", "50000", steps=100000)
+    wait_for(process, tmp_path / "out" / "train_log.jsonl", lines=4)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert errors.count("stopped; --resume goes on from") == 1, errors
+    assert len(list((tmp_path / "out").glob("checkpoint-*.pt"))) == 1
+
+
+def wait_for(process, path, lines=0):
+    deadline = time.monotonic() + 90
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def children(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return [int(x) for x in found.split()]
+
+
+def refuse(rank, folder, what):
+    """What a process is told when something is wrong in one of them only."""
+    out = Path(folder) / what
+    data = RECORDS[rank:] if what == "other data" else RECORDS
+    config = TrainConfig(out, batch_size=1, max_steps=1, progress=False, warmup_steps=0)
+    if what == "a file" and rank == 0:
+        out.write_text("x")
+    run = TrainingRun(build_model(0), build_tokenizer(), config, data)
+    run.train()
+
+
+def work_refusals(rank, folder, cases):
+    start(rank, folder)
+    run_cases(rank, folder, {case: (folder, case) for case in cases}, refuse)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_in_one_process_ends_all(tmp_path):
+    lines = spawn(work_refusals, ("other data", "a file"), limit=120.0)
+    why = "ValueError: data: process 1 of 2 has other ones than process 0; each must read the"
+    assert len(lines["other data"]) == 2 and all(why in line for line in lines["other data"])
+    why = "ValueError: output_dir: expected a folder"
+    assert len(lines["a file"]) == 2 and all(line.startswith(why) for line in lines["a file"])
+
+
+@pytest.mark.parametrize(
+    "environment, arguments, expected",
+    (
+        ({}, ("auto", False, False), ("ddp", False)),
+        ({}, ("fsdp", True, False), ("fsdp", True)),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, ("auto", False, False),
+         ("fsdp", False)),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+         ("auto", False, False), ("fsdp", True)),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ("auto", False, False),
+         "parallel: accelerate is configured for FSDP1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ("ddp", False, False),
+         ("ddp", False)),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ("auto", False, False), "parallel: .*DeepSpeed"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", False, True), ("ddp", False)),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", False, False), "autocast_dtype: "),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ("auto", False, True), "autocast_dtype: "),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, ("auto", False, False), ("ddp", False)),
+    ),
+)  # fmt: skip
+def test_what_accelerate_launch_says_is_done_or_refused(
+    monkeypatch, environment, arguments, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            way_of(*arguments)
+    else:
+        assert way_of(*arguments) == expected
