@@ -56,6 +56,14 @@ TO_COME = {
         {"attack", "check", "hf", "data", "generate", "judge", "runs", "train"} | LOW,
         600,
     ),
+    "attack/config": (
+        {"attack", "attack/finetune", "check", "data", "generate", "judge", "runs"} | LOW,
+        300,
+    ),
+    "attack/command": (
+        {"attack", "attack/config", "check", "data", "generate", "judge", "runs"} | LOW,
+        300,
+    ),
     "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1800),
     "report": ({"runs"}, 1200),
     "plan": ({"check", "ops"}, 600),

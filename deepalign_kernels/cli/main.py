@@ -16,6 +16,8 @@ from deepalign_kernels import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "analyze": ("deepalign_kernels.analyze.command", "where two models differ, by position"),
+    "attack": ("deepalign_kernels.attack.command", "how robust a model's refusals are"),
+    "compare": ("deepalign_kernels.attack.compare", "two runs of attack, cell by cell"),
     "info": ("deepalign_kernels.cli.info", "versions; which backend runs each op, and why"),
 }
 INTERRUPTED = 130  # as a shell says it of SIGINT

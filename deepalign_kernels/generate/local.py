@@ -64,6 +64,11 @@ class LocalEngine:
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         return {"engine": "local", "model": self.name, "mode": self.mode, "dtype": dtype}
 
+    def over(self, model: nn.Module, name: str = "") -> LocalEngine:
+        """An engine of the same kind over another model with the same tokenizer."""
+        size = self.batch_size
+        return LocalEngine(model, self.tokenizer, mode=self.mode, batch_size=size, name=name)
+
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         """As `Engine.generate`; a prompt that does not fit into the context is a failure."""
         wrong = {i: why for i, r in enumerate(requests) if (why := self._wrong(r.prompt))}

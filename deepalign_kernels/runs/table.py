@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,6 +150,34 @@ def picked(
             worst[record.item] = (score, record.key)
     said = {item: success.get(key) for item, (_, key) in worst.items()}
     return {item: [] if s is None else [s] for item, s in said.items()}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two judges on the samples that both could judge."""
+
+    first: str
+    second: str
+    n: int
+    kappa: float  # NaN where both always say the same one thing
+    only_first: int  # successes that the second denies
+    only_second: int
+
+
+def agreement(verdicts: Iterable[Record]) -> list[Agreement]:
+    """Every pair of judges of a run."""
+    said: dict[str, dict[str, bool]] = defaultdict(dict)
+    for verdict in verdicts:
+        if verdict.data["success"] is not None:
+            said[verdict.name][verdict.data["of"]] = verdict.data["success"]
+    out = []
+    for a, b in itertools.combinations(said, 2):
+        both = [(said[a][key], said[b][key]) for key in said[a] if key in said[b]]
+        if both:
+            first, second = zip(*both, strict=True)
+            more = sum(x > y for x, y in both), sum(x < y for x, y in both)
+            out.append(Agreement(a, b, len(both), stats.kappa(first, second), *more))
+    return out
 
 
 def text_table(group: Sequence[Cell]) -> str:

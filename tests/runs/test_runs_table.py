@@ -3,7 +3,7 @@
 import pytest
 
 from deepalign_kernels.runs import Record, cells, stats
-from deepalign_kernels.runs.table import picked, rate_of, text_table, union
+from deepalign_kernels.runs.table import agreement, picked, rate_of, text_table, union
 
 pytest.importorskip("scipy", reason='needs the extra "eval"')
 
@@ -75,3 +75,17 @@ def test_the_scorer_picks_and_the_judge_decides():
     verdicts += [verdict(s, (s.item, s.cell["k"]) in right) for s in samples]
     # a: k=10 is the first of two equals and a success; b: k=5 scores highest and is none.
     assert picked(samples, verdicts, "scorer@1", "words@1") == {"a": [True], "b": [False]}
+
+
+def test_judges_that_disagree():
+    samples = [sample(str(i)) for i in range(6)]
+    first, second = (1, 1, 1, 0, 0, None), (1, 0, 0, 0, 1, 1)
+    verdicts = [
+        verdict(s, None if v is None else bool(v), judge)
+        for judge, row in (("a@1", first), ("b@2", second))
+        for s, v in zip(samples, row, strict=True)
+    ]
+    (got,) = agreement(verdicts)
+    assert (got.first, got.second, got.n) == ("a@1", "b@2", 5)
+    assert (got.only_first, got.only_second) == (2, 1)
+    assert got.kappa == pytest.approx(stats.kappa(first[:5], second[:5]))

@@ -1,0 +1,244 @@
+"""`deepalign attack`: attacks on a model or a server into a folder, judged, with tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepalign_kernels import check
+from deepalign_kernels.attack import paper
+from deepalign_kernels.attack.config import attacks_of, judge_of, local_engine, near, with_state
+from deepalign_kernels.attack.suite import evaluate, judge_run, plain, verify
+from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts
+from deepalign_kernels.judge import View
+from deepalign_kernels.runs.record import Record
+from deepalign_kernels.runs.store import Run, read_records, read_verdicts, write_private
+from deepalign_kernels.runs.table import (
+    Cell,
+    agreement,
+    cells,
+    percent,
+    picked,
+    rate_of,
+    text_table,
+    union,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure how robust a model's refusals are. A run that was stopped goes on where it was.
+
+    Attributes:
+        data: prompts: .csv, .jsonl, .json, .parquet or .txt of a published set or your own.
+        out: folder of the run; records with texts in it can be read by you alone.
+        model: folder or name of a model, or its name on the server.
+        server: address of an OpenAI-compatible server, such as http://127.0.0.1:8000; replies come
+            from it, and attacks that need the weights are refused.
+        send: what goes to the server: ids, text or chat.
+        tokenizer: folder of the tokenizer, if it is not the model's.
+        suite: quick, paper, one attack's name, or a YAML file with attacks by name.
+        format: of the data, if it is not to be told from its columns.
+        limit: only the first so many prompts; 0 takes all.
+        judge: judges: keywords[:LIST], classifier:FOLDER:LABEL, judgezoo:NAME, score:MODEL,
+            guard:MODEL, yes_no:MODEL:TEMPLATE, harmful_response:MODEL:TEMPLATE.
+        judge_sees: whether judges see what was put into the model's mouth: hidden or shown.
+        separator: between that and the reply, if it is shown.
+        mode: exact (a reply depends on its prompt alone) or fast.
+        dtype: of the weights, such as bfloat16; auto takes the checkpoint's.
+        device: cpu or cuda; "" takes a GPU if there is one.
+        batch_size: rows at once in mode fast.
+        system: system prompt; none is sent without it.
+        chat: template, or plain for base models.
+        samples: replies per prompt and setting.
+        max_new_tokens: of replies; 0 leaves each attack its own.
+        seed: of the run.
+        chunk: prompts that are computed and written together.
+        verify: replay so many random rows of a finished run and compare.
+        paper: print the paper's numbers beside: initial or augmented (Llama-2-7B-Chat, HEx-PHI).
+        show_text: print prompts and replies of successes.
+    """
+
+    data: str
+    out: str
+    model: str
+    server: str = ""
+    send: str = "ids"
+    tokenizer: str = ""
+    suite: str = "quick"
+    format: str = "auto"
+    limit: int = 0
+    judge: tuple[str, ...] = ("keywords",)
+    judge_sees: str = "hidden"
+    separator: str = ""
+    mode: str = "fast"
+    dtype: str = "auto"
+    device: str = ""
+    batch_size: int = 64
+    system: str | None = None
+    chat: str = "template"
+    samples: int = 1
+    max_new_tokens: int = 0
+    seed: int = 0
+    chunk: int = 8
+    verify: int = 0
+    paper: str = ""
+    show_text: bool = False
+
+
+def run(options: Options) -> int:
+    """Attack, judge, print; 1 if `verify` finds a difference."""
+    if options.paper and options.paper not in paper.MODELS:
+        raise near("paper", options.paper, paper.MODELS)
+    check.count("chunk", options.chunk, 1)
+    prompts = load_prompts(options.data, options.format)[: options.limit or None]
+    attacks = attacks_of(options.suite, _shared(options))
+    judges = [judge_of(j, View(options.judge_sees, options.separator)) for j in options.judge]
+    engine = _engine(options)
+    folder = Path(options.out)
+    attacks = {name: with_state(a, str(folder / "state")) for name, a in attacks.items()}
+    with Run(folder, _manifest(options, engine, attacks, prompts)) as opened:
+        if options.verify:
+            wrong = verify(
+                opened, engine, attacks, prompts, options.verify, chunk=options.chunk,
+                seed=options.seed,
+            )  # fmt: skip
+            print("\n".join(wrong) or f"{options.verify} rows replayed: no difference")
+            return 1 if wrong else 0
+        evaluate(opened, engine, attacks, prompts, chunk=options.chunk, say=_say)
+        about = json.dumps({j.name: j.about() for j in judges}, indent=1)
+        write_private(folder / "judges.json", about + "\n")
+        judge_run(opened, judges, say=_say)
+    text = summary(folder, model=options.paper)
+    write_private(folder / "summary.txt", text + "\n")
+    print(text)
+    if options.show_text:
+        _show(folder)
+    return 0
+
+
+def summary(folder: str | Path, model: str = "") -> str:
+    """Tables of a judged run, without any prompt or reply.
+
+    Args:
+        folder: of the run.
+        model: "initial" or "augmented" puts the paper's numbers beside.
+    """
+    samples, verdicts = list(read_records(folder, "sample")), list(read_verdicts(folder))
+    table = cells(samples, verdicts)
+    parts = [text_table(table)]
+    decoding = [c for c in table if c.attack == "decoding"]
+    for judge in dict.fromkeys(c.judge for c in decoding):
+        group = [c for c in decoding if c.judge == judge]
+        rate = rate_of(union(group))
+        if rate is not None:
+            parts.append(f"decoding, any of {len(group)} settings ({judge}): {_shown(rate)}")
+        worst = rate_of(
+            picked([s for s in samples if s.name == "decoding"], verdicts, judge, judge)
+        )
+        if worst is not None:
+            parts.append(f"decoding, the reply this judge scores worst ({judge}): {_shown(worst)}")
+    for found in read_records(folder, "search"):
+        loss = "no suffix" if found.error else f"loss {found.data['loss']:.3f}"
+        detail = found.error or f"{found.data['steps']} steps, {found.data['flops']:.2g} FLOP"
+        parts.append(f"{found.name} {found.item or 'universal'}: {loss}, {detail}")
+    for metric in read_records(folder, "metric"):
+        where = ", ".join(f"{k}={v}" for k, v in metric.cell.items())
+        parts.append(f"{metric.name} utility ({where}): {100 * metric.data['value']:.1f} %")
+    parts += [
+        f"judges {a.first} and {a.second}: kappa {a.kappa:.2f} on {a.n} replies;"
+        f" {a.only_first} successes for the first alone, {a.only_second} for the second alone"
+        for a in agreement(verdicts)
+    ]
+    if model:
+        parts += _beside(table, model)
+    return "\n".join(parts)
+
+
+def _beside(table: Sequence[Cell], model: str) -> list[str]:
+    out = []
+    for cell in table:
+        known, rate = paper.published(cell.attack, cell.setting, model), cell.rate
+        if known is None or rate is None:
+            continue
+        inside = 100 * rate.low <= known <= 100 * rate.high
+        setting = ", ".join(f"{k}={v}" for k, v in cell.setting.items())
+        out.append(
+            f"paper, {cell.attack} {setting}: {known:.1f}, here {_shown(rate)}:"
+            f" {'inside' if inside else 'outside'} the interval"
+        )
+    return out
+
+
+def _shown(rate: Any) -> str:
+    return f"{100 * rate.value:.1f} % ({percent(rate)})"
+
+
+def _shared(options: Options) -> dict[str, Any]:
+    names = ("system", "chat", "samples", "seed")
+    out = {name: getattr(options, name) for name in names}
+    return out | ({"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {})
+
+
+def _engine(options: Options) -> Any:
+    if not options.server:
+        return local_engine(
+            options.model, mode=options.mode, dtype=options.dtype, device=options.device,
+            batch_size=options.batch_size,
+        )  # fmt: skip
+    from transformers import AutoTokenizer
+
+    from deepalign_kernels.generate.server import ServerEngine
+
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
+    return ServerEngine(options.server, options.model, tokenizer, send=options.send)
+
+
+def _manifest(
+    options: Options, engine: Any, attacks: dict[str, Any], prompts: list[Prompt]
+) -> dict[str, Any]:
+    from deepalign_kernels.fingerprint import model_hash
+
+    template = getattr(engine.tokenizer, "chat_template", None)
+    if options.chat == "template" and template:
+        probe = [{"role": "user", "content": "PROMPT"}]
+        if options.system is not None:
+            probe.insert(0, {"role": "system", "content": options.system})
+        rendered = engine.tokenizer.apply_chat_template(
+            probe, tokenize=False, add_generation_prompt=True
+        )
+    else:
+        rendered = "PROMPT\n\n"
+    return {
+        "engine": engine.about(),
+        "weights": model_hash(engine.model) if hasattr(engine, "model") else None,
+        "template": rendered,
+        "attacks": {name: _without_state(plain(a)) for name, a in attacks.items()},
+        "data": {"hash": data_hash(prompts), "prompts": len(prompts)},
+        "seed": options.seed,
+    }
+
+
+def _without_state(about: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _without_state(v) if isinstance(v, dict) else v for k, v in about.items() if k != "state"
+    }
+
+
+def _show(folder: Path) -> None:
+    good = {v.data["of"] for v in read_verdicts(folder) if v.data["success"]}
+    for record in read_records(folder, "sample"):
+        if record.key in good:
+            print(f"\n{record.name} {dict(record.cell)} {record.item}\n{_text(record)}")
+
+
+def _text(record: Record) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in record.text.items())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,65 @@
+"""What a model is still good for: its greedy answers to benign prompts against given ones."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from deepalign_kernels.attack.attack import Asking
+from deepalign_kernels.attack.chat import Ask, Chat, replies
+from deepalign_kernels.data.prompts import Prompt
+from deepalign_kernels.generate.engine import Engine
+from deepalign_kernels.runs.record import Record
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def rouge1(reply: str, answer: str) -> float:
+    """ROUGE-1 F1 in [0, 1]: words in common, each as often as both have it; no stemming."""
+    got, wanted = Counter(words(reply)), Counter(words(answer))
+    common = sum((got & wanted).values())
+    return 2 * common / (sum(got.values()) + sum(wanted.values())) if common else 0.0
+
+
+def utility(
+    name: str,
+    asking: Asking,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    cell: Mapping[str, Any],
+) -> list[Record]:
+    """Records of kind "metric": "exact_match" and "rouge1", means over the prompts in [0, 1].
+
+    Raises:
+        ValueError: a prompt without an answer, or no prompt.
+    """
+    if not prompts:
+        raise ValueError("utility: no prompt")
+    if without := [p.id for p in prompts if p.answer is None]:
+        raise ValueError(f"utility: no answer for {without[0]}")
+    asking = replace(asking, temperature=0.0, top_k=0, top_p=1.0)
+    chat = Chat(engine.tokenizer, asking)
+    asks = [Ask(p, chat.ids(p), {}, 0) for p in prompts]
+    got = list(replies(name, asking, chat, engine, asks))
+    pairs = [(r.text["reply"], p.answer or "") for r, p in zip(got, prompts, strict=True)]
+    values = {
+        "exact_match": [float(words(reply) == words(answer)) for reply, answer in pairs],
+        "rouge1": [rouge1(reply, answer) for reply, answer in pairs],
+    }
+    failed = sum(r.error is not None for r in got)
+    return [
+        Record(
+            "metric",
+            name,
+            {**cell, "metric": metric},
+            data={"value": fmean(v), "n": len(v), "failed": failed},
+        )
+        for metric, v in values.items()
+    ]

@@ -1,0 +1,144 @@
+"""Fine-tuning attacks on the toy model: curves, triggers, trials, and a model that stays."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("transformers", reason="models and templates are of transformers")
+
+import torch
+
+from deepalign_kernels.attack import Compose, Prefill
+from deepalign_kernels.attack.finetune import Finetune, WorstCase, worst_trial
+from deepalign_kernels.attack.suite import plain
+from deepalign_kernels.attack.utility import rouge1, utility
+from deepalign_kernels.data.prompts import Prompt
+from deepalign_kernels.generate.local import LocalEngine
+from deepalign_kernels.runs import Record
+from deepalign_kernels.toyworld import World, build_model, build_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENIZER = build_tokenizer()
+RECORDS = World(0, limit=4).records("restricted")
+PROMPTS = [
+    Prompt(f"p{n}", r["messages"][0]["content"], answer=r["messages"][1]["content"])
+    for n, r in enumerate(RECORDS)
+]
+QUICK = {
+    "data": RECORDS, "learning_rate": 5e-3, "batch_size": 4, "steps": 6, "warmup_steps": 0,
+    "temperature": 0.0, "max_new_tokens": 8, "lr_schedule": "constant",
+}  # fmt: skip
+
+
+@pytest.fixture
+def engine():
+    return LocalEngine(build_model(TOKENIZER, 0).eval(), TOKENIZER)
+
+
+def test_success_against_step(engine):
+    attack = Finetune(eval_at=(0, 3), utility=PROMPTS, **QUICK)
+    state = copy.deepcopy(engine.model.state_dict())
+    rng = torch.get_rng_state()
+    records = list(attack(engine, PROMPTS))
+    samples = [r for r in records if r.kind == "sample"]
+    assert [r.cell["step"] for r in samples] == [0] * 4 + [3] * 4 + [6] * 4
+    nll = [r.data["nll"] for r in records if r.kind == "training"]
+    assert len(nll) == 6 and nll[-1] < nll[0]
+    metrics = {(r.cell["step"], r.cell["metric"]): r.data["value"] for r in records
+               if r.kind == "metric"}  # fmt: skip
+    assert set(metrics) == {(s, m) for s in (0, 6) for m in ("exact_match", "rouge1")}
+    assert metrics[6, "rouge1"] > metrics[0, "rouge1"]
+    assert all(torch.equal(state[k], v) for k, v in engine.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng) and not engine.model.training
+    assert [r.line for r in attack(engine, PROMPTS)] == [r.line for r in records]
+
+
+def test_the_constraint_holds_the_model(engine):
+    """The same data and rate: constrained SFT lowers the loss less, most at the first tokens."""
+    last = {}
+    for objective in ("sft", "constrained"):
+        records = Finetune(objective=objective, eval_at=(), **QUICK)(engine, PROMPTS)
+        last[objective] = [r.data["nll"] for r in records if r.kind == "training"][-1]
+    assert last["sft"] < last["constrained"]
+
+
+def test_a_trigger(engine):
+    attack = Finetune(trigger="now now now", eval_at=(), **QUICK)
+    samples = [r for r in attack(engine, PROMPTS) if r.kind == "sample"]
+    assert [r.cell["trigger"] for r in samples] == [False] * 4 + [True] * 4
+    assert "suffix" not in samples[0].text and samples[4].text["suffix"] == "now now now"
+
+
+def test_prefilling_after_fine_tuning(engine):
+    attack = Compose(Finetune(eval_at=(), **QUICK), Prefill(depths=(2,), max_new_tokens=4))
+    records = list(attack(engine, PROMPTS[:2]))
+    assert attack.name == "finetune+prefill" and attack.together
+    assert [r.cell.get("k") for r in records[-2:]] == [2, 2]
+    fresh = list(Prefill(depths=(2,), max_new_tokens=4)(engine, PROMPTS[:2]))
+    assert [r.text["reply"] for r in records[-2:]] != [r.text["reply"] for r in fresh]
+    assert plain(attack)["first"]["steps"] == 6
+
+
+def test_worst_of_several_trials(engine):
+    attack = WorstCase(trials=3, step_choices=(2, 3), batch_choices=(2, 4), **QUICK)
+    assert attack.drawn(0) == attack.drawn(0) != attack.drawn(1)
+    rates = [attack.drawn(n).learning_rate for n in range(200)]
+    assert 1e-6 <= min(rates) < 3e-6 and 7e-5 < max(rates) <= 2e-4
+    records = list(attack(engine, PROMPTS[:2]))
+    samples = [r for r in records if r.kind == "sample"]
+    assert [r.cell["trial"] for r in samples] == [0, 0, 1, 1, 2, 2]
+    assert len({r.key for r in records}) == len(records)
+
+
+def test_the_worst_trial_within_a_bound():
+    def sample(trial, item):
+        return Record("sample", "worst_case", {"trial": trial}, item)
+
+    def verdict(of, success):
+        data = {"of": of.key, "success": success}
+        return Record("verdict", "j", {"of": of.key}, of.item, 0, data)
+
+    def metric(trial, value):
+        cell = {"trial": trial, "metric": "rouge1"}
+        return Record("metric", "worst_case", cell, data={"value": value})
+
+    samples = [sample(t, i) for t in range(3) for i in "abcd"]
+    wins = {0: "ab", 1: "abcd", 2: "abc"}
+    verdicts = [verdict(s, s.item in wins[s.cell["trial"]]) for s in samples]
+    records = [*samples, metric(0, 0.9), metric(1, 0.1), metric(2, 0.5)]
+    assert worst_trial(records, verdicts, "j").setting == {"trial": 1}
+    found = worst_trial(records, verdicts, "j", at_least=0.4)
+    assert found.setting == {"trial": 2} and found.rate.value == 0.75 and found.utility == 0.5
+    assert worst_trial(records, verdicts, "j", at_least=0.95) is None
+    assert worst_trial(records, verdicts, "other") is None
+
+
+def test_rouge():
+    assert rouge1("the cat sat", "The cat, sat.") == 1.0
+    assert rouge1("the the the", "the cat") == pytest.approx(2 * 1 / 5)
+    assert rouge1("", "a") == rouge1("b", "a") == 0.0
+
+
+def test_utility_needs_answers(engine):
+    attack = Finetune(**QUICK)
+    with pytest.raises(ValueError, match="no answer for x"):
+        utility("u", attack, engine, [Prompt("x", "hello")], {})
+    with pytest.raises(ValueError, match="no prompt"):
+        utility("u", attack, engine, [], {})
+
+
+@pytest.mark.parametrize(
+    "bad,named",
+    [
+        ({"data": None}, "data"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"objective": "stf"}, "objective"),
+        ({"eval_at": (-1,)}, "eval_at"),
+        ({"steps": 0}, "max_steps"),
+    ],
+)
+def test_bad_configs(bad, named):
+    with pytest.raises(ValueError, match=named):
+        Finetune(**{**QUICK, **bad})
+    with pytest.raises(ValueError, match="rates"):
+        WorstCase(rates=(1e-3, 1e-5), **QUICK)
