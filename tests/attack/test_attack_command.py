@@ -57,8 +57,9 @@ def world(tmp_path_factory):
 
 def words(world, out, *more, model=0, suite="suite.yaml"):
     suite = str(world / suite) if suite.endswith(".yaml") else suite
-    return ["attack", "--data", str(world / "data.jsonl"), "--out", str(out), "--model",
-            str(world / f"model{model}"), "--suite", suite, "--max-new-tokens", "4", *more]  # fmt: skip
+    options = {"data": world / "data.jsonl", "out": out, "model": world / f"model{model}"}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return ["attack", *flags, "--suite", suite, "--max-new-tokens", "4", *more]
 
 
 def test_a_whole_evaluation(world, tmp_path, capsys):
