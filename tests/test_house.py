@@ -65,7 +65,7 @@ TO_COME = {
         300,
     ),
     "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1800),
-    "report": ({"runs"}, 1200),
+    "report": ({"runs"}, 1500),
     "plan": ({"check", "ops"}, 600),
 }
 TO_COME["cli"] = ({*MAY_IMPORT, *TO_COME}, 300)
