@@ -15,6 +15,7 @@ Needs transformers. Nothing here holds a [tokens, vocabulary] tensor.
 
 from deepalign_kernels.analyze.pairs import Pair, check_tokenizers, pairs_of, sample_answers
 from deepalign_kernels.analyze.profile import Profile, profile, profile_of
+from deepalign_kernels.analyze.run import Settings, analyse
 from deepalign_kernels.analyze.states import HeadWeights, States, collect
 from deepalign_kernels.analyze.vocabulary import Terms, largest_terms
 
@@ -22,8 +23,10 @@ __all__ = [
     "HeadWeights",
     "Pair",
     "Profile",
+    "Settings",
     "States",
     "Terms",
+    "analyse",
     "check_tokenizers",
     "collect",
     "largest_terms",

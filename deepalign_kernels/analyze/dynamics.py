@@ -37,6 +37,7 @@ class Dynamics:
         share: of the time since the beginning that looks may take, at most; one that would take
             more is left for a later step. None: no limit.
         folder: of the run in which records are kept for a report; None: in `records` alone.
+        title: of the model in figures.
         max_tokens: with padding, in a batch.
 
     Attributes:
@@ -54,13 +55,18 @@ class Dynamics:
         positions: int = 20,
         share: float | None = 0.05,
         folder: str | Path | None = None,
+        title: str = "training",
         max_tokens: int = 8192,
     ) -> None:
         check.count("every", every, 1)
         self.every, self.max_tokens = every, max_tokens
         self.share = None if share is None else check.number("share", share, above=0.0)
         self.pairs = pairs_of(tokenizer, probe, positions)
-        about = {"about": "dynamics", "answers": [list(p.answer) for p in self.pairs]}
+        about = {
+            "about": "dynamics",
+            "title": title,
+            "answers": [list(p.answer) for p in self.pairs],
+        }
         self._run = None if folder is None else Run(folder, about)
         self.records: list[Record] = []
         self.spent, self._last, self._due = 0.0, 0.0, every

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "attack": ("deepalign_kernels.attack.command", "how robust a model's refusals are"),
     "compare": ("deepalign_kernels.attack.compare", "two runs of attack, cell by cell"),
     "info": ("deepalign_kernels.cli.info", "versions; which backend runs each op, and why"),
+    "report": ("deepalign_kernels.report.command", "one page from analyses, attacks, trainings"),
 }
 INTERRUPTED = 130  # as a shell says it of SIGINT
 WRONG = 2

@@ -1,0 +1,412 @@
+"""Figures from contents. Bands are 95 % intervals: bootstraps over examples, Wilson's for rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from deepalign_kernels.report import paper
+from deepalign_kernels.report.figure import Figure, Heat, Series
+from deepalign_kernels.report.read import Source
+from deepalign_kernels.runs import Cell, curves, stats
+
+BANDS = "Bands: 95 % bootstrap intervals over answers."
+RATES = "Bands: 95 % intervals (Wilson's; over prompts where there are several replies to one)."
+POSITION = "position in the answer (tokens)"
+DEPTH, ATTACKS, TRAINING = "Where the models differ", "Attacks", "Fine-tuning"
+
+
+def figures(sources: Sequence[Source]) -> list[Figure]:
+    """All figures for which there is anything to show, in the order of the page."""
+    makers: list[Callable[[Sequence[Source]], Iterator[Figure]]] = [
+        _kl,
+        _prefill,
+        _nll,
+        _norms,
+        _layers,
+        _other,
+        _attack_steps,
+        _dynamics,
+        _logs,
+        _decoding,
+        _searches,
+        _judges,
+    ]
+    found = [figure for make in makers for figure in make(sources)]
+    order = (DEPTH, ATTACKS, TRAINING)
+    return sorted(found, key=lambda f: order.index(f.section))
+
+
+def curve_series(name: str, values: np.ndarray, *, shown: bool = True) -> Series:
+    """A curve by position with its band."""
+    c = curves.curve(values)
+    known = np.flatnonzero(c.count > 0)
+    mean, low, high = ([float(v) for v in part[known]] for part in (c.mean, c.low, c.high))
+    return Series(name, (known + 1).tolist(), mean, low, high, c.count[known].tolist(), shown)
+
+
+def _by_group(sources: Sequence[Source], name: str, which: str = "values") -> Iterator[Series]:
+    """A curve for every analysis and group; of further groups the first alone is shown at once."""
+    having = [s for s in sources if name in getattr(s, which)]
+    for source in having:
+        groups = getattr(source, which)[name]
+        for at, (group, values) in enumerate(groups.items()):
+            label = source.title if len(groups) == 1 else f"{source.title}, {group}"
+            shown = at == 0 or len(having) == 1
+            if not np.isnan(values).all():
+                yield curve_series(label, values, shown=shown)
+
+
+def _kl(sources: Sequence[Source]) -> Iterator[Figure]:
+    series = list(_by_group(sources, "kl_model_base"))
+    if series:
+        bases = ", ".join(dict.fromkeys(s.base for s in sources if s.values))
+        caption = (
+            f"KL(model || {bases}) of the next-token distributions, both models reading the same "
+            f"answers. {BANDS}"
+        )
+        yield Figure(
+            "kl",
+            "KL divergence by position",
+            caption,
+            POSITION,
+            "KL(model || base) (nats)",
+            DEPTH,
+            series,
+        )
+    shapes = [s for series in _shapes(sources) for s in series]
+    if shapes:
+        yield Figure(
+            "kl-shape",
+            "KL divergence relative to the first token",
+            "The mean at each position over that at position 1; beside it the paper's figures 1 and"
+            f" 4, in which a shallow alignment falls at once and a deep one does not. {BANDS}",
+            POSITION,
+            "KL(t) / KL(1)",
+            DEPTH,
+            [*shapes, *paper.kl()],
+        )
+
+
+def _shapes(sources: Sequence[Source]) -> Iterator[list[Series]]:
+    """The first group of each analysis over its mean at position 1, where that is not 0."""
+    for source in sources:
+        for values in list(source.values.get("kl_model_base", {}).values())[:1]:
+            draws = curves.resampled_means(values)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                low, high = np.nanpercentile(draws / draws[:, :1], curves.TAILS, axis=0)
+                mean = np.nanmean(values, 0)
+            if mean[0] > 1e-3:
+                x, y = range(1, len(mean) + 1), (mean / mean[0]).tolist()
+                yield [Series(source.title, x, y, low.tolist(), high.tolist())]
+
+
+def _nll(sources: Sequence[Source]) -> Iterator[Figure]:
+    series = list(_by_group(sources, "nll"))
+    analysed = [s for s in sources if "base_nll" in s.values]
+    if analysed:
+        group, values = next(iter(analysed[0].values["base_nll"].items()))
+        label = f"{analysed[0].base}, {group}" if len(analysed[0].values["nll"]) > 1 else (
+            analysed[0].base)  # fmt: skip
+        series.append(curve_series(label, values))
+        yield Figure(
+            "nll",
+            "Cross-entropy of the answers by position",
+            f"How surprised each model is by the answers it is given: figure 3a. {BANDS}",
+            POSITION,
+            "-log p(token) (nats)",
+            DEPTH,
+            series,
+        )
+
+
+def _norms(sources: Sequence[Source]) -> Iterator[Figure]:
+    for name, key, title, what in (
+        ("head_grad", "norm-head", "Gradient norm of the output head by position",
+         "||d log p(token) / d head||, exact, in closed form. {}"),
+        ("last", "norm-last", "Gradient norm of the last layers and the head by position",
+         "Exact; probably what the paper's figure 3b shows. {}"),
+        ("whole", "norm-whole", "Gradient norm of all parameters by position", "{}"),
+    ):  # fmt: skip
+        which = "values" if name == "head_grad" else "norms"
+        series = list(_by_group(sources, name, which))
+        kinds = [s.norms_kind for s in sources if s.norms]
+        about = BANDS
+        if name == "whole" and any(k.get("kind") == "probes" for k in kinds):
+            error = max(100 * k.get("relative_error", 0.0) for k in kinds)
+            about = (
+                f"Estimated by random directions; each value may be off by {error:.1f} %. {BANDS}"
+            )
+        elif name == "whole":
+            about = f"Exact. {BANDS}"
+        if series:
+            label = "||gradient|| of log p(token)"
+            yield Figure(key, title, what.format(about), POSITION, label, DEPTH, series)
+
+
+def _layers(sources: Sequence[Source]) -> Iterator[Figure]:
+    for number, source in enumerate(s for s in sources if "layers" in s.norms):
+        group, values = next(iter(source.norms["layers"].items()))
+        mean = np.nanmean(np.where(np.isnan(values).all(0), 0.0, values), 0)  # [K, L]
+        kept = [i for i in range(mean.shape[1]) if not np.isnan(values[..., i]).all()]
+        grid = Heat(
+            [f"layer {i + 1}" for i in reversed(kept)],
+            [str(t + 1) for t in range(len(mean))],
+            [[float(v) for v in mean[:, i]] for i in reversed(kept)],
+        )
+        yield Figure(
+            f"layers-{number}",
+            f"Gradient norm by layer and position: {source.title}",
+            f"Mean of ||d log p(token) / d layer|| over {len(values)} answers ({group}), exact.",
+            POSITION,
+            "decoder layer",
+            DEPTH,
+            grid,
+            unit="(norm)",
+        )
+
+
+def _other(sources: Sequence[Source]) -> Iterator[Figure]:
+    makers: tuple[tuple[str, str, str, str, str, dict[str, Any]], ...] = (
+        ("margin", "margin", "How far the given token is behind the favourite",
+         "log p(most probable token) - log p(given token) under the model. ", "nats", {}),
+        ("js", "js", "Jensen-Shannon divergence by position",
+         "Symmetric, at most log 2 = 0.693 nats: large differences saturate. ", "JS (nats)", {}),
+        ("kl_base_model", "kl-reverse", "KL divergence by position, the other direction",
+         "KL(base || model): weighs the tokens that the base prefers. ",
+         "KL(base || model) (nats)", {}),
+        ("log_ratio", "ratio", "Log-ratio of the given tokens",
+         "log p_model(token) - log p_base(token). ", "nats", {"bottom": None}),
+        ("rank", "rank", "Rank of the given token under the model",
+         "1 is the most probable token; mean over answers. ", "rank", {"log": True}),
+        ("top1_agree", "agree", "Both models' most probable tokens agree", "", "share of answers",
+         {"top": 1.0}),
+    )  # fmt: skip
+    for name, key, title, caption, label, extra in makers:
+        series = list(_by_group(sources, name))
+        if series:
+            yield Figure(key, title, caption + BANDS, POSITION, label, DEPTH, series, **extra)
+
+
+def rates(cells: Sequence[Cell], setting: str, name: str, *, shown: bool = True) -> Series | None:
+    """Attack success in percent by a numeric setting."""
+    points = []
+    for cell in cells:
+        rate = cell.rate
+        if setting in cell.setting and rate is not None:
+            n = len([v for v in cell.outcomes.values() if v])
+            points.append((float(cell.setting[setting]), *(100 * v for v in rate), n))
+    if not points:
+        return None
+    x, y, low, high, n = map(list, zip(*sorted(points), strict=True))
+    return Series(name, x, y, low, high, n, shown)
+
+
+def prefill_cells(source: Source) -> list[Cell]:
+    """Those of an attack that prefills k tokens, as its first judge sees them."""
+    found = [c for c in source.cells if "k" in c.setting and "r" not in c.setting]
+    judges = [c.judge for c in found]
+    return [c for c in found if c.judge == judges[0]]
+
+
+def _prefill(sources: Sequence[Source]) -> Iterator[Figure]:
+    series = [s for src in sources if (s := rates(prefill_cells(src), "k", src.title))]
+    if series:
+        yield Figure(
+            "prefill",
+            "Attack success against prefilled tokens",
+            f"Share of prompts answered when the first k tokens of an answer are given. {RATES}"
+            " The paper's table 3 can be switched on.",
+            "prefilled answer tokens k",
+            "attack success (%)",
+            ATTACKS,
+            [*series, *paper.prefill(max(x for s in series for x in s.x))],
+            top=100.0,
+        )
+
+
+def _attack_steps(sources: Sequence[Source]) -> Iterator[Figure]:
+    series = [
+        s for src in sources if (s := rates([c for c in src.cells if "step" in c.setting],
+                                            "step", src.title))
+    ]  # fmt: skip
+    for source in sources:
+        for name, points in source.training.items():
+            known = [p for p in points if p.get("asr") is not None]
+            if known:
+                series.append(_asr_series(name, known))
+    if series:
+        yield Figure(
+            "asr-steps",
+            "Attack success during fine-tuning",
+            f"Without a prefix, on prompts that the fine-tuning has not seen. {RATES}",
+            "optimizer step",
+            "attack success (%)",
+            TRAINING,
+            [*series, paper.finetune()],
+            top=100.0,
+        )
+
+
+def _asr_series(name: str, points: Sequence[Mapping]) -> Series:
+    """From points {"step", "asr" in [0, 1], "n"}."""
+    bounds = [
+        stats.wilson(round(p["asr"] * p["n"]), p["n"]) if p.get("n") else None for p in points
+    ]
+    low, high = ([None if b is None else 100 * b[i] for b in bounds] for i in (1, 2))
+    steps, values = [p["step"] for p in points], [100 * p["asr"] for p in points]
+    return Series(name, steps, values, low, high, [p.get("n", 0) for p in points])
+
+
+def _dynamics(sources: Sequence[Source]) -> Iterator[Figure]:
+    for number, source in enumerate(s for s in sources if s.dynamics):
+        for name, title, label in (
+            ("nll", "Cross-entropy by position during training", "-log p(token) (nats)"),
+            ("head_grad", "Gradient norm of the head during training", "||gradient||"),
+            ("kl_model_base", "KL to the model before training", "KL(now || before) (nats)"),
+        ):
+            by_step = source.dynamics.get(name, {})
+            steps = sorted(by_step)
+            if len(steps) > 6:
+                steps = [steps[round(i * (len(steps) - 1) / 5)] for i in range(6)]
+            series = [
+                Series(f"step {step}", range(1, len(by_step[step]) + 1), by_step[step])
+                for step in steps
+            ]
+            if series:
+                yield Figure(
+                    f"dynamics-{name}-{number}",
+                    f"{title}: {source.title}",
+                    "Means over a fixed set of answers; figure 3 of the paper.",
+                    POSITION,
+                    label,
+                    TRAINING,
+                    series,
+                )
+
+
+def _logs(sources: Sequence[Source]) -> Iterator[Figure]:
+    logged = [s for s in sources if s.log]
+    for name, title, label, caption in (
+        ("nll_first", "Cross-entropy of the first token", "-log p(token) (nats)",
+         "Position 1 of the training answers, mean over a step."),
+        ("nll", "Cross-entropy of all tokens", "-log p(token) (nats)", "Mean over a step."),
+        ("grad_norm", "Gradient norm of a step", "||gradient||", "Of all parameters, not clipped."),
+    ):  # fmt: skip
+        series = []
+        for source in logged:
+            points = [(r["step"], r[name]) for r in source.log if r.get(name) is not None]
+            if points:
+                x, y = zip(*points, strict=True)
+                series.append(Series(source.title, x, y))
+        if series:
+            yield Figure(f"log-{name}", title, caption, "optimizer step", label, TRAINING, series)
+
+
+def _decoding(sources: Sequence[Source]) -> Iterator[Figure]:
+    for parameter, title in (
+        ("temperature", "temperature"),
+        ("top_k", "top-k"),
+        ("top_p", "top-p"),
+    ):
+        rows, values, columns = [], [], []
+        for source in sources:
+            found = {float(c.setting[parameter]): c.rate for c in source.cells
+                     if parameter in c.setting}  # fmt: skip
+            if found:
+                columns = sorted({*columns, *found})
+                rows.append(source.title)
+                values.append(found)
+        if rows:
+            grid = [[100 * r.value if (r := v.get(c)) else None for c in columns] for v in values]
+            yield Figure(
+                f"decoding-{parameter}",
+                f"Attack success by {title} of decoding",
+                "One parameter is swept, the others are pinned. The intervals are in the table of"
+                " the attack.",
+                title,
+                "model",
+                ATTACKS,
+                Heat(rows, [f"{c:g}" for c in columns], grid),
+                unit="%",
+                top=100.0,
+            )
+
+
+def _searches(sources: Sequence[Source]) -> Iterator[Figure]:
+    for unit, key, label in (("step", "steps", "search step"), ("flops", "flops", "TFLOP spent")):
+        series = []
+        for source in sources:
+            names = dict.fromkeys(r.name for r in source.searches)
+            for name in names:
+                histories = [h for r in source.searches if r.name == name
+                             if (h := _history(r.data, unit))]  # fmt: skip
+                if histories:
+                    many = len(names) > 1 or len(sources) > 1
+                    series.append(_mean_history(f"{source.title}, {name}" if many else name,
+                                                histories))  # fmt: skip
+        if series:
+            yield Figure(
+                f"search-{key}",
+                "Loss of the search" + (" by step" if unit == "step" else " by computation"),
+                "Best loss so far, mean over prompts. " + BANDS.replace("answers", "prompts"),
+                label,
+                "loss of the target (nats)",
+                ATTACKS,
+                series,
+            )
+
+
+def _history(data: Mapping, unit: str) -> list[tuple[float, float]]:
+    """(step or TFLOP, best loss so far) from data["history"]: losses by step, or
+    [step, loss] pairs; data["flops"] is what one step costs, or a list of sums."""
+    history = data.get("history") or data.get("losses") or []
+    pairs = [(i, h) if isinstance(h, (int, float)) else (h[0], h[1]) for i, h in enumerate(history)]
+    if unit == "flops":
+        flops = data.get("flops")
+        if flops is None:
+            return []
+        spent = flops if isinstance(flops, list) else [flops * (x + 1) for x, _ in pairs]
+        pairs = [(f / 1e12, y) for f, (_, y) in zip(spent, pairs, strict=False)]
+    best = np.minimum.accumulate([y for _, y in pairs]) if pairs else []
+    return [(float(x), float(y)) for (x, _), y in zip(pairs, best, strict=True)]
+
+
+def _mean_history(name: str, histories: Sequence[Sequence[tuple[float, float]]]) -> Series:
+    length = min(map(len, histories))
+    values = np.array([[y for _, y in h[:length]] for h in histories])
+    c = curves.curve(values)
+    x = np.array([[x for x, _ in h[:length]] for h in histories]).mean(0)
+    every = max(1, length // 200)
+    x, mean, low, high = ([float(v) for v in p[::every]] for p in (x, c.mean, c.low, c.high))
+    return Series(name, x, mean, low, high, c.count[::every].tolist())
+
+
+def _judges(sources: Sequence[Source]) -> Iterator[Figure]:
+    for number, source in enumerate(s for s in sources if len(s.verdicts) > 1):
+        names = list(source.verdicts)
+        grid: list[list[float | None]] = [[None] * len(names) for _ in names]
+        for (i, a), (j, b) in combinations(enumerate(names), 2):
+            both = [
+                (x, source.verdicts[b][of])
+                for of, x in source.verdicts[a].items()
+                if x is not None and source.verdicts[b].get(of) is not None
+            ]
+            if both:
+                value = stats.kappa(*map(list, zip(*both, strict=True)))
+                grid[i][j] = grid[j][i] = None if np.isnan(value) else value
+        yield Figure(
+            f"judges-{number}",
+            f"Agreement of the judges: {source.title}",
+            "Cohen's kappa on the same replies: 1 agrees always, 0 no more than by chance. Replies"
+            " that a judge could not score are left out.",
+            "judge",
+            "judge",
+            ATTACKS,
+            Heat(names, names, grid),
+            unit="(kappa)",
+            top=1.0,
+        )
