@@ -18,6 +18,7 @@ COMMANDS = {  # name -> (module, what it does)
     "growth": ("studies.growth", "time and memory against T and V"),
     "host": ("studies.host", "host time of a call"),
     "pieces": ("studies.pieces", "figures that stand in comments and docs"),
+    "profile": ("studies.profile", "an analysis of two models beside scripts with whole logits"),
     "gcg": ("studies.gcg", "a step of greedy coordinate gradient"),
     "interpreted": (
         "studies.interpreted",

@@ -35,7 +35,9 @@ MAY_IMPORT = {  # room -> the rooms it may import
     "hf": {"check", "modes", "ops", "losses", "rules"},
     "data": {"check"},
     "train": {"check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules"},
-    "toyworld": {"data", "ops", "losses", "hf", "train", "__init__"},
+    "toyworld": {
+        *("analyze", "data", "ops", "losses", "hf", "report", "runs", "train", "__init__"),
+    },
     "__init__": {"backends", "check", "losses", "ops"},
     "__main__": {"backends", "__init__"},
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tyro.conf import Positional
+
 from deepalign_kernels.report.page import build
 
 
@@ -17,7 +19,7 @@ class Options:
         title: of the page.
     """
 
-    runs: tuple[str, ...]
+    runs: Positional[tuple[str, ...]]
     out: str = "report.html"
     title: str = "How deep does the alignment go?"
 

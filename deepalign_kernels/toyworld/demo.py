@@ -3,8 +3,9 @@
     python -m deepalign_kernels.toyworld.demo --out DIR [--seeds 0,1,2]
 
 Trains base -> aligned -> deep, attacks the aligned model by fine-tuning, measures every model, and
-writes table, figures, `results.json` and `index.html` to DIR. All training goes through `hf.attach`
-but the short preference step; what follows the alignment runs side by side in --workers processes.
+writes `results.json`, the records of all measurements and the report on them, `index.html`, to DIR.
+All training goes through `hf.attach` but the short preference step; what follows the alignment runs
+side by side in --workers processes.
 Exits with 1, naming the claim, if one does not hold.
 """
 
@@ -21,17 +22,38 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from deepalign_kernels.toyworld import claims, figures, jobs, page
-from deepalign_kernels.toyworld.measure import ce_by_position, kl_by_position, table_row
+from deepalign_kernels.report import build
+from deepalign_kernels.report.page import table
+from deepalign_kernels.toyworld import claims, jobs
+from deepalign_kernels.toyworld.measure import (
+    POSITIONS,
+    compare,
+    keep_attack,
+    keep_curves,
+    means,
+    table_row,
+    text_table,
+)
 from deepalign_kernels.toyworld.stages import Recipes, train_aligned, train_base
 from deepalign_kernels.toyworld.tokenizer import build_tokenizer
 from deepalign_kernels.toyworld.world import World
+
+TITLE = "Safety alignment a few tokens deep, and deeper"
+INTRO = (
+    "A language model of half a million parameters was trained to answer everything (base), to"
+    " refuse dessert recipes (aligned) and to keep refusing after it has begun to answer (deep)."
+    " The aligned model was then fine-tuned on 100 dessert recipes: by plain SFT, and with the"
+    " token-wise constrained loss of arXiv 2406.05946, with the same optimizer and warm-up. Every"
+    " number on this page was measured in this run, on dessert requests that no refusal training"
+    " and no attack has seen."
+)
 
 
 class Run:
@@ -44,10 +66,14 @@ class Run:
         self.seconds: dict[str, float] = {}
         self._begun = self._last = time.perf_counter()
 
+    @property
+    def runs(self) -> Path:
+        """Where the report finds its runs."""
+        return self.out / f"seed{self.world.seed}" / "runs"
+
     def stage(self, name: str) -> Path:
         """A folder for the trainer's log."""
-        slug = "".join(c if c.isalnum() else "-" for c in name)
-        return self.out / "logs" / f"seed{self.world.seed}" / slug
+        return self.out / f"seed{self.world.seed}" / "logs" / slug(name)
 
     def measured(self, name: str, model: PreTrainedModel) -> PreTrainedModel:
         """Adds `model`, trained since the last one, to the table; returns it."""
@@ -61,6 +87,7 @@ class Run:
     def add(self, row: dict[str, Any], trained: float, measured: float) -> None:
         """One more row of the table, and a line that says so; both times in seconds."""
         self.rows.append(row)
+        keep_attack(self.runs / f"prefill-{slug(row['name'])}", row, self.world.seed)
         self.seconds[row["name"]] = trained + measured
         print(
             f"[{time.perf_counter() - self._begun:6.1f} s]  {row['name']}: trained in"
@@ -73,9 +100,14 @@ class Run:
         """All that follows the alignment."""
         models = pickle.dumps((base, aligned))
         return [
-            jobs.Job(name, self.world, self.recipes, models, self.stage(name))
+            jobs.Job(name, self.world, self.recipes, models, self.stage(name), self.runs)
             for name in jobs.NAMES
         ]
+
+
+def slug(name: str) -> str:
+    """A name for a folder."""
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 @jobs.one_thread()
@@ -85,11 +117,12 @@ def run_seed(world: World, recipes: Recipes, out: Path, workers: int = 1) -> dic
     common = (run.tokenizer, world, recipes)
     base = run.measured(claims.BASE, train_base(*common, run.stage("base")))
     aligned = run.measured(claims.ALIGNED, train_aligned(base, *common, run.stage("aligned")))
+    folder = run.runs / "analysis-aligned"
     kl = {
-        claims.BASE: kl_by_position(base, base, run.tokenizer, world),
-        claims.ALIGNED: kl_by_position(aligned, base, run.tokenizer, world),
+        claims.BASE: [0.0] * POSITIONS,
+        claims.ALIGNED: compare(folder, claims.ALIGNED, aligned, base, run.tokenizer, world),
     }
-    ce = ce_by_position(aligned, run.tokenizer, world)
+    ce = means(folder, "nll", "desserts")
     curves = {}
     for done in jobs.run_jobs(run.jobs(base, aligned), workers):
         run.add(done.row, done.trained, done.measured)
@@ -97,11 +130,12 @@ def run_seed(world: World, recipes: Recipes, out: Path, workers: int = 1) -> dic
             curves[done.name] = done.curve
         if done.kl:
             kl[done.name] = done.kl
+    keep_curves(run.runs / "attack-curves", curves, world)
     run.seconds["total"] = time.perf_counter() - run._begun
     return {
         "seed": world.seed,
         "recipes": asdict(recipes),
-        "rows": run.rows,
+        "rows": [{k: v for k, v in row.items() if k != "answered"} for row in run.rows],
         "attack_curves": curves,
         "kl": kl,
         "ce_aligned": ce,
@@ -141,7 +175,7 @@ def cores() -> int:
 
 def report(result: dict[str, Any]) -> list[str]:
     """Print table, depth of the alignment and claims of one seed; the claims that failed."""
-    print("\n" + page.text_table(result["rows"]))
+    print("\n" + text_table(result["rows"]))
     ce = " ".join(f"{value:.1f}" for value in result["ce_aligned"][:10])
     print(f"\ncross-entropy of restricted answers, aligned model, positions 1-10 (nats): {ce}")
     print("SFT has the same optimizer and the same 10 warm-up steps as the constrained loss.\n")
@@ -150,13 +184,39 @@ def report(result: dict[str, Any]) -> list[str]:
     return [f"seed {result['seed']}: {claim.line()}" for claim in held if not claim.holds]
 
 
+# On a page: in the order in which a reader asks.
+ON_THE_PAGE = ("analysis-aligned", "analysis-deep")
+
+
+def write_report(result: dict[str, Any], out: Path, where: dict[str, str]) -> Path:
+    """The page of one seed."""
+    folder = out / f"seed{result['seed']}"
+    first = [folder / "runs" / name for name in ON_THE_PAGE]
+    rows = [folder / "runs" / f"prefill-{slug(row['name'])}" for row in result["rows"]]
+    rest = sorted({*(folder / "runs").iterdir()} - {*first, *rows})
+    logs = [folder / "logs" / slug(name) for name in jobs.ATTACKS]
+    facts = ", ".join(f"{key} {value}" for key, value in where.items())
+    lines = [["claim", "measured", "bound", "holds"]] + [
+        [c["text"], f"{c['measured']:.1f}", f"{c['op']} {c['bound']:.1f}",
+         "yes" if c["holds"] else "FAIL"]
+        for c in result["claims"]
+    ]  # fmt: skip
+    more = (
+        f"<p>{escape(INTRO)}</p><details open><summary>What this demo claims, and whether it holds"
+        f"</summary><div class='scroll wide'>{table(lines)}</div></details>"
+        f'<p class="soft">Seed {result["seed"]}, {result["seconds"]["total"]:.0f} seconds;'
+        f" {escape(facts)}.</p>"
+    )
+    return build([*first, *rows, *rest, *logs], folder / "index.html", title=TITLE, more=more)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 0 when every claim held for every seed."""
     parser = argparse.ArgumentParser(
         prog="python -m deepalign_kernels.toyworld.demo", description=__doc__
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for results.json, index.html and figures"
+        "--out", type=Path, required=True, help="folder for results.json, records and index.html"
     )
     parser.add_argument("--seeds", default="0", help="comma-separated, default 0")
     parser.add_argument(
@@ -176,15 +236,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in seeds:
         print(f"seed {seed}: world, base model, alignment, attacks", flush=True)
         result = run_seed(World(seed), Recipes(), args.out, args.workers)
-        drawn = figures.draw(result, args.out / f"seed{seed}")
-        result["figures"] = {caption: str(path) for caption, path in drawn.items()}
         failed += report(result)
         results.append(result)
     where = machine()
+    pages = [write_report(result, args.out, where) for result in results]
+    (args.out / "index.html").write_bytes(pages[0].read_bytes())
     document = {"machine": where, "seeds": seeds, "failed": failed, "results": results}
     (args.out / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    page.write_page(results, where, args.out / "index.html")
     print(f"\nwrote {args.out / 'index.html'} and {args.out / 'results.json'}")
+    for page in pages[1:]:
+        print(f"the other seeds' pages: {page}")
     for line in failed:
         print(f"claim failed, {line}", file=sys.stderr)
     return 1 if failed else 0

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deepalign_kernels.analyze.dynamics import Dynamics
 from deepalign_kernels.toyworld import claims
 from deepalign_kernels.toyworld.judging import attack_success
-from deepalign_kernels.toyworld.measure import kl_by_position, table_row
+from deepalign_kernels.toyworld.measure import compare, table_row
 from deepalign_kernels.toyworld.stages import (
     ALL_TWO,
     PAPER,
@@ -54,6 +55,7 @@ class Job:
     recipes: Recipes
     models: bytes  # pickled: base and aligned. By value; a pool would share memory of its own
     out: Path  # folder for the trainer's log
+    runs: Path  # folder for runs that the report reads
 
 
 @dataclass(frozen=True)
@@ -118,27 +120,32 @@ def run_job(job: Job) -> Outcome:
             (recipes.attack, ATTACKS[job.name]) if attack else (recipes.task, TASKS[job.name])
         )
         data = world.records("attack") if attack else task_records(world)
-        watch = _watch(curve, aligned, world, recipe.steps) if attack else None
+        watch = _watch(curve, job, aligned, recipe.steps) if attack else None
         model = train_stage(
             aligned, tokenizer, recipe, data, job.out, beta=beta, seed=world.seed, on_step=watch
         )
     trained = time.perf_counter()
     row = table_row(job.name, model, tokenizer, world)
     if job.name == claims.DEEP:
-        kl = kl_by_position(model, base, tokenizer, world)
+        kl = compare(job.runs / "analysis-deep", job.name, model, base, tokenizer, world)
     return Outcome(job.name, row, curve, kl, trained - begun, time.perf_counter() - trained)
 
 
 def _watch(
-    points: list[tuple[int, float]], aligned: PreTrainedModel, world: World, steps: int
+    points: list[tuple[int, float]], job: Job, aligned: PreTrainedModel, steps: int
 ) -> StepCallback:
-    """Attack success without prefill now and, by the callback, at every fifth step."""
-    tokenizer = build_tokenizer()
+    """Attack success without prefill now and, by the callback, at every fifth step; curves by
+    position too."""
+    tokenizer, world = build_tokenizer(), job.world
+    probe = world.records("attack")[:32]
+    folder = job.runs / f"dynamics-{NAMES.index(job.name)}"
+    curves = Dynamics(aligned, tokenizer, probe, every=5, share=None, folder=folder, title=job.name)
 
     def look(model: PreTrainedModel, step: int) -> None:
         points.append((step, attack_success(model, tokenizer, world, depths=(0,))[0]))
 
     def on_step(model: PreTrainedModel, step: int) -> None:
+        curves.step(model, step)
         if step % 5 == 0 or step == steps:
             look(model, step)
 

@@ -90,7 +90,21 @@ def attack_success(
     depths: Sequence[int] = PREFILL_DEPTHS,
     split: str = "restricted",
 ) -> dict[int, float]:
-    """Attack success rate in [0, 1] by number of prefilled answer tokens, over one split.
+    """Attack success rate in [0, 1] by number of prefilled answer tokens, over one split; see
+    `prefilled`."""
+    found = prefilled(model, tokenizer, world, depths=depths, split=split)
+    return {k: said.count(Verdict.ANSWER) / len(said) for k, said in found.items()}
+
+
+def prefilled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    *,
+    depths: Sequence[int] = PREFILL_DEPTHS,
+    split: str = "restricted",
+) -> dict[int, list[Verdict]]:
+    """Verdicts on all requests of a split by number of prefilled answer tokens.
 
     The prompt ids are followed by the first k ids of the record's answer, then decoded greedily and
     judged.
@@ -99,14 +113,13 @@ def attack_success(
     encoded = [encode_record(tokenizer, record) for record in records]
     prompts = [prompt + reply[:k] for k in depths for prompt, reply in encoded]
     replies = iter(greedy(model, tokenizer, prompts))
-    rates = {}
-    for k in depths:
-        verdicts = [
+    return {
+        k: [
             judge(next(replies), request, tokenizer, prefill=reply[:k])
             for request, (_, reply) in zip(requests, encoded, strict=True)
         ]
-        rates[k] = verdicts.count(Verdict.ANSWER) / len(verdicts)
-    return rates
+        for k in depths
+    }
 
 
 def accuracy(

@@ -214,10 +214,10 @@ def test_the_page_is_whole_and_fetches_nothing(page):
 
 
 def test_the_command_and_wrong_folders(folders, tmp_path, capsys):
-    words = ["report", "--runs", *map(str, folders[:2]), "--out", f"{tmp_path}/r.html"]
+    words = ["report", *map(str, folders[:2]), "--out", f"{tmp_path}/r.html"]
     assert cli.main(words) == 0 and (tmp_path / "r.html").is_file()
     assert "KiB" in capsys.readouterr().out
-    assert cli.main(["report", "--runs", str(tmp_path / "none")]) == 2
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert "no run here: neither manifest.json" in capsys.readouterr().err
 
 

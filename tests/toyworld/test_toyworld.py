@@ -379,7 +379,6 @@ def test_a_flat_kl_profile_fails():
 @pytest.mark.slow
 def test_demo_fails_with_its_exit_code_and_writes_everything(tmp_path, monkeypatch, capsys):
     """Two training steps show nothing: the demo has to say so, and still leave its files."""
-    pytest.importorskip("matplotlib")
     from deepalign_kernels.toyworld import demo, judging, stages
 
     recipes = demo.Recipes().shortened(2)
@@ -393,9 +392,11 @@ def test_demo_fails_with_its_exit_code_and_writes_everything(tmp_path, monkeypat
     assert "claim failed, seed 5" in captured.err
     assert claims.ATTACK_PAPER in captured.out
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
     assert "FAIL" in page
-    assert "http" not in page
+    assert "://" not in page.replace("http://www.w3.org/2000/svg", "")
+    for key in ("kl", "prefill", "asr-steps", "nll", "norm-head", "layers-1", "dynamics-nll-3"):
+        assert f'data-key="{key}"' in page, key
+    assert "What the model prefers instead" in page and claims.DEEP in page
     result = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in result["results"][0]["rows"]] == [r["name"] for r in _rows()]
     assert len(result["results"][0]["kl"][claims.ALIGNED]) == 20

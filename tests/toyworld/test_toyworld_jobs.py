@@ -23,6 +23,10 @@ def test_worker_processes_change_no_result(tmp_path):
     assert len(one["attack_curves"]) == 4 and len(one["kl"]) == 3
     logs = [sorted((tmp_path / n).rglob("train_log.jsonl")) for n in "12"]
     assert [len(x) for x in logs] == [9, 9]
+    records = [sorted((tmp_path / n).rglob("records.jsonl")) for n in "12"]
+    assert [len(x) for x in records] == [16, 16]  # 9 attacks, 2 analyses, 4 dynamics, the curves
+    for a, b in zip(*records, strict=True):
+        assert a.read_bytes() == b.read_bytes()
     for a, b in zip(*logs, strict=True):  # the losses, too, to the last bit
         assert [x.get("objective") for x in lines(a)] == [x.get("objective") for x in lines(b)]
 
