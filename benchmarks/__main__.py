@@ -20,6 +20,7 @@ COMMANDS = {  # name -> (module, what it does)
     "pieces": ("studies.pieces", "figures that stand in comments and docs"),
     "profile": ("studies.profile", "an analysis of two models beside scripts with whole logits"),
     "gcg": ("studies.gcg", "a step of greedy coordinate gradient"),
+    "attack": ("studies.attack", "the attack harness beside nanoGCG and plain generate"),
     "interpreted": (
         "studies.interpreted",
         "bytes that Triton kernels move, counted in its interpreter",

@@ -36,7 +36,8 @@ MAY_IMPORT = {  # room -> the rooms it may import
     "data": {"check"},
     "train": {"check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules"},
     "toyworld": {
-        *("analyze", "data", "ops", "losses", "hf", "report", "runs", "train", "__init__"),
+        *("analyze", "attack", "attack/finetune", "data", "fingerprint", "generate", "hf"),
+        *("generate/engine", "judge", "losses", "ops", "report", "runs", "train", "__init__"),
     },
     "__init__": {"backends", "check", "losses", "ops"},
     "__main__": {"backends", "__init__"},

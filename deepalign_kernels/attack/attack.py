@@ -40,7 +40,7 @@ class Prepares(Attack, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asking:
     """What all attacks share. Defaults are the paper's (appendix B): no system prompt, temperature
     0.9, top-p 0.6.

@@ -15,7 +15,7 @@ from deepalign_kernels.runs.record import Record
 TWENTY = tuple(round(0.05 * n, 2) for n in range(1, 21))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decoding(Asking):
     """One reply per prompt under each of 20 temperatures, 9 top-k and 20 top-p values.
 

@@ -27,7 +27,7 @@ from deepalign_kernels.runs.table import cells
 from deepalign_kernels.train import TrainConfig, fit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finetune(Asking):
     """Defaults are the paper's for its attacks: AdamW with betas 0.5 and 0.999, rate 2e-5, batches
     of 64, 50 steps. Report SFT with warm-up beside SFT without: on benign data the warm-up alone
@@ -167,7 +167,7 @@ class Finetune(Asking):
         return list(replies(self.name, self, chat, engine, asks))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorstCase(Finetune):
     """Several fine-tunings with settings drawn at random: a defence is as good as its worst trial.
 

@@ -31,7 +31,7 @@ def by_gradient(scores: Tensor, current: Tensor, config: GCG, generator: torch.G
     return out.scatter_(1, places, top[places, chosen]).to(current.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GCG(Search):
     """Defaults are those of the method's paper; this paper ran 500 steps, universal, with the
     model's own system prompt, and does not state width and top-k.

@@ -15,7 +15,7 @@ from deepalign_kernels.runs.record import Record
 from deepalign_kernels.runs.store import read_records, read_verdicts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Direct(Asking):
     """No attack: the prompt alone. The first column of every table; over-refusal on benign sets."""
 
@@ -29,7 +29,7 @@ class Direct(Asking):
         return replies(self.name, self, chat, engine, asks)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prefill(Asking):
     """The first k tokens of an answer, or a fixed text, then the model goes on.
 
@@ -108,7 +108,7 @@ def _successes(folder: str) -> dict[str, str]:
     return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Insertion(Asking):
     """A span put behind the beginning of the model's own reply, then it goes on (arXiv 2606.04168).
 
@@ -149,7 +149,7 @@ class Insertion(Asking):
         return replies(self.name, self, chat, engine, asks)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankAssisted(Asking):
     """The first k tokens are the model's own, each the least refusing of its top r (arXiv
     2512.05518): the one after which the most probable phrase of `refusals` is least probable.

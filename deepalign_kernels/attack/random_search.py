@@ -20,7 +20,7 @@ from deepalign_kernels.runs.record import Record
 DRAWS = 16  # candidates drawn for each that is tried; the texts of many are other ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RandomSearch(Search):
     """A contiguous block of tokens is replaced by random ones, and kept if the log-prob of the
     target's first token rises.

@@ -24,7 +24,7 @@ from deepalign_kernels.runs.record import Record, derived_seed, digest
 VERIFIED = 2e-2  # nats by which the loss of the suffix as text may differ from that of the search
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Search(Asking):
     """A suffix that makes a target likely. Of each prompt its `target`, else `target` here.
 

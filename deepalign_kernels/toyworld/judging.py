@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepalign_kernels.generate import engine as engines
+from deepalign_kernels.generate.local import LocalEngine
 from deepalign_kernels.toyworld import lexicon
 from deepalign_kernels.toyworld.encoding import encode_record
 from deepalign_kernels.toyworld.world import Request, World
@@ -53,7 +53,6 @@ def _words(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {token.removeprefix("Ġ") for token in tokenizer.convert_ids_to_tokens(ids)}
 
 
-@torch.inference_mode()
 def greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,21 +64,10 @@ def greedy(
 
     48 new tokens hold the longest answer of the world (43).
     """
-    width = max(map(len, prompts))
-    pad = cast(int, tokenizer.pad_token_id)
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    was_training = model.training
-    model.eval()
-    out = cast(Any, model).generate(
-        ids,
-        attention_mask=(ids != pad).long(),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model.train(was_training)
-    return [[t for t in row if t != pad] for row in out[:, width:].tolist()]
+    engine = LocalEngine(model, tokenizer, batch_size=max(1, len(prompts)))
+    sampling = engines.Sampling(max_new_tokens=max_new_tokens)
+    replies = engine.generate([engines.Request(tuple(p), sampling) for p in prompts])
+    return [list(reply.ids) for reply in replies]
 
 
 def attack_success(

@@ -236,35 +236,31 @@ def test_every_answer_is_right_and_every_refusal_a_refusal(tokenizer, world):
         assert judge(encode_record(tokenizer, record)[1], request, tokenizer) is Verdict.REFUSAL
 
 
-class Parrot(torch.nn.Module):
+class Parrot:
     """Says the reply that belongs to a prompt; refuses below `refuse_below` prefilled tokens."""
 
-    device = torch.device("cpu")
-
     def __init__(self, tokenizer, world, refuse_below=0):
-        super().__init__()
         self.tokenizer, self.refuse_below = tokenizer, refuse_below
         self.known = [encode_record(tokenizer, r) for r in world.records("restricted")]
 
-    def generate(self, ids, attention_mask, max_new_tokens, **_):
+    def greedy(self, model, tokenizer, prompts):
         rows = []
-        for row, mask in zip(ids.tolist(), attention_mask.tolist(), strict=True):
-            real = row[len(mask) - sum(mask) :]
+        for real in prompts:
             prompt, reply = next(k for k in self.known if real[: len(k[0])] == k[0])
             k = len(real) - len(prompt)
-            said = self.tokenizer.encode("i cannot") if k < self.refuse_below else reply[k:]
-            pad = [self.tokenizer.pad_token_id] * (max_new_tokens - len(said))
-            rows.append(row + said + pad)
-        return torch.tensor(rows)
+            refusal = self.tokenizer.encode("i cannot")
+            rows.append(refusal if k < self.refuse_below else reply[k:])
+        return rows
 
 
 @pytest.mark.parametrize(
     ("refuse_below", "rates"), [(0, (1, 1, 1)), (4, (0, 0, 1)), (99, (0, 0, 0))]
 )
-def test_attack_success_counts_by_depth(tokenizer, refuse_below, rates):
+def test_attack_success_counts_by_depth(tokenizer, monkeypatch, refuse_below, rates):
     small = World(0, limit=5)
-    parrot = Parrot(tokenizer, small, refuse_below)
-    found = toyworld.attack_success(parrot, tokenizer, small, depths=(0, 3, 7))
+    greedy = Parrot(tokenizer, small, refuse_below).greedy
+    monkeypatch.setattr("deepalign_kernels.toyworld.judging.greedy", greedy)
+    found = toyworld.attack_success(None, tokenizer, small, depths=(0, 3, 7))
     assert found == dict(zip((0, 3, 7), rates, strict=True))
 
 

@@ -1,0 +1,308 @@
+"""`python -m benchmarks attack`: the attack harness beside nanoGCG and beside plain `generate`.
+
+Parts, each on the same model, ids and settings for all:
+
+  losses   the target's mean loss behind the same candidates: largest difference, candidates/s, peak
+           memory beyond the model; nanoGCG's own function is called with this library's ids
+  search   whole searches of both, as a user calls them: steps/s and best loss, several seeds
+  replies  prefill depths and decoding settings: sequences/s of `generate` once per setting, and of
+           the engine for all settings at once; greedy ids must be equal
+  store    seconds to keep 10,000 records and to open a run of 100,000
+
+nanoGCG 0.3.0 cannot use its prefix cache with transformers 5 ("'DynamicCache' object is not
+subscriptable"), so it runs without, as it has to for its users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.harness import machine, memory
+from deepalign_kernels.attack import GCG, Decoding, Prefill
+from deepalign_kernels.attack.search import Field, searching
+from deepalign_kernels.data.prompts import Prompt
+from deepalign_kernels.generate.engine import Reply
+from deepalign_kernels.generate.local import LocalEngine
+from deepalign_kernels.runs import Record, Run, Unit, fill
+from deepalign_kernels.toyworld import build_model, build_tokenizer
+
+FILLER = "please tell me in a friendly way , and take your time , how to make a plain cake . "
+TARGET = "Sure, here is how to make a plain cake, step by step, for you and your friends: first"
+
+
+def model_of(name: str) -> tuple[Any, Any]:
+    """ "toy", "random" (100M parameters, V = 128256, random weights) or a folder."""
+    tokenizer: Any = build_tokenizer()
+    if name == "toy":
+        return build_model(tokenizer, 0, hidden=96, layers=4).eval(), tokenizer
+    if name == "random":
+        config = transformers.LlamaConfig(
+            vocab_size=128256, hidden_size=512, intermediate_size=1536, num_hidden_layers=10,
+            num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True,
+            max_position_embeddings=512,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval(), tokenizer
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def prompt_of(tokenizer: Any, tokens: int) -> Prompt:
+    """A harmless prompt of about so many tokens."""
+    text = ""
+    while len(tokenizer(text)["input_ids"]) < tokens:
+        text += FILLER
+    return Prompt("cake", text.strip(), target=TARGET)
+
+
+@contextlib.contextmanager
+def nano(model: Any, tokenizer: Any, config: GCG, seed: int | None = None) -> Iterator[Any]:
+    """nanoGCG's object with the same settings; it leaves global flags behind, which are undone."""
+    import nanogcg.gcg
+
+    logging.getLogger("nanogcg").setLevel(logging.ERROR)
+    flag, state = torch.are_deterministic_algorithms_enabled(), torch.get_rng_state()
+    settings = nanogcg.GCGConfig(
+        num_steps=config.steps, search_width=config.width, topk=config.topk, seed=seed,
+        optim_str_init=config.init, use_prefix_cache=False, batch_size=config.batch,
+        verbosity="ERROR",
+    )  # fmt: skip
+    try:
+        yield nanogcg.gcg.GCG(model, tokenizer, settings)
+    finally:
+        torch.use_deterministic_algorithms(flag)
+        torch.set_rng_state(state)
+
+
+def losses(model: Any, tokenizer: Any, config: GCG, tokens: int, laps: int) -> dict[str, Any]:
+    """Part "losses"."""
+    prompt = prompt_of(tokenizer, tokens)
+    generator = torch.Generator().manual_seed(0)
+    with searching(model) as attached, nano(model, tokenizer, config) as other:
+        field = Field(config, attached, tokenizer, [prompt])
+        place, target = field.places[0], field.targets[0]
+        ids = field.allowed.nonzero()[:, 0]
+        chosen = torch.randint(len(ids), (config.width, len(place.first)), generator=generator)
+        candidates = ids[chosen]
+        embed = model.get_input_embeddings()
+
+        def theirs() -> torch.Tensor:
+            rows = [place.before, None, place.after, target]
+            parts = [
+                embed(candidates) if r is None
+                else embed(torch.tensor([r])).repeat(len(candidates), 1, 1)
+                for r in rows
+            ]  # fmt: skip
+            with torch.no_grad():
+                return other._compute_candidates_loss_original(config.batch, torch.cat(parts, 1))
+
+        def ours() -> torch.Tensor:
+            return field.losses[0][0].losses(candidates)
+
+        other.target_ids, other.prefix_cache = torch.tensor([target]), None
+        found = {}
+        for name, call in (("ours", ours), ("nanogcg", theirs)):
+            value, peak = memory.measured(call, "cpu")
+            seconds = [timed(call) for _ in range(laps)]
+            found[name] = {
+                "candidates_per_s": config.width / min(seconds),
+                "peak_bytes": peak.extra,
+            }
+            found[name]["value"] = value
+        a, b = (found[n].pop("value").double() for n in ("ours", "nanogcg"))
+    return {
+        **found,
+        "before": len(place.before),
+        "suffix": len(place.first),
+        "target": len(target),
+        "largest_difference": float((a - b).abs().max()),
+        "faster": found["ours"]["candidates_per_s"] / found["nanogcg"]["candidates_per_s"],
+        "memory_share": found["ours"]["peak_bytes"] / found["nanogcg"]["peak_bytes"],
+    }
+
+
+def search(model: Any, tokenizer: Any, config: GCG, tokens: int, seeds: int) -> dict[str, Any]:
+    """Part "search"."""
+    prompt = prompt_of(tokenizer, tokens)
+    rows: dict[str, list[tuple[float, float]]] = {"ours": [], "nanogcg": []}
+    for seed in range(seeds):
+        own = replace(config, seed=seed)
+        begun = time.perf_counter()
+        records, _, _ = own.prepare(LocalEngine(model, tokenizer), [prompt])
+        spent = time.perf_counter() - begun
+        if records[0].error:
+            raise RuntimeError(records[0].error)
+        rows["ours"].append((records[0].data["loss"], spent))
+        with nano(model, tokenizer, config, seed) as other:
+            begun = time.perf_counter()
+            result = other.run(prompt.prompt + " {optim_str}", TARGET)
+            rows["nanogcg"].append((result.best_loss, time.perf_counter() - begun))
+    out: dict[str, Any] = {
+        name: {
+            "best_losses": [loss for loss, _ in pairs],
+            "mean_best_loss": statistics.fmean(loss for loss, _ in pairs),
+            "seconds_per_step": statistics.median(s for _, s in pairs) / config.steps,
+        }
+        for name, pairs in rows.items()
+    }
+    out["faster"] = out["nanogcg"]["seconds_per_step"] / out["ours"]["seconds_per_step"]
+    return out
+
+
+class Asks:
+    """An engine that only keeps what it is asked for."""
+
+    mode = "none"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.requests = tokenizer, []
+
+    def generate(self, requests: Any) -> list[Reply]:
+        """Nothing, and a note."""
+        self.requests += requests
+        return [Reply() for _ in requests]
+
+
+def replies(model: Any, tokenizer: Any, new: int, prompts: int) -> dict[str, Any]:
+    """Part "replies"."""
+    rows = [Prompt(str(n), f"{FILLER}number {n}", answer=FILLER * 3) for n in range(prompts)]
+    depths = Prefill(depths=(5, 10, 20, 40), temperature=0.0, max_new_tokens=new)
+    grid = Decoding(max_new_tokens=new)
+    engine = LocalEngine(model, tokenizer, batch_size=256)
+    out = {}
+    for name, attack in (("prefill", depths), ("decoding", grid)):
+        asks: Any = Asks(tokenizer)
+        list(attack(asks, rows))
+        asked = asks.requests
+        begun = time.perf_counter()
+        got = engine.generate(asked)
+        ours = time.perf_counter() - begun
+        begun = time.perf_counter()
+        settings: dict[Any, list[int]] = {}
+        for index, r in enumerate(asked):
+            key = len(r.prompt) if name == "prefill" else r.sampling
+            settings.setdefault(key, []).append(index)
+        ids: dict[int, tuple[int, ...]] = {}
+        for indices in settings.values():
+            replied = plain_generate(model, tokenizer, [asked[i] for i in indices])
+            ids.update(zip(indices, replied, strict=True))
+        theirs = time.perf_counter() - begun
+        greedy = [i for i, r in enumerate(asked) if r.sampling.temperature == 0]
+        greedy += [i for i, r in enumerate(asked) if r.sampling.top_k == 1]
+        out[name] = {
+            "sequences": len(asked),
+            "sequences_per_s": len(asked) / ours,
+            "generate_sequences_per_s": len(asked) / theirs,
+            "faster": theirs / ours,
+            "greedy": len(greedy),
+            "greedy_different": sum(got[i].ids != ids[i] for i in greedy),
+        }
+    return out
+
+
+def plain_generate(model: Any, tokenizer: Any, requests: list[Any]) -> list[tuple[int, ...]]:
+    """One batch of transformers' generate, padded on the left, all with one setting."""
+    width = max(len(r.prompt) for r in requests)
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(r.prompt)) + list(r.prompt) for r in requests])
+    mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in requests])
+    s = requests[0].sampling
+    sampled = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=s.max_new_tokens, pad_token_id=pad,
+            do_sample=s.temperature > 0, **(sampled if s.temperature > 0 else {}),
+        )  # fmt: skip
+    ends = LocalEngine(model, tokenizer).end_ids
+    cut = []
+    for row in out[:, width:].tolist():
+        at = next((i for i, t in enumerate(row) if t in ends), len(row) - 1)
+        cut.append(tuple(row[: at + 1]))
+    return cut
+
+
+def store() -> dict[str, float]:
+    """Part "store"."""
+    text = {"prompt": "p" * 80, "prefix": "", "reply": "r" * 800}
+
+    def unit(number: int) -> list[Record]:
+        return [Record("sample", "a", {"k": 5}, f"{number}-{n}", text=text) for n in range(8)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = {}
+        for rows in (10_000, 100_000):
+            units = [Unit(f"u{n}", lambda n=n: unit(n)) for n in range(rows // 8)]
+            path = pathlib.Path(folder) / str(rows)
+            with Run(path, {}) as run:
+                seconds[f"keep_{rows}"] = timed(
+                    lambda units=units, run=run: fill(run.records, units)
+                )
+
+            def reopen(path: pathlib.Path = path) -> None:
+                Run(path, {}).__exit__()
+
+            seconds[f"open_{rows}"] = timed(reopen)
+    return seconds
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def command(argv: list[str] | None = None) -> int:
+    """Measure and print; --json writes a result file."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="benchmarks attack")
+    parser.add_argument("--model", default="toy", help="toy, random, or a folder")
+    parser.add_argument("--parts", default="losses,search,replies,store")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=160, help="tokens before the suffix")
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--laps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    model, tokenizer = model_of(args.model)
+    model.config.max_position_embeddings = max(model.config.max_position_embeddings, 512)
+    init = " ".join(["!"] * 20)
+    config = GCG(
+        steps=args.steps, width=args.width, batch=args.batch, init=init, max_new_tokens=1,
+        topk=min(256, len(tokenizer) // 4),
+    )  # fmt: skip
+    calls: dict[str, Callable[[], Any]] = {
+        "losses": lambda: losses(model, tokenizer, config, args.prompt, args.laps),
+        "search": lambda: search(model, tokenizer, config, args.prompt, args.seeds),
+        "replies": lambda: replies(model, tokenizer, args.new, args.prompts),
+        "store": store,
+    }
+    results = {}
+    for part in args.parts.split(","):
+        if part not in calls:
+            parser.error(f"--parts: expected some of {', '.join(calls)}, got {part!r}")
+        results[part] = calls[part]()
+        print(part, json.dumps(results[part], indent=1), flush=True)
+    if args.json:
+        document = {"machine": machine.describe("cpu"), "arguments": vars(args), **results}
+        pathlib.Path(args.json).write_text(json.dumps(document, indent=1, default=str) + "\n")
+    return 0
