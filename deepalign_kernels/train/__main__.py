@@ -25,6 +25,7 @@ from deepalign_kernels.train import config as choices
 from deepalign_kernels.train.checkpoint import checkpoints
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.loop import TrainingRun
+from deepalign_kernels.train.optimizers import OPTIMIZERS
 from deepalign_kernels.train.ranks import PARALLEL, ProcessLost
 from deepalign_kernels.train.session import Terminated
 
@@ -43,6 +44,8 @@ ALLOWED = {
     "head": choices.HEADS,
     "kl_direction": choices.KL_DIRECTIONS,
     "parallel": PARALLEL,
+    "best_by": choices.BEST_BY,
+    "optimizer": tuple(OPTIMIZERS),
     "lr_schedule": choices.SCHEDULES,
     "position_origin": ORIGINS,
     "on_too_long": TOO_LONG,
@@ -59,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--model", required=True, help="folder or hub name of a causal LM with its tokenizer"
     )
     out.add_argument("--data", required=True, help="JSONL of messages, or of prompt and completion")
+    out.add_argument("--eval-data", help="held-out data, as --data; the best state goes to best.pt")
     out.add_argument(
         "--output", required=True, help="folder for log, checkpoints and the trained model"
     )
@@ -173,7 +177,9 @@ def build(options: argparse.Namespace) -> TrainingRun:
             **{p.name: named[p.name] for p in _recovery_parameters()},
         )
     reference = load(options.ref_model) if options.ref_model else None
-    return TrainingRun(load(options.model), tokenizer, config, data, ref_model=reference)
+    return TrainingRun(
+        load(options.model), tokenizer, config, data, reference, eval_data=options.eval_data
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from deepalign_kernels import check, rules
 from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
 from deepalign_kernels.losses import BetaSchedule
+from deepalign_kernels.train.optimizers import OPTIMIZERS, Factory
 from deepalign_kernels.train.ranks import PARALLEL
 
 # Names of this level; any other is a rule of rules.py.
@@ -21,6 +22,7 @@ REFERENCES = ("precomputed", "frozen")
 SCHEDULES = ("linear", "cosine", "constant")
 HEADS = ("fused", "logits")
 KL_DIRECTIONS = ("policy_ref", "ref_policy", "js")
+BEST_BY = ("objective", "nll")
 PAPERS_WARMUP = 10  # steps; by default at most a fifth of the run
 
 Schedule = Callable[[Tensor], Tensor]
@@ -68,6 +70,12 @@ class TrainConfig:
             64, as are 2 of 16 in two processes.
         epochs: rounds through the data; without this and max_steps, 3. Not both.
         max_steps: optimizer steps, instead of epochs.
+        optimizer: "adamw"; with bf16 weights "adamw_bf16_sr" (stochastic rounding), "adamw_kahan"
+            (compensated sums); with either dtype "adamw_8bit" or "adamw_4bit" states, or
+            "adamw_8bit_paged"; or a function of (groups, lr=, betas=, eps=) that gives an
+            optimizer. What each takes of memory: docs, "A training run".
+        release_gradients: use and free each gradient inside the backward, so that there is never
+            more than one; not with accumulation, clipping or several processes.
         adam_betas: of AdamW; the paper has 0.5 and 0.999.
         adam_eps: of AdamW.
         weight_decay: decoupled, on parameters with two or more dimensions.
@@ -84,6 +92,9 @@ class TrainConfig:
             good; "auto": what `accelerate launch` is configured for, else "ddp".
         cpu_offload: with "fsdp", what is not in use lies on the CPU.
         seed: of data order and dropout; nothing outside the run depends on it.
+        eval_every: steps between evaluations on `eval_data`; None: before the first step and at the
+            end. "best.pt" keeps what is trained where `best_by` was least.
+        best_by: "objective" or "nll", of the evaluation.
         save_every: steps between checkpoints, one more at the end; None keeps none, but for a run
             that is interrupted.
         keep_checkpoints: how many of the newest stay.
@@ -112,6 +123,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 4
     epochs: int | None = None
     max_steps: int | None = None
+    optimizer: str | Factory = "adamw"
+    release_gradients: bool = False
     adam_betas: tuple[float, float] = (0.5, 0.999)
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
@@ -123,6 +136,8 @@ class TrainConfig:
     parallel: str = "auto"
     cpu_offload: bool = False
     seed: int = 0
+    eval_every: int | None = None
+    best_by: str = "objective"
     save_every: int | None = 100
     keep_checkpoints: int = 2
     log_every: int = 1
@@ -134,6 +149,7 @@ class TrainConfig:
             ("lr_schedule", SCHEDULES),
             ("head", HEADS),
             ("parallel", PARALLEL),
+            ("best_by", BEST_BY),
             ("kl_direction", KL_DIRECTIONS),
             ("position_origin", ORIGINS),
             ("on_too_long", TOO_LONG),
@@ -141,10 +157,21 @@ class TrainConfig:
             check.one_of(name, getattr(self, name), allowed)
         if isinstance(self.objective, str):
             check.one_of("objective", self.objective, (*OBJECTIVES, *rules.RULES))
+        if isinstance(self.optimizer, str):
+            check.one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        elif not callable(self.optimizer):
+            raise ValueError(f"optimizer: expected a name or a function, got {self.optimizer!r}")
         rules.objective_of(self.rule)
         for name in ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             _integer(name, getattr(self, name), 1)
-        for name in ("epochs", "max_steps", "max_length", "save_every", "warmup_steps"):
+        for name in (
+            "epochs",
+            "max_steps",
+            "max_length",
+            "save_every",
+            "eval_every",
+            "warmup_steps",
+        ):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), int(name != "warmup_steps"))
         _integer("seed", self.seed, 0)
@@ -162,6 +189,21 @@ class TrainConfig:
         if self.epochs is None and self.max_steps is None:
             object.__setattr__(self, "epochs", 3)
         self._check_composites()
+        if self.release_gradients:
+            self._check_release()
+
+    def _check_release(self) -> None:
+        """A gradient that is used at once can neither wait for others nor be scaled by them."""
+        wrong = "release_gradients: a gradient is gone before the next one comes, so there is none"
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"{wrong} to add to: give gradient_accumulation_steps=1, with a larger batch_size"
+                f" instead of {self.gradient_accumulation_steps} times {self.batch_size}"
+            )
+        if self.max_grad_norm is not None:
+            raise ValueError(f"{wrong} to clip by: give max_grad_norm=None, as in the paper")
+        if self.parallel == "fsdp" or self.cpu_offload:
+            raise ValueError(f"{wrong} to exchange with other processes: FSDP shards them instead")
 
     def _check_loss(self) -> None:
         check.number("min_weight", self.min_weight, low=0.0, below=2.0 + 1e-6)
@@ -238,6 +280,8 @@ class TrainConfig:
             out["beta"] = _name_of(beta)
         if not isinstance(self.objective, str):
             out["objective"] = _name_of(self.objective)
+        if not isinstance(self.optimizer, str):
+            out["optimizer"] = _name_of(self.optimizer)
         out["output_dir"] = str(self.output_dir)
         out["adam_betas"] = list(self.adam_betas)
         out["autocast_dtype"] = self.autocast_dtype and str(self.autocast_dtype).removeprefix(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 LOCK = ".lock"
 # What a write leaves when its process is killed: `.<name>.<process>`.
-PARTS = re.compile(r"\.(checkpoint-.+|reference-.+|train_log.*\.jsonl)\.\d+")
+PARTS = re.compile(r"\.(checkpoint-.+|best.pt|reference-.+|train_log.*\.jsonl)\.\d+")
 
 
 @contextlib.contextmanager

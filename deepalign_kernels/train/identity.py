@@ -21,6 +21,8 @@ FREE_TO_CHANGE = (
     "parallel",
     "cpu_offload",
     "output_dir",
+    "eval_every",
+    "best_by",
     "save_every",
     "keep_checkpoints",
     "log_every",

@@ -17,25 +17,21 @@ from torch import Tensor, nn
 
 from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
-from deepalign_kernels.data.source import Source
-from deepalign_kernels.modes import evaluating, kept_modes
+from deepalign_kernels.modes import kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.log import Meter, Progress, RunLog, Speed
 from deepalign_kernels.train.objective import BatchObjective, untrained
-from deepalign_kernels.train.optimizers import make_optimizer
-from deepalign_kernels.train.ranks import Ranks, accumulating, shard, share_out, way_of, whole
+from deepalign_kernels.train.optimizers import set_rate
+from deepalign_kernels.train.prepare import Prepared, check_several, trained_of
+from deepalign_kernels.train.ranks import Ranks, accumulating, way_of, whole
 from deepalign_kernels.train.reference import Reference
-from deepalign_kernels.train.resume import Resumable
 from deepalign_kernels.train.session import (
     STOPS,
     check_models,
     deferred_stops,
-    embeddings_of,
-    positions_of,
     training_session,
 )
-from deepalign_kernels.train.state import load_optimizer, load_trained
 
 Callback = Callable[["TrainingRun", dict[str, Any]], None]
 
@@ -59,13 +55,15 @@ def fit(
     ref_model: nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
     *,
+    eval_data: Any = None,
     resume: bool | str = False,
 ) -> TrainResult:
     """Fine-tunes `model` in place: `TrainingRun(model, ...).train(resume)`, which see."""
-    return TrainingRun(model, tokenizer, config, data, ref_model, callbacks).train(resume)
+    run = TrainingRun(model, tokenizer, config, data, ref_model, callbacks, eval_data)
+    return run.train(resume)
 
 
-class TrainingRun(Resumable):
+class TrainingRun(Prepared):
     """Fine-tunes `model` in place with the constrained objective or plain SFT.
 
     Args:
@@ -79,6 +77,7 @@ class TrainingRun(Resumable):
             `examples(epoch) -> list[Example]`, such as `RecoveryAugmentation`; see
             `load_chat_data`.
         ref_model: the model to be constrained to; None: `model` as it is when training starts.
+        eval_data: held-out data, as `data`; see `TrainConfig.eval_every`.
         callbacks: each is called as `callback(run, record)` with every line of the log that is
             about a step.
 
@@ -94,11 +93,12 @@ class TrainingRun(Resumable):
         data: Any,
         ref_model: nn.Module | None = None,
         callbacks: Sequence[Callback] = (),
+        eval_data: Any = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.callbacks = tuple(callbacks)
         self.folder = Path(config.output_dir)
-        self.params = _trained(model)
+        self.params = trained_of(model)
         if not self.params:
             raise ValueError("model: no parameter requires a gradient, nothing to train")
         self.device = self.params[0].device
@@ -106,6 +106,8 @@ class TrainingRun(Resumable):
         check_models(model, ref_model, config, self.device)
         self.ranks = Ranks.here(self.device)
         self._way = way_of(config.parallel, config.cpu_offload, config.autocast_dtype is not None)
+        if self.ranks.count > 1:
+            check_several(config, self._way[0])
         self._called: nn.Module = model  # what a forward calls: the model, or what shares it
         self.objective = BatchObjective(
             config.rule,
@@ -121,14 +123,9 @@ class TrainingRun(Resumable):
         for name, each in zip(("model", "ref_model"), self._models, strict=False):
             self.objective.check(name, each)
 
-        self.source = Source(
+        self.eval_source = None if eval_data is None else self._source_of(eval_data)
+        self.source = self._source_of(
             data,
-            tokenizer,
-            position_origin=config.position_origin,
-            max_length=config.max_length or positions_of(model),
-            on_too_long=config.on_too_long,
-            vocab_size=embeddings_of(model),
-            seed=config.seed,
             # A precomputed reference is a column of every epoch's table before the first step.
             keep_epochs=self.objective.needs_reference and config.reference == "precomputed",
         )
@@ -146,9 +143,10 @@ class TrainingRun(Resumable):
         self.source.check(self.epochs)
         self.step = 0  # optimizer steps done
         self.reference = Reference(config, self.objective, self.source, self.ranks)
+        self.best: dict[str, Any] | None = None  # the best evaluation: step and its numbers
         self.step0_max_log_ratio: float | None = None
         self.metrics: dict[str, Any] = {}
-        self.optimizer = make_optimizer(self.config, self.params)
+        self._make_optimizer()
         self._meter = Meter(self.device, config.prefix_length)
         self._speed = Speed()
         self._rng = ckpt.rng_state(self.device)  # after the last complete step
@@ -192,6 +190,8 @@ class TrainingRun(Resumable):
             progress = Progress(self.total_steps, self.step, config.progress and ranks.main)
             try:
                 self._announce(log, state is not None)
+                if state is None:
+                    self._evaluate(log)
                 with deferred_stops(patient=ranks.count > 1) as stop:
                     self._speed.restart()
                     while self.step < self.total_steps:
@@ -200,7 +200,9 @@ class TrainingRun(Resumable):
                         self._train_step()
                         progress.step()
                         self._report(log, progress)
-                        if self._save_is_due():
+                        if self._is_due(config.eval_every):
+                            self._evaluate(log)
+                        if config.save_every and self._is_due(config.save_every):
                             self.save_checkpoint()
                 log.write("end", step=self.step, seconds=time.perf_counter() - begun)
             except KeyboardInterrupt:
@@ -215,27 +217,19 @@ class TrainingRun(Resumable):
         seconds = time.perf_counter() - begun
         return TrainResult(self.step, self.metrics, log.path, self.step0_max_log_ratio, seconds)
 
-    def _save_is_due(self) -> bool:
-        every = self.config.save_every
-        return every is not None and (self.step % every == 0 or self.step == self.total_steps)
+    def _is_due(self, every: int | None) -> bool:
+        return self.step == self.total_steps or (every is not None and self.step % every == 0)
 
     def _train_step(self) -> None:
         batches, done = self._batches(self.step), []
+        set_rate(self.optimizer, self.lr_at(self.step))
         for number, batch in enumerate(batches, 1):
             with accumulating(self._called, last=number == len(batches)):
                 loss, parts = self.objective.loss(self._called, batch, self.reference.model)
                 self._backward(loss)
             shown = loss.detach() - self.objective.constant(batch)
             done.append((shown, parts, batch.targets, batch.positions))
-        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        if self.config.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.params, self.config.max_grad_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self.step)
-
-        self._consistent = False  # until the end, a checkpoint would hold half an update
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self._update()
         self._meter.add_step(done, whole(norm))
         self.step += 1
         self._rng = ckpt.rng_state(self.device)
@@ -244,7 +238,24 @@ class TrainingRun(Resumable):
 
     def _backward(self, loss: Tensor) -> None:
         """DDP and FSDP take the mean over the processes; the shares of a step are to add up."""
-        (loss if self.ranks.count == 1 else loss * self.ranks.count).backward()
+        if self.config.release_gradients:
+            self._consistent = False  # this is the update, too
+            with self._released.on():
+                loss.backward()
+        else:
+            (loss if self.ranks.count == 1 else loss * self.ranks.count).backward()
+
+    def _update(self) -> Tensor:
+        """One step of the optimizer; the 2-norm of the gradient, before clipping."""
+        if self.config.release_gradients:
+            return self._released.norm
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.params, self.config.max_grad_norm, norm)
+        self._consistent = False  # until the end, a checkpoint would hold half an update
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step: a function of the step alone, or no run could be resumed.
@@ -273,69 +284,6 @@ class TrainingRun(Resumable):
         left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
         return self.config.learning_rate * left[self.config.lr_schedule]
 
-    # Before the loop.
-
-    def _prepare(self, state: dict[str, Any] | None) -> None:
-        """Reference, shares, optimizer and, at a resume, the state of the checkpoint."""
-        self.step, self.metrics, self.step0_max_log_ratio = 0, {}, None
-        self._rng, self._consistent = ckpt.rng_state(self.device), True
-        self._meter = Meter(self.device, self.config.prefix_length)
-        if self.objective.needs_reference:  # its hash, before the model is sharded
-            self.reference.begin(self.model, self._ref_arg, resumed=state is not None)
-            if state is not None:
-                self.reference.must_be(state["reference"])
-        self._share_out()
-        self.optimizer = make_optimizer(self.config, self.params)
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.objective.needs_reference:
-            self.reference.take(
-                self._called if self._ref_arg is None else self._ref_arg,
-                self.source.epochs_with_own_table(self.epochs),
-                self.device,
-                self.folder,
-                None if state is None else state["reference"],
-            )
-            if state is None:
-                self._check_step0()
-        if state is not None:
-            load_trained(self.model, state["model"])
-            load_optimizer(self.optimizer, self.model, state["optimizer"])
-            self._meter.go_on_from(state["meter"], self.ranks.main)
-            self.step, self.metrics = state["step"], state["metrics"]
-            self.step0_max_log_ratio = state["step0_max_log_ratio"]
-            self._rng = self._rng_of(state["rng"])
-        ckpt.set_rng_state(self._rng, self.device)
-
-    def _share_out(self) -> None:
-        """With several processes: what a forward calls from here on, and what is trained."""
-        if self.ranks.count == 1:
-            return
-        self._called = share_out(self.model, *self._way)
-        if self._way[0] == "fsdp" and self.reference.model is not None and self._ref_arg is None:
-            shard(self.reference.model, self._way[1])
-        self.params = _trained(self.model)
-
-    @torch.no_grad()
-    def _check_step0(self) -> None:
-        """Before training policy and reference agree, unless another model is the reference.
-
-        The first batch goes through the very path of training; a reference that is shifted by a
-        token, belongs to other data or sees other masks cannot pass.
-        """
-        with evaluating(self._called):
-            batch = self._batches(0)[0]
-            _, parts = self.objective.loss(self._called, batch, self.reference.model)
-        gap = self.ranks.largest((parts.logp - parts.ref_logp).abs().max().item())
-        low = self.config.autocast_dtype is not None or self.params[0].element_size() < 4
-        allowed = 1.0 if low else 1e-2
-        if self._ref_arg is None and not gap <= allowed:
-            raise RuntimeError(
-                f"before the first step policy and reference differ by up to {gap:.3g} nats on a"
-                f" target token, more than rounding explains ({allowed:g}): they do not speak about"
-                " the same tokens"
-            )
-        self.step0_max_log_ratio = gap
-
     def _announce(self, log: RunLog, resumed: bool) -> None:
         if resumed:
             log.write("resume", step=self.step)
@@ -354,6 +302,19 @@ class TrainingRun(Resumable):
         )
 
     # After a step.
+
+    def _evaluate(self, log: RunLog) -> None:
+        """A line of the log about held-out data; what is best so far is kept in best.pt."""
+        if self._evaluation is None:
+            return
+        said = self._evaluation.measure(self._called, self.reference.model)
+        self._must_be_finite("objective of the evaluation", said["objective"])
+        log.write("eval", step=self.step, **said)
+        by = self.config.best_by
+        if self.best is None or said[by] < self.best[by]:
+            self.best = {"step": self.step, **said}
+            self.save_best()
+        self._speed.restart()
 
     def _report(self, log: RunLog, progress: Progress) -> None:
         """One line of the log, if it is due."""
@@ -379,7 +340,3 @@ class TrainingRun(Resumable):
                     callback(self, self.metrics)
             ckpt.set_rng_state(self._rng, self.device)
         self._speed.restart()
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]

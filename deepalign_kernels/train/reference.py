@@ -82,6 +82,10 @@ class Reference:
         if self.model is not None or not resumed:
             self._hash = model_hash(model)
 
+    def like(self, other: Reference) -> None:
+        """That of other data: the model is the same."""
+        self.model, self._hash = other.model, other._hash
+
     def must_be(self, keys: list[str]) -> None:
         """Raises ValueError: a frozen model is not the one of a checkpoint, which has `keys`."""
         if self.model is not None and keys != [self._hash]:

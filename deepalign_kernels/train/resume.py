@@ -19,7 +19,15 @@ from deepalign_kernels.train.log import Meter
 from deepalign_kernels.train.ranks import Ranks
 from deepalign_kernels.train.reference import Reference
 from deepalign_kernels.train.session import seed_of
-from deepalign_kernels.train.state import all_finite, full_state, optimizer_state, trained_state
+from deepalign_kernels.train.state import (
+    all_finite,
+    full_state,
+    load_trained,
+    optimizer_state,
+    trained_state,
+)
+
+BEST = "best.pt"
 
 
 class Resumable:
@@ -37,6 +45,8 @@ class Resumable:
     step: int
     metrics: dict[str, Any]
     step0_max_log_ratio: float | None
+    best: dict[str, Any] | None
+    eval_reference_keys: list[str]
     _meter: Meter
     _rng: Any
     _frozen: str | None = None  # hash of what is not trained, once it was asked for
@@ -105,10 +115,33 @@ class Resumable:
             "meter": sums.cpu(),
             "rng": self.ranks.gather(self._rng),
             "metrics": self.metrics,
+            "eval_reference": self.eval_reference_keys,
+            "best": self.best,
             "step0_max_log_ratio": self.step0_max_log_ratio,
         }
         keep = self.config.keep_checkpoints
         return self.ranks.first(lambda: ckpt.save(self.folder, self.step, state, keep))
+
+    def save_best(self) -> None:
+        """Write what is trained to best.pt, with the evaluation that chose it."""
+        state = {"format": ckpt.FORMAT, "eval": self.best, "model": trained_state(self.model)}
+        self.ranks.first(lambda: folders.write_atomically(self.folder / BEST, state))
+
+    def load_best(self) -> dict[str, Any]:
+        """Put the weights of the best evaluation into `model`; all processes must call.
+
+        Returns:
+            That evaluation, with its step.
+
+        Raises:
+            ValueError: there was no evaluation, or the file is damaged.
+        """
+        path = self.folder / BEST
+        if not path.is_file():
+            raise ValueError(f"eval_data: no evaluation in {self.folder} that could be the best")
+        state = folders.read(path)
+        load_trained(self.model, state["model"])
+        return state["eval"]
 
     def save_model(self, folder: str | Path) -> None:
         """Write `model`, put together, and the tokenizer to `folder`; all processes must call."""

@@ -1,0 +1,168 @@
+"""What is done before the first step: the half of `TrainingRun` that makes its parts ready."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepalign_kernels.data.columns import Batch
+from deepalign_kernels.data.source import Source
+from deepalign_kernels.modes import evaluating
+from deepalign_kernels.train import checkpoint as ckpt
+from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.evaluate import Evaluation
+from deepalign_kernels.train.log import Meter
+from deepalign_kernels.train.objective import BatchObjective
+from deepalign_kernels.train.optimizers import Released, make_optimizer
+from deepalign_kernels.train.ranks import shard, share_out
+from deepalign_kernels.train.reference import Reference
+from deepalign_kernels.train.resume import Resumable
+from deepalign_kernels.train.session import embeddings_of, positions_of
+from deepalign_kernels.train.state import load_optimizer, load_trained
+
+
+class Prepared(Resumable):
+    """What `TrainingRun` is made of, and how it is made ready."""
+
+    objective: BatchObjective
+    params: list[nn.Parameter]
+    eval_source: Source | None
+    epochs: int
+    _ref_arg: nn.Module | None
+    _called: nn.Module
+    _way: tuple[str, bool]
+    _consistent: bool
+    _released: Released
+    _evaluation: Evaluation | None
+
+    def _batches(self, step: int) -> list[Batch]:
+        raise NotImplementedError
+
+    def _source_of(self, data: Any, **options: Any) -> Source:
+        config, model = self.config, self.model
+        return Source(
+            data,
+            self.tokenizer,
+            position_origin=config.position_origin,
+            max_length=config.max_length or positions_of(model),
+            on_too_long=config.on_too_long,
+            vocab_size=embeddings_of(model),
+            seed=config.seed,
+            **options,
+        )
+
+    def _prepare(self, state: dict[str, Any] | None) -> None:
+        """Reference, shares, optimizer and, at a resume, the state of the checkpoint."""
+        self.step, self.metrics, self.step0_max_log_ratio = 0, {}, None
+        self._rng, self._consistent = ckpt.rng_state(self.device), True
+        self._meter = Meter(self.device, self.config.prefix_length)
+        if self.objective.needs_reference:  # its hash, before the model is sharded
+            self.reference.begin(self.model, self._ref_arg, resumed=state is not None)
+            if state is not None:
+                self.reference.must_be(state["reference"])
+        self._share_out()
+        self._make_optimizer()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.objective.needs_reference:
+            self.reference.take(
+                self._called if self._ref_arg is None else self._ref_arg,
+                self.source.epochs_with_own_table(self.epochs),
+                self.device,
+                self.folder,
+                None if state is None else state["reference"],
+            )
+            if state is None:
+                self._check_step0()
+        self._prepare_evaluation(state)
+        if state is not None:
+            load_trained(self.model, state["model"])
+            load_optimizer(self.optimizer, self.model, state["optimizer"])
+            self._meter.go_on_from(state["meter"], self.ranks.main)
+            self.step, self.metrics = state["step"], state["metrics"]
+            self.step0_max_log_ratio, self.best = state["step0_max_log_ratio"], state["best"]
+            self._rng = self._rng_of(state["rng"])
+        ckpt.set_rng_state(self._rng, self.device)
+
+    def _prepare_evaluation(self, state: dict[str, Any] | None) -> None:
+        """Its reference; with one of the policy's own, before the policy moves."""
+        self._evaluation, self.best = None, None
+        self.eval_reference_keys: list[str] = []
+        if self.eval_source is None:
+            return
+        if self.objective.needs_reference:
+            reference = Reference(self.config, self.objective, self.eval_source, self.ranks)
+            reference.like(self.reference)
+            keys = None if state is None else state["eval_reference"]
+            if keys == []:
+                raise ValueError(
+                    "eval_data: this run began without; what the reference says about other data"
+                    " cannot be known from a policy that has moved"
+                )
+            model = self._called if self._ref_arg is None else self._ref_arg
+            reference.take(model, range(1), self.device, self.folder, keys)
+            self.eval_reference_keys = reference.keys
+        table = self.eval_source.table(0)
+        self._evaluation = Evaluation(self.config, table, self.ranks, self.device)
+
+    def _share_out(self) -> None:
+        """With several processes: what a forward calls from here on, and what is trained."""
+        if self.ranks.count == 1:
+            return
+        self._called = share_out(self.model, *self._way)
+        if self._way[0] == "fsdp" and self.reference.model is not None and self._ref_arg is None:
+            shard(self.reference.model, self._way[1])
+        self.params = trained_of(self.model)
+
+    @torch.no_grad()
+    def _check_step0(self) -> None:
+        """Before training policy and reference agree, unless another model is the reference.
+
+        The first batch goes through the very path of training; a reference that is shifted by a
+        token, belongs to other data or sees other masks cannot pass.
+        """
+        with evaluating(self._called):
+            batch = self._batches(0)[0]
+            _, parts = self.objective.loss(self._called, batch, self.reference.model)
+        gap = self.ranks.largest((parts.logp - parts.ref_logp).abs().max().item())
+        low = self.config.autocast_dtype is not None or self.params[0].element_size() < 4
+        allowed = 1.0 if low else 1e-2
+        if self._ref_arg is None and not gap <= allowed:
+            raise RuntimeError(
+                f"before the first step policy and reference differ by up to {gap:.3g} nats on a"
+                f" target token, more than rounding explains ({allowed:g}): they do not speak about"
+                " the same tokens"
+            )
+        self.step0_max_log_ratio = gap
+
+    def _make_optimizer(self) -> None:
+        config = self.config
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            self.params,
+            learning_rate=config.learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+        self._released = Released(self.optimizer, self.params)
+
+
+def trained_of(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def check_several(config: TrainConfig, way: str) -> None:
+    """Raises ValueError: what only one process does."""
+    if config.release_gradients:
+        raise ValueError(
+            "release_gradients: several processes must exchange gradients first; parallel='fsdp'"
+            " keeps a share of them in each"
+        )
+    named = config.optimizer if isinstance(config.optimizer, str) else "adamw"
+    if way == "fsdp" and named != "adamw":
+        raise ValueError(
+            f"optimizer: {named!r} is not known to shard and to be put together again; give"
+            " 'adamw' with parallel='fsdp', whose states are shared out, or parallel='ddp'"
+        )
