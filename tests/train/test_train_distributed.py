@@ -67,7 +67,8 @@ def make(out, processes, callbacks=(), lora=False, tied=False, **options):
         torch.manual_seed(1)
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         model = get_peft_model(model, config).double()
-    return TrainingRun(model, build_tokenizer(), TrainConfig(out, **base), RECORDS, None, callbacks)
+    parts = (model, build_tokenizer(), TrainConfig(out, **base), RECORDS, None, callbacks)
+    return TrainingRun(*parts, eval_data=RECORDS[:3])
 
 
 def seen_gradients(run):
@@ -137,13 +138,19 @@ def alone(place, options, steps, weights, two):
     assert len(gold) == len(steps) == options.get("max_steps", STEPS)
     gradients = max(distance(a, b) for a, b in zip(steps, gold, strict=True))
     lines = zip(_steps(two), _steps(place), strict=True)
-    log = max(abs(a[k] - b[k]) for a, b in lines for k in b if b[k] is not None)
+    log = max(abs(a[k] - b[k]) for a, b in lines for k in a if b[k] is not None)
     return [gradients, distance(weights, gold_weights), log]
 
 
 def _steps(out):
-    lines = [r for r in log_of(out) if r["event"] == "step"]
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_s", "event")} for r in lines]
+    """All numbers of the log's lines about steps and about held-out data, but for the speed."""
+    rows, out = [r for r in log_of(out) if r["event"] in ("step", "eval")], []
+    for row in rows:
+        flat = {k: v for k, v in row.items() if not k.endswith(("_at", "tokens_per_s", "event"))}
+        for k, values in row.items():
+            flat |= {f"{k} {n}": v for n, v in enumerate(values)} if k.endswith("_at") else {}
+        out.append(flat)
+    return out
 
 
 def work(rank, folder, names):
