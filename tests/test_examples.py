@@ -115,6 +115,15 @@ def test_custom_rule(run):
     assert left["out"].loss.isfinite() and left["result"].steps == 2
 
 
+def test_analyze(run, tmp_path):
+    pytest.importorskip("scipy", reason="the report's intervals are scipy's")
+    left = run("11_analyze")
+    assert left["kl"].shape == (2, 8) and left["band"].mean[0] > 0.01
+    assert [r.cell["step"] for r in left["watch"].records] == [0, 1, 2]
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert 'data-key="layers-0"' in text and 'data-key="dynamics-nll-0"' in text
+
+
 def test_each_example_is_short_and_has_a_test():
     text = pathlib.Path(__file__).read_text()
     for name, path in EXAMPLES.items():

@@ -1,4 +1,4 @@
-"""`deepalign analyze` beside scripts that take a whole softmax: seconds, and MiB beyond the models.
+"""`deepalign analyze` beside scripts that take a whole softmax: seconds, MiB beyond the models.
 
     whole     every position of every sequence through both heads and a log-softmax in fp32, as the
               paper's published script does it, of which 20 positions are kept
@@ -84,15 +84,16 @@ def script(model: Any, base: Any, pairs: Sequence[Pair], batch: int, careful: bo
     return torch.cat(out)
 
 
-def measured(call: Callable[[], Any], laps: int) -> tuple[Any, float, float]:
-    """(result, seconds of the fastest of some laps, MiB at the peak)."""
+def measured(call: Callable[[], Any], laps: int) -> tuple[Any, float, float, float]:
+    """(result, seconds and seconds of processors of the fastest of some laps, MiB at the peak)."""
     result, allocated = _memory.measure(call)
-    seconds = []
+    seconds, busy = [], []
     for _ in range(laps):
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         call()
         seconds.append(time.perf_counter() - begun)
-    return result, min(seconds), allocated.peak / MIB
+        busy.append(time.process_time() - used)
+    return result, min(seconds), min(busy), allocated.peak / MIB
 
 
 def command(argv: Sequence[str] | None = None) -> int:
@@ -121,12 +122,18 @@ def command(argv: Sequence[str] | None = None) -> int:
             )
     rows, kl = {}, None
     for name, call in calls.items():
-        result, seconds, mib = measured(call, options.laps)
+        result, seconds, busy, mib = measured(call, options.laps)
         found = torch.from_numpy(result.kl_model_base) if name == "ours" else result
         kl = found if kl is None else kl
         gap = float((found - kl).abs().max())
-        rows[name] = {"seconds": seconds, "MiB": mib, "largest difference of KL, nats": gap}
-        print(f"{name:8} {seconds:8.2f} s {mib:9.0f} MiB   KL differs by at most {gap:.1e} nats")
+        rows[name] = {
+            "seconds": seconds,
+            "cpu_seconds": busy,
+            "MiB": mib,
+            "largest difference of KL, nats": gap,
+        }
+        about = f"{seconds:8.2f} s, {busy:8.2f} s of processors, {mib:6.0f} MiB"
+        print(f"{name:8} {about}   KL differs by at most {gap:.1e} nats")
     if options.out:
         about = {**vars(options), "vocab": vocab, "machine": machine.describe("cpu")}
         pathlib.Path(options.out).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -191,29 +191,34 @@ def _other(sources: Sequence[Source]) -> Iterator[Figure]:
             yield Figure(key, title, caption + BANDS, POSITION, label, DEPTH, series, **extra)
 
 
-def rates(cells: Sequence[Cell], setting: str, name: str, *, shown: bool = True) -> Series | None:
+def rates(cells: Sequence[Cell], setting: str, name: str, *, shown: bool = True) -> Series:
     """Attack success in percent by a numeric setting."""
-    points = []
-    for cell in cells:
-        rate = cell.rate
-        if setting in cell.setting and rate is not None:
-            n = len([v for v in cell.outcomes.values() if v])
-            points.append((float(cell.setting[setting]), *(100 * v for v in rate), n))
-    if not points:
-        return None
-    x, y, low, high, n = map(list, zip(*sorted(points), strict=True))
-    return Series(name, x, y, low, high, n, shown)
+    rated = [(float(c.setting[setting]), c, r) for c in cells if (r := c.rate) is not None]
+    rated.sort(key=lambda point: point[0])
+    value, low, high = ([100 * r[i] for _, _, r in rated] for i in range(3))
+    count = [len([v for v in c.outcomes.values() if v]) for _, c, _ in rated]
+    return Series(name, [x for x, _, _ in rated], value, low, high, count, shown)
 
 
-def prefill_cells(source: Source) -> list[Cell]:
-    """Those of an attack that prefills k tokens, as its first judge sees them."""
-    found = [c for c in source.cells if "k" in c.setting and "r" not in c.setting]
-    judges = [c.judge for c in found]
-    return [c for c in found if c.judge == judges[0]]
+def sweeps(source: Source, setting: str) -> dict[str, list[Cell]]:
+    """Cells that differ in one setting alone, as the first judge of the run sees them, by a label
+    that tells the sweeps of a run apart."""
+    found = [c for c in source.cells if setting in c.setting]
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in (c for c in found if c.judge == found[0].judge):
+        others = sorted(f"{k}={v}" for k, v in cell.setting.items() if k != setting)
+        groups.setdefault((cell.attack, *others), []).append(cell)
+    same = set.intersection(*map(set, groups)) if groups else set()
+    out = {}
+    for key, cells in groups.items():
+        label = ", ".join([source.title, *(part for part in key if part not in same)])
+        out[label] = sorted(cells, key=lambda c: c.setting[setting])
+    return out
 
 
 def _prefill(sources: Sequence[Source]) -> Iterator[Figure]:
-    series = [s for src in sources if (s := rates(prefill_cells(src), "k", src.title))]
+    found = [item for source in sources for item in sweeps(source, "k").items()]
+    series = [s for name, cells in found if (s := rates(cells, "k", name)).x]
     if series:
         yield Figure(
             "prefill",
@@ -228,16 +233,21 @@ def _prefill(sources: Sequence[Source]) -> Iterator[Figure]:
         )
 
 
-def _attack_steps(sources: Sequence[Source]) -> Iterator[Figure]:
-    series = [
-        s for src in sources if (s := rates([c for c in src.cells if "step" in c.setting],
-                                            "step", src.title))
-    ]  # fmt: skip
+def finetunings(sources: Sequence[Source]) -> list[Series]:
+    """Attack success by step of a fine-tuning, judged here or recorded as a rate."""
+    series = []
     for source in sources:
+        for name, cells in sweeps(source, "step").items():
+            series.append(rates(cells, "step", name))
         for name, points in source.training.items():
             known = [p for p in points if p.get("asr") is not None]
             if known:
                 series.append(_asr_series(name, known))
+    return [s for s in series if s.x]
+
+
+def _attack_steps(sources: Sequence[Source]) -> Iterator[Figure]:
+    series = finetunings(sources)
     if series:
         yield Figure(
             "asr-steps",
@@ -302,6 +312,11 @@ def _logs(sources: Sequence[Source]) -> Iterator[Figure]:
             if points:
                 x, y = zip(*points, strict=True)
                 series.append(Series(source.title, x, y))
+        if name == "nll":
+            for curve, points in ((c, p) for s in sources for c, p in s.training.items()):
+                known = [(p["step"], p["nll"]) for p in points if p.get("nll") is not None]
+                if known:
+                    series.append(Series(curve, [x for x, _ in known], [y for _, y in known]))
         if series:
             yield Figure(f"log-{name}", title, caption, "optimizer step", label, TRAINING, series)
 
@@ -361,18 +376,14 @@ def _searches(sources: Sequence[Source]) -> Iterator[Figure]:
 
 
 def _history(data: Mapping, unit: str) -> list[tuple[float, float]]:
-    """(step or TFLOP, best loss so far) from data["history"]: losses by step, or
-    [step, loss] pairs; data["flops"] is what one step costs, or a list of sums."""
-    history = data.get("history") or data.get("losses") or []
-    pairs = [(i, h) if isinstance(h, (int, float)) else (h[0], h[1]) for i, h in enumerate(history)]
-    if unit == "flops":
-        flops = data.get("flops")
-        if flops is None:
-            return []
-        spent = flops if isinstance(flops, list) else [flops * (x + 1) for x, _ in pairs]
-        pairs = [(f / 1e12, y) for f, (_, y) in zip(spent, pairs, strict=False)]
-    best = np.minimum.accumulate([y for _, y in pairs]) if pairs else []
-    return [(float(x), float(y)) for (x, _), y in zip(pairs, best, strict=True)]
+    """(step or TFLOP, best loss so far) from data["history"], losses by step, and data["flops"], of
+    the whole search."""
+    history = data.get("history") or []
+    if unit == "flops" and not data.get("flops"):
+        return []
+    each = 1.0 if unit == "step" else data["flops"] / len(history or [0]) / 1e12
+    best = np.minimum.accumulate(history) if history else []
+    return [(each * (i + 1), float(loss)) for i, loss in enumerate(best)]
 
 
 def _mean_history(name: str, histories: Sequence[Sequence[tuple[float, float]]]) -> Series:

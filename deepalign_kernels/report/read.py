@@ -82,7 +82,9 @@ def _source(folder: Path) -> Source:
         _read_log(source)
     if (folder / MANIFEST).is_file():
         source.manifest = source.manifest | read_manifest(folder)
-        source.title = str(source.manifest.get("title", source.title))
+        engine = source.manifest.get("engine") or {}
+        model = str(engine.get("model") or source.title).rstrip("/").rpartition("/")[2]
+        source.title = str(source.manifest.get("title", model))
         _read_records(source)
     return source
 

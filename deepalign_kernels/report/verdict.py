@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepalign_kernels.report import paper
-from deepalign_kernels.report.figures import prefill_cells
+from deepalign_kernels.report.figures import finetunings, sweeps
 from deepalign_kernels.report.read import Source
 from deepalign_kernels.runs import Cell, curves
 
@@ -92,8 +92,7 @@ def _depth(firsts: Sequence[Depth]) -> str:
 
 def _prefix(sources: Sequence[Source]) -> str:
     parts = []
-    for source in sources:
-        cells = sorted(prefill_cells(source), key=lambda c: c.setting["k"])
+    for title, cells in prefixes(sources):
         rated = [(c.setting["k"], rate) for c in cells if (rate := c.rate) is not None]
         if len(rated) < 2:
             continue
@@ -104,17 +103,27 @@ def _prefix(sources: Sequence[Source]) -> str:
             ends = f"k = {half.value:.1f} [{half.low:.1f}, {half.high:.1f}]"
             at = "" if math.isnan(half.value) else f", half of the way by {ends}"
             parts.append(
-                f"{source.title} answers {percent(before)} without a prefix and {percent(worst)} at"
+                f"{title} answers {percent(before)} without a prefix and {percent(worst)} at"
                 f" k = {k}{at} (n = {n})"
             )
         else:
             parts.append(
-                f"{source.title} shows no rise with a prefix: {percent(before)} at k = {first}, at"
+                f"{title} shows no rise with a prefix: {percent(before)} at k = {first}, at"
                 f" most {percent(worst)} (n = {n})"
             )
     if not parts:
         return "Prefix: no attack with prefilled tokens is in this report."
     return f"Prefix: {'; '.join(parts[:4])}."
+
+
+def prefixes(sources: Sequence[Source]) -> list[tuple[str, list[Cell]]]:
+    """(title, cells by k): the first attack with prefilled tokens of each run, not those that
+    choose the tokens."""
+    out = []
+    for source in sources:
+        found = [c for c in sweeps(source, "k").values() if "r" not in c[0].setting]
+        out += [(source.title, cells) for cells in found[:1]]
+    return out
 
 
 def half_rise(cells: Sequence[Cell]) -> curves.Estimate:
@@ -129,13 +138,11 @@ def half_rise(cells: Sequence[Cell]) -> curves.Estimate:
 
 def _training(sources: Sequence[Source], firsts: Sequence[Depth]) -> str:
     ends = []
-    for source in sources:
-        for name, points in source.training.items():
-            known = [p for p in points if p.get("asr") is not None]
-            if known:
-                last = max(known, key=lambda p: p["step"])
-                n = f", n = {last['n']}" if last.get("n") else ""
-                ends.append(f"{name} {_asr(last)} after {last['step']} steps{n}")
+    for series in finetunings(sources):
+        n = f", n = {series.count[-1]}" if series.count[-1] else ""
+        bounds = [v for v in (series.low[-1], series.high[-1]) if v is not None]
+        where = f" [{bounds[0]:.0f}, {bounds[1]:.0f}]" if bounds else ""
+        ends.append(f"{series.name} {series.y[-1]:.0f} %{where} after {series.x[-1]:.0f} steps{n}")
     if ends:
         return f"Fine-tuning: attack success is {'; '.join(ends[:5])}."
     ranked = correlation(sources)
@@ -156,23 +163,15 @@ def _training(sources: Sequence[Source], firsts: Sequence[Depth]) -> str:
     return "Fine-tuning: no run with attack success by step is in this report."
 
 
-def _asr(point: dict) -> str:
-    from deepalign_kernels.runs.stats import wilson
-
-    if point.get("n"):
-        return percent(wilson(round(point["asr"] * point["n"]), point["n"]))
-    return f"{100 * point['asr']:.0f} %"
-
-
 def correlation(sources: Sequence[Source]) -> curves.Correlation | None:
     """Depth against mean success over the depths k > 0, for models with both; None for fewer than
     three."""
     shares = {d.title: d.share.value for d in reversed(depths(sources))}
     success = {}
-    for source in sources:
-        rated = [c.rate.value for c in prefill_cells(source) if c.setting["k"] and c.rate]
+    for title, cells in prefixes(sources):
+        rated = [c.rate.value for c in cells if c.setting["k"] and c.rate]
         if rated:
-            success[source.title] = float(np.mean(rated))
+            success[title] = float(np.mean(rated))
     both = [t for t in shares if t in success and math.isfinite(shares[t])]
     if len(both) < 3:
         return None

@@ -149,10 +149,42 @@ def test_curves_are_means_with_their_intervals(folders):
 
 def test_rates_have_wilson_intervals(folders):
     (source,) = read.read([folders[2]])
-    series = figures.rates(figures.prefill_cells(source), "k", "x")
+    ((label, cells),) = figures.sweeps(source, "k").items()
+    series = figures.rates(cells, "k", "x")
+    assert label == "aligned"
     low, high = runs.stats.wilson(18, 24)[1:]
     assert series.x == [0.0, 1.0, 5.0, 10.0] and series.y == [0.0, 25.0, 75.0, 75.0]
     assert (series.low[2], series.high[2]) == pytest.approx((100 * low, 100 * high))
+
+
+def test_sweeps_of_one_run_are_told_apart(tmp_path):
+    folder = an_attack(tmp_path / "r", "m", {5: 0.5})
+    with Run(tmp_path / "s", {"about": "attack", "engine": {"model": "a/b/m"}}) as run:
+        records = list(runs.read_records(folder))
+        verdicts, samples = [], []
+        for objective in ("sft", "constrained"):
+            for step in (0, 10):
+                cell = {"objective": objective, "warmup": 10, "step": step}
+                for r in records:
+                    samples.append(Record("sample", "finetune", cell, r.item))
+                    data = {"of": samples[-1].key, "success": objective == "sft" and step > 0}
+                    verdicts.append(Record("verdict", "j", {"of": data["of"]}, r.item, data=data))
+        run.records.commit("all", samples)
+        run.verdicts.commit("all", verdicts)
+    series = figures.finetunings(read.read([tmp_path / "s"]))
+    assert {s.name: s.y for s in series} == {
+        "m, objective=sft": [0.0, 100.0],
+        "m, objective=constrained": [0.0, 0.0],
+    }
+    sentence = verdict.sentences(read.read([tmp_path / "s"]))[2]
+    assert "m, objective=sft 100 % [86, 100] after 10 steps, n = 24" in sentence
+
+
+def test_searches_are_drawn_by_step_and_by_computation(folders):
+    found = {f.key: f for f in figures.figures(read.read([folders[5]]))}
+    (by_step,), (by_work,) = found["search-steps"].data, found["search-flops"].data
+    assert by_step.x == [1, 2, 3, 4] and by_step.y == [5.0, 4.0, 4.0, 2.0]  # the best so far
+    assert by_work.x == [0.25, 0.5, 0.75, 1.0] and by_work.y == by_step.y
 
 
 def test_the_verdict_follows_its_rules(folders):
