@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "compare": ("deepalign_kernels.attack.compare", "two runs of attack, cell by cell"),
     "info": ("deepalign_kernels.cli.info", "versions; which backend runs each op, and why"),
     "report": ("deepalign_kernels.report.command", "one page from analyses, attacks, trainings"),
+    "train": ("deepalign_kernels.train.command", "fine-tune a model with the constrained loss"),
 }
 INTERRUPTED = 130  # as a shell says it of SIGINT
 WRONG = 2

@@ -77,7 +77,7 @@ class TrainConfig:
         release_gradients: use and free each gradient inside the backward, so that there is never
             more than one; not with accumulation, clipping or several processes.
         adam_betas: of AdamW; the paper has 0.5 and 0.999.
-        adam_eps: of AdamW.
+        adam_eps: added to the root of AdamW's second moment.
         weight_decay: decoupled, on parameters with two or more dimensions.
         max_grad_norm: 2-norm to which the gradient is clipped; None, as in the paper, leaves it as
             it is: clipping takes away from the constraint where it pulls hardest.

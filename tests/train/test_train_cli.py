@@ -13,7 +13,8 @@ from tiny_chat import RECORDS, RECOVERIES, build_model, build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from deepalign_kernels.train import TrainConfig, TrainingRun
-from deepalign_kernels.train.__main__ import build, main, parser, settle
+from deepalign_kernels.train.__main__ import main, parser
+from deepalign_kernels.train.command import build, options_of, settle
 
 
 def signal_term():
@@ -118,7 +119,7 @@ def test_a_stop_says_what_is_saved(tmp_path, capsys, monkeypatch):
     real = TrainingRun._report
     monkeypatch.setattr(TrainingRun, "_report", lambda *a: (real(*a), signal_term()))
     assert main([*arguments, "--resume", "auto"]) == 143
-    assert "--resume goes on from" in (told := capsys.readouterr().err)
+    assert "--resume yes goes on from" in (told := capsys.readouterr().err)
     assert told.strip().endswith("checkpoint-0000001.pt")
     assert main([*arguments, "--resume", "auto"]) == 143  # one step more
     assert sorted(p.name for p in out.glob("c*")) == [f"checkpoint-000000{n}.pt" for n in (1, 2)]
@@ -131,3 +132,29 @@ def test_help_and_light_import():
     assert shown.stdout.strip() == "False"
     text = " ".join(parser().format_help().split())
     assert "--objective {sft,constrained,exact," in text and "--on-too-long" in text
+
+
+def test_deepalign_train_reads_yaml_and_flags(tmp_path, capsys):
+    """The same options as `python -m`, from a file, with a flag that wins."""
+    pytest.importorskip("tyro", reason="needs tyro")
+    from deepalign_kernels.cli.main import main as deepalign
+
+    arguments, out = prepare(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {arguments[1]}\ndata: {arguments[3]}\noutput: {out}\nbatch_size: 3\n"
+        "max_steps: 9\nadam_betas: [0.4, 0.99]\nprogress: false\ndevice: cpu\nbeta_prefix: 3\n"
+    )
+    words = ["train", "--config", str(recipe), "--max-steps", "2", "--optimizer", "adamw"]
+    assert deepalign(words) == 0
+    assert "2 steps, nll" in capsys.readouterr().out
+    start = json.loads((out / "train_log.jsonl").read_text().splitlines()[0])["config"]
+    assert start["adam_betas"] == [0.4, 0.99] and start["max_steps"] == 2
+    assert start["beta"]["prefix"] == 3.0 and start["batch_size"] == 3
+    recipe.write_text("learning_rat: 1\n")
+    assert deepalign(["train", "--config", str(recipe)]) == 2
+    assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+def test_every_option_says_what_it_is():
+    assert all(len(option.text) > 10 for option in options_of()), options_of()

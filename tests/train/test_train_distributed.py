@@ -236,7 +236,7 @@ def test_sigterm_to_the_launcher_is_a_checkpoint_of_all(tmp_path):
     wait_for(process, tmp_path / "out" / "train_log.jsonl", lines=4)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
-    assert errors.count("stopped; --resume goes on from") == 1, errors
+    assert errors.count("stopped; --resume yes goes on from") == 1, errors
     assert len(list((tmp_path / "out").glob("checkpoint-*.pt"))) == 1
 
 
@@ -308,3 +308,19 @@ def test_what_accelerate_launch_says_is_done_or_refused(
             way_of(*arguments)
     else:
         assert way_of(*arguments) == expected
+
+
+@pytest.mark.parametrize("file", ("ddp.yaml", "fsdp2.yaml"))
+def test_the_launch_files_are_what_accelerate_reads(file, monkeypatch):
+    """As `accelerate launch` puts them into the environment of each process."""
+    commands = pytest.importorskip("accelerate.commands.launch", reason="needs accelerate")
+    path = str(Path(__file__).parents[2] / "examples" / "launch" / file)
+    arguments = commands.launch_command_parser().parse_args(["--config_file", path, "x"])
+    read = commands._validate_launch_command(arguments)[0]
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    environment = prepare_multi_gpu_env(read)
+    assert read.num_processes > 1 and read.mixed_precision == "no"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert way_of("auto", False, True) == (file.removesuffix(".yaml").removesuffix("2"), False)

@@ -1,0 +1,219 @@
+"""`deepalign train`: fine-tunes a causal language model and writes it, with its tokenizer.
+
+The options are the fields of `TrainConfig`, of its beta schedule and of `RecoveryAugmentation`,
+with the texts that those have: nothing is said twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from deepalign_kernels.data import RecoveryAugmentation, load_chat_data
+from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
+from deepalign_kernels.losses import BetaSchedule
+from deepalign_kernels.rules import RULES
+from deepalign_kernels.train import config as choices
+from deepalign_kernels.train.checkpoint import checkpoints
+from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.loop import TrainingRun
+from deepalign_kernels.train.optimizers import OPTIMIZERS
+from deepalign_kernels.train.ranks import PARALLEL, ProcessLost
+from deepalign_kernels.train.session import Terminated
+
+# The augmentation makes a model differ from what it was, so nothing holds it there, and the paper
+# trains it with Adam's usual betas and no warm-up.
+WITH_RECOVERY: dict[str, Any] = {
+    "objective": "sft",
+    "adam_betas": (0.9, 0.999),
+    "warmup_steps": 0,
+}
+GIVEN_ELSEWHERE = ("output_dir", "beta", "recovery", "tokenizer", "anchors", "seed")
+ALLOWED = {
+    "objective": (*choices.OBJECTIVES, *RULES),
+    "reference": choices.REFERENCES,
+    "head": choices.HEADS,
+    "kl_direction": choices.KL_DIRECTIONS,
+    "optimizer": tuple(OPTIMIZERS),
+    "parallel": PARALLEL,
+    "best_by": choices.BEST_BY,
+    "lr_schedule": choices.SCHEDULES,
+    "position_origin": ORIGINS,
+    "on_too_long": TOO_LONG,
+    "autocast_dtype": ("bfloat16",),
+    "dtype": ("float32", "bfloat16"),
+    "resume": ("no", "yes", "auto"),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, for any parser."""
+
+    name: str
+    kind: type  # of one value
+    default: Any  # MISSING: must be given
+    text: str
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        return ALLOWED.get(self.name, ())
+
+    @property
+    def annotation(self) -> Any:
+        one: Any = Literal[self.allowed] if self.allowed else self.kind
+        if self.name == "adam_betas":
+            one = tuple[float, float]
+        return one | None if self.default is None else one
+
+
+def options_of() -> list[Option]:
+    """All of them: of the command itself, `TrainConfig`, the schedule and the augmentation."""
+    local = os.environ.get("LOCAL_RANK", "0")  # under a launcher: this process's device
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    out = [
+        Option("model", str, MISSING, "folder or hub name of a causal LM with its tokenizer"),
+        Option("data", str, MISSING, "JSONL of messages, or of prompt and completion"),
+        Option("output", str, MISSING, "folder for log, checkpoints and the trained model"),
+        Option("eval_data", str, None, "held-out data, as data; the best state goes to best.pt"),
+        Option("recovery", str, None, "JSONL of prompt, answer, refusal; data are then anchors"),
+        Option("ref_model", str, None, "model to be constrained to; None: the model itself"),
+        Option("dtype", str, "float32", "of the weights; bfloat16 needs an optimizer for it"),
+        Option("device", str, device, "where the model is trained"),
+        Option("resume", str, "no", "yes: go on from the newest checkpoint; auto: if there is one"),
+    ]
+    for f in fields(BetaSchedule):
+        kind = int if f.name == "prefix_length" else float
+        out.append(Option(f"beta_{f.name}", kind, f.default, f"`{f.name}` of the beta schedule"))
+    told = described(TrainConfig.__doc__)
+    for f in fields(TrainConfig):
+        if f.name not in GIVEN_ELSEWHERE or f.name == "seed":
+            kind = next((k for k in (bool, float, int) if k.__name__ in str(f.type)), str)
+            default, text = f.default, told[f.name]
+            if f.name in WITH_RECOVERY:
+                text += f" Default {default}, with recovery {WITH_RECOVERY[f.name]}."
+                default = None
+            out.append(Option(f.name, kind, default, text))
+    taken, told = {option.name for option in out}, described(RecoveryAugmentation.__doc__)
+    for p in signature(RecoveryAugmentation).parameters.values():
+        if p.name not in taken and p.name not in GIVEN_ELSEWHERE:
+            kind = type(p.default) if p.default is not None else str
+            out.append(Option(p.name, kind, p.default, f"Of recovery: {told.get(p.name, '')}"))
+    return out
+
+
+def described(docstring: str | None) -> dict[str, str]:
+    """{argument: what the section Args of a docstring says of it}."""
+    body = re.split(r"\n\s*(?:Raises|Returns|Attributes):\n", (docstring or "").split("Args:\n")[1])
+    found = re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", body[0], re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _class() -> Any:
+    every = options_of()
+    doc = "Fine-tune a causal language model with the constrained loss (arXiv 2406.05946).\n\n"
+    doc += "Attributes:\n" + "\n".join(f"    {o.name}: {o.text}" for o in every)
+    made = [
+        (o.name, o.annotation, field(**({} if o.default is MISSING else {"default": o.default})))
+        for o in every
+    ]
+    return make_dataclass("Options", made, kw_only=True, namespace={"__doc__": doc})
+
+
+Options: Any = _class()
+
+
+def settle(options: Any) -> str | None:
+    """Put in what depends on recovery; what to tell about it."""
+    usual, named = {f.name: f.default for f in fields(TrainConfig)}, vars(options)
+    chosen = [name for name in WITH_RECOVERY if named[name] is None]
+    for name in chosen:
+        named[name] = (WITH_RECOVERY if options.recovery else usual)[name]
+    if not options.recovery or not chosen:
+        return None
+    told = ", ".join(f"{name} {named[name]}" for name in chosen)
+    return f"--recovery: as in the paper, {told}; give these options for another choice"
+
+
+def build(options: Any) -> TrainingRun:
+    """The run that the options describe.
+
+    Raises:
+        ValueError: whatever is wrong with them; before a model is loaded, if that is possible.
+    """
+    if (note := settle(options)) and _main_process():
+        print(note, file=sys.stderr)
+    named = vars(options)
+    beta = BetaSchedule(**{f.name: named[f"beta_{f.name}"] for f in fields(BetaSchedule)})
+    rest = {f.name: named[f.name] for f in fields(TrainConfig) if f.name in named}
+    rest["adam_betas"] = tuple(options.adam_betas)
+    config = TrainConfig(options.output, beta=beta, **rest)
+    result = Path(options.output) / "model"
+    if result.exists() and options.resume == "no":
+        raise ValueError(f"output: {result} is there already; choose another folder or remove it")
+
+    data: Any = load_chat_data(options.data)  # wrong data are found before a large model is loaded
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(path: str) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
+        return model.to(options.device)
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if options.recovery:
+        given = signature(RecoveryAugmentation).parameters
+        about = {name: named[name] for name in given if name in named}
+        about |= {"recovery": options.recovery, "tokenizer": tokenizer, "anchors": data}
+        data = RecoveryAugmentation(**about)
+    reference = load(options.ref_model) if options.ref_model else None
+    return TrainingRun(
+        load(options.model), tokenizer, config, data, reference, eval_data=options.eval_data
+    )
+
+
+def run(options: Any) -> int:
+    """Train; the exit status: 2 for a mistake, 1 for another process that ended, 130 and 143 for
+    Ctrl-C and SIGTERM."""
+    try:
+        return _run(options)
+    finally:
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and "LOCAL_RANK" in os.environ:
+            dist.destroy_process_group()
+
+
+def _run(options: Any) -> int:
+    try:
+        run = build(options)
+        result = run.train(resume={"no": False, "yes": True, "auto": "auto"}[options.resume])
+        folder = Path(options.output) / "model"
+        run.save_model(folder)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if _main_process():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ProcessLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        saved = checkpoints(Path(options.output))
+        then = f"--resume yes goes on from {saved[-1]}" if saved else "nothing was saved yet"
+        if _main_process():
+            print(f"stopped; {then}", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
+    if _main_process():
+        nll = f"nll {result.metrics['nll']:.4g}"
+        print(f"{result.steps} steps, {nll}; model in {folder}, log in {result.log_path}")
+    return 0
+
+
+def _main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
