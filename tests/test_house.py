@@ -34,6 +34,7 @@ MAY_IMPORT = {  # room -> the rooms it may import
     "losses": {"check", "ops"},
     "hf": {"check", "modes", "ops", "losses", "rules"},
     "data": {"check"},
+    "data/command": {"check", "data", "losses"},
     "train": {"check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules"},
     "toyworld": {
         *("analyze", "attack", "attack/finetune", "data", "fingerprint", "generate", "hf"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deepalign_kernels.data.records import read_jsonl
+from deepalign_kernels.data.reading import read_jsonl
 
 Row = Mapping[str, Any]
 

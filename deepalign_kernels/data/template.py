@@ -34,6 +34,22 @@ class Turn(NamedTuple):
     end: int
 
 
+class _Talk(list[Message]):
+    """Messages, and the tools that the template is told of with them; slices keep the tools."""
+
+    tools: list[Any] | None = None
+
+    def but(self, index: int, message: Message) -> _Talk:
+        out = _Talk([*self[:index], message, *self[index + 1 :]])
+        out.tools = self.tools
+        return out
+
+    def until(self, index: int) -> _Talk:
+        out = _Talk(self[:index])
+        out.tools = self.tools
+        return out
+
+
 class ChatTemplate:
     """The chat template of one fast tokenizer.
 
@@ -87,14 +103,17 @@ class ChatTemplate:
             return ""
         return "the last assistant turn" if all(marks[:-1]) and marks[:-1] else "assistant turns"
 
-    def render(self, messages: Sequence[Message]) -> tuple[str, list[Turn]]:
-        """The text, and the characters of each assistant turn, in order.
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[Turn]]:
+        """The text, and the characters of each assistant turn, in order. `tools`: JSON schemas.
 
         Raises:
             ValueError: the template fails, leaves out a user turn, or does not show where the
                 assistant speaks.
         """
-        messages = [dict(m) for m in messages]
+        messages = _Talk(map(dict, messages))
+        messages.tools = None if tools is None else list(tools)
         text, marks = self._jinja(messages, marks=self.marked)
         for message in messages:
             if message["role"] == "user" and message["content"].strip() not in text:
@@ -142,6 +161,7 @@ class ChatTemplate:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        tools = getattr(messages, "tools", None)
         if self._in_parts:
             messages = [
                 {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
@@ -149,6 +169,7 @@ class ChatTemplate:
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],
+                tools=tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=marks,
                 add_generation_prompt=ask,
@@ -160,7 +181,7 @@ class ChatTemplate:
 
     # One turn.
 
-    def _around(self, messages: list[Message], index: int, text: str) -> tuple[str, str] | None:
+    def _around(self, messages: _Talk, index: int, text: str) -> tuple[str, str] | None:
         """What the template puts before and behind the content of message `index`, whatever that
         is; None if it does not show the content once and as it is."""
         probe = PROBE
@@ -168,13 +189,13 @@ class ChatTemplate:
             probe += "q"
         bare = {"role": "assistant", "content": probe}
         try:
-            rendered = self._jinja([*messages[:index], bare, *messages[index + 1 :]])[0]
+            rendered = self._jinja(messages.but(index, bare))[0]
         except ValueError:  # such as a tool's answer that nobody has called for any more
             return None
         before, *after = rendered.split(probe)
         return (before, after[0]) if len(after) == 1 else None
 
-    def _marked(self, messages: list[Message], index: int, mark: Span, text: str) -> Turn:
+    def _marked(self, messages: _Talk, index: int, mark: Span, text: str) -> Turn:
         """The mark says what is trained, and the template's surroundings where the content is."""
         begin, end = mark
         around = self._around(messages, index, text)
@@ -186,7 +207,7 @@ class ChatTemplate:
         stop = len(text) - _common_suffix(text[shared:], after)
         return Turn(begin, content, min(max(stop, content), end), end)
 
-    def _unmarked(self, messages: list[Message], index: int, number: int, text: str) -> Turn:
+    def _unmarked(self, messages: _Talk, index: int, number: int, text: str) -> Turn:
         """Trained is what follows the prompt for generation, up to what ends the turn. Of a
         template that has no such prompt, it is the content and what ends the turn."""
         lost = ValueError(f"cannot find assistant turn {number} in what the chat template renders")
@@ -199,7 +220,7 @@ class ChatTemplate:
         plain = shared == len(before)
         behind = _common_suffix(text[shared:], after)
         stop = len(text) - behind
-        prompt, past = self._prompt(messages[:index])
+        prompt, past = self._prompt(messages.until(index))
         begin = len(commonprefix([prompt, before if plain else text]))
         found = past < begin and (begin if plain else past + 1) <= shared
         if plain and text.startswith(prompt) and len(before) < len(prompt) < stop:
@@ -210,14 +231,15 @@ class ChatTemplate:
             content = begin
         else:
             raise ValueError(f"{lost}; {HINT}")
-        said = messages[index]["content"]
-        if plain and behind == len(after) and text[content:stop].strip() not in said:
+        said, simple = messages[index]["content"], set(messages[index]) <= {"role", "content"}
+        shown = text[content:stop].strip()
+        if plain and simple and behind == len(after) and shown not in said:
             raise ValueError(f"{lost}: it changes the content; {HINT}")
         closed = behind == len(after)
         end = stop + (self._ending(text[stop:], index == len(messages) - 1) if closed else 0)
         return Turn(begin, content, stop, end)
 
-    def _prompt(self, messages: list[Message]) -> tuple[str, int]:
+    def _prompt(self, messages: _Talk) -> tuple[str, int]:
         """(the prompt for an answer to `messages`, how much of it is there without asking)."""
         try:
             prompt = self._jinja(messages, ask=True)[0]

@@ -16,8 +16,12 @@ from typing import Any, Literal
 
 import torch
 
-from deepalign_kernels.data import RecoveryAugmentation, load_chat_data
-from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
+from deepalign_kernels.data import RecoveryAugmentation
+from deepalign_kernels.data.columns import PART_WEIGHTINGS
+from deepalign_kernels.data.examples import ORIGINS, TOO_LONG, TRAIN_ON
+from deepalign_kernels.data.reading import rows_of
+from deepalign_kernels.data.records import UNKNOWN_KEYS, check_record
+from deepalign_kernels.data.recovery import GLUES
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.rules import RULES
 from deepalign_kernels.train import config as choices
@@ -47,6 +51,10 @@ ALLOWED = {
     "lr_schedule": choices.SCHEDULES,
     "position_origin": ORIGINS,
     "on_too_long": TOO_LONG,
+    "train_on": TRAIN_ON,
+    "unknown_keys": UNKNOWN_KEYS,
+    "weighting": PART_WEIGHTINGS,
+    "glue": GLUES,
     "autocast_dtype": ("bfloat16",),
     "dtype": ("float32", "bfloat16"),
     "resume": ("no", "yes", "auto"),
@@ -80,7 +88,7 @@ def options_of() -> list[Option]:
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     out = [
         Option("model", str, MISSING, "folder or hub name of a causal LM with its tokenizer"),
-        Option("data", str, MISSING, "JSONL of messages, or of prompt and completion"),
+        Option("data", str, MISSING, "conversations: JSONL or Parquet, folder, name of a data set"),
         Option("output", str, MISSING, "folder for log, checkpoints and the trained model"),
         Option("eval_data", str, None, "held-out data, as data; the best state goes to best.pt"),
         Option("recovery", str, None, "JSONL of prompt, answer, refusal; data are then anchors"),
@@ -159,7 +167,9 @@ def build(options: Any) -> TrainingRun:
     if result.exists() and options.resume == "no":
         raise ValueError(f"output: {result} is there already; choose another folder or remove it")
 
-    data: Any = load_chat_data(options.data)  # wrong data are found before a large model is loaded
+    for row, where in rows_of(options.data):  # before a large model is loaded
+        check_record(row, where, config.unknown_keys)
+    data: Any = options.data
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

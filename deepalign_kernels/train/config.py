@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels import check, rules
-from deepalign_kernels.data.examples import ORIGINS, TOO_LONG
+from deepalign_kernels.data.examples import ORIGINS, TOO_LONG, TRAIN_ON, Encoding
+from deepalign_kernels.data.packing import Limits
+from deepalign_kernels.data.records import UNKNOWN_KEYS
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.train.optimizers import OPTIMIZERS, Factory
 from deepalign_kernels.train.ranks import PARALLEL
@@ -60,6 +62,19 @@ class TrainConfig:
         position_origin: where a response begins to count: at its "content", behind what the chat
             template itself puts there (an empty think block, a channel header), or at the start of
             its "span".
+        train_on: "all" assistant turns, or the "last" of each conversation; `train` and `weight` of
+            a message come before this.
+        unknown_keys: of records and messages: "ignore" leaves them out, "error" refuses them.
+        packing: conversations of a forward stand one behind the other, without padding; each sees
+            itself alone. Refused for models that would let them see each other.
+        max_batch_tokens: tokens per forward, padding included; then a forward has as many
+            conversations as there is room for, without padding also more than `batch_size`. A step
+            has batch_size * gradient_accumulation_steps conversations as before.
+        group_by_length: conversations of a step are of like lengths; less padding, and an order
+            that is less random.
+        data_cache: folder in which tokens are kept for the next run with the same data; None: none.
+        data_workers: processes that tokenise; None: all processors, for more than 2000
+            conversations.
         learning_rate: peak, reached after `warmup_steps`.
         lr_schedule: "linear" or "cosine" bring the rate to 0 at the end, "constant" holds it.
         warmup_steps: steps of linear warm-up; None: the paper's 10, but at most a fifth of the run.
@@ -116,6 +131,13 @@ class TrainConfig:
     reference: str = "precomputed"
     head: str = "fused"
     position_origin: str = "content"
+    train_on: str = "all"
+    unknown_keys: str = "ignore"
+    packing: bool = False
+    max_batch_tokens: int | None = None
+    group_by_length: bool = False
+    data_cache: str | Path | None = None
+    data_workers: int | None = None
     learning_rate: float = 2e-5
     lr_schedule: str = "linear"
     warmup_steps: int | None = None
@@ -152,6 +174,8 @@ class TrainConfig:
             ("best_by", BEST_BY),
             ("kl_direction", KL_DIRECTIONS),
             ("position_origin", ORIGINS),
+            ("train_on", TRAIN_ON),
+            ("unknown_keys", UNKNOWN_KEYS),
             ("on_too_long", TOO_LONG),
         ):
             check.one_of(name, getattr(self, name), allowed)
@@ -164,16 +188,12 @@ class TrainConfig:
         rules.objective_of(self.rule)
         for name in ("batch_size", "gradient_accumulation_steps", "keep_checkpoints", "log_every"):
             _integer(name, getattr(self, name), 1)
-        for name in (
-            "epochs",
-            "max_steps",
-            "max_length",
-            "save_every",
-            "eval_every",
-            "warmup_steps",
+        for name, low in (
+            *(("epochs", 1), ("max_steps", 1), ("max_length", 1), ("max_batch_tokens", 1)),
+            *(("save_every", 1), ("eval_every", 1), ("warmup_steps", 0), ("data_workers", 0)),
         ):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), int(name != "warmup_steps"))
+                _integer(name, getattr(self, name), low)
         _integer("seed", self.seed, 0)
         check.number("learning_rate", self.learning_rate, above=0.0)
         check.number("adam_eps", self.adam_eps, above=0.0)
@@ -260,6 +280,16 @@ class TrainConfig:
         return getattr(self.beta, "prefix_length", 5)
 
     @property
+    def encoding(self) -> Encoding:
+        """How conversations become examples."""
+        return Encoding(self.position_origin, self.train_on, self.unknown_keys)
+
+    @property
+    def limits(self) -> Limits:
+        """Of a forward."""
+        return Limits(self.batch_size, self.max_batch_tokens, self.packing)
+
+    @property
     def step_size(self) -> int:
         """Conversations in one optimizer step, of each process."""
         return self.batch_size * self.gradient_accumulation_steps
@@ -283,6 +313,7 @@ class TrainConfig:
         if not isinstance(self.optimizer, str):
             out["optimizer"] = _name_of(self.optimizer)
         out["output_dir"] = str(self.output_dir)
+        out["data_cache"] = self.data_cache and str(self.data_cache)
         out["adam_betas"] = list(self.adam_betas)
         out["autocast_dtype"] = self.autocast_dtype and str(self.autocast_dtype).removeprefix(
             "torch."

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from deepalign_kernels import rules
 from deepalign_kernels.data.columns import Batch, TokenTable
 from deepalign_kernels.data.examples import IGNORE
-from deepalign_kernels.data.packing import micro_batches
 from deepalign_kernels.modes import evaluating
 from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.forwards import forwards
 from deepalign_kernels.train.objective import BatchObjective, TokenParts, untrained
 from deepalign_kernels.train.ranks import Ranks, is_sharded
 
@@ -54,10 +54,10 @@ class Evaluation:
         )
         sums = torch.zeros(POSITIONS + 1, 5, dtype=torch.float64, device=self._device)
         with evaluating(model), torch.no_grad():
-            size = config.batch_size * self._ranks.count
-            for group in micro_batches(range(len(self._table)), self._table.lengths, size):
-                own = self._ranks.share(group)
-                batch = self._table.batch(own or group[-1:], self._device, self._table.count(group))
+            table, limits = self._table, config.limits
+            rows = sorted(range(len(table)), key=lambda row: -table.lengths[row])
+            for each, own in forwards(self._ranks, rows, table.lengths, limits):
+                batch = table.batch(each, self._device, table.count(each), limits.packed)
                 batch = batch if own else untrained(batch)
                 self._add(sums, reads, model, ref_model, batch, whole)
         return self._said(self._ranks.sum(sums).T.tolist(), ref_model, whole)

@@ -17,6 +17,9 @@ from deepalign_kernels.train.config import TrainConfig
 # two together with the number of processes (`step_size` stays).
 FREE_TO_CHANGE = (
     "batch_size",
+    "max_batch_tokens",
+    "data_cache",
+    "data_workers",
     "gradient_accumulation_steps",
     "parallel",
     "cpu_offload",

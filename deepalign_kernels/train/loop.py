@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels.data.columns import Batch
-from deepalign_kernels.data.packing import micro_batches, steps_per_epoch
+from deepalign_kernels.data.packing import steps_per_epoch
 from deepalign_kernels.modes import kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.forwards import check_isolation, check_limits, forwards
 from deepalign_kernels.train.log import Meter, Progress, RunLog, Speed
 from deepalign_kernels.train.objective import BatchObjective, untrained
 from deepalign_kernels.train.optimizers import set_rate
@@ -122,14 +123,17 @@ class TrainingRun(Prepared):
         self._models = [m for m in (model, ref_model) if m is not None]
         for name, each in zip(("model", "ref_model"), self._models, strict=False):
             self.objective.check(name, each)
+            if config.packing:
+                check_isolation(name, each)
 
+        self.step_size = config.step_size * self.ranks.count  # conversations, of all processes
         self.eval_source = None if eval_data is None else self._source_of(eval_data)
         self.source = self._source_of(
             data,
             # A precomputed reference is a column of every epoch's table before the first step.
             keep_epochs=self.objective.needs_reference and config.reference == "precomputed",
+            step_size=self.step_size if config.group_by_length else None,
         )
-        self.step_size = config.step_size * self.ranks.count  # conversations, of all processes
         self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), self.step_size)
         self.total_steps = config.max_steps or (config.epochs or 1) * self.steps_per_epoch
         self.warmup_steps = config.warmup_of(self.total_steps)
@@ -141,6 +145,8 @@ class TrainingRun(Prepared):
             )
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.source.check(self.epochs)
+        for source in (self.source, self.eval_source):
+            check_limits(config.limits, source, self.epochs)
         self.step = 0  # optimizer steps done
         self.reference = Reference(config, self.objective, self.source, self.ranks)
         self.best: dict[str, Any] | None = None  # the best evaluation: step and its numbers
@@ -267,11 +273,10 @@ class TrainingRun(Prepared):
         table, order = self.source.epoch(epoch)
         rows = order[at * self.step_size :][: self.step_size]
         counts = table.count(rows)  # of the whole step, so that its micro-batches add up
-        size = self.config.batch_size * self.ranks.count
         out = []
-        for group in micro_batches(rows, table.lengths, size):
-            own = self.ranks.share(group)
-            batch = table.batch(own or group[-1:], self.device, counts)
+        limits = self.config.limits
+        for group, own in forwards(self.ranks, rows, table.lengths, limits):
+            batch = table.batch(group, self.device, counts, limits.packed)
             out.append(batch if own else untrained(batch))
         return out
 

@@ -103,12 +103,12 @@ class BatchObjective:
 
         Returns:
             The loss, 0-d fp32: the sum over the tokens divided by `batch.normalizer`, or, where
-            parts are mixed, each row's sum times its `row_scale`. Shares of a step add up.
+            parts are mixed, each row's sum times its `scale`. Shares of a step add up.
         """
         beta = self._beta(batch.positions) if self._asks else None
-        normalizer = batch.normalizer if batch.row_scale is None else None
+        normalizer = batch.normalizer if batch.scale is None else None
         loss, parts = self._head.loss(model, batch, beta, ref_model, normalizer)
-        return (loss if batch.row_scale is None else (loss * batch.row_scale).sum()), parts
+        return (loss if batch.scale is None else (loss * batch.scale).sum()), parts
 
     def constant(self, batch: Batch) -> Tensor | float:
         """What is in `loss` whatever the model does, and a log leaves out: where policy and
@@ -118,8 +118,8 @@ class BatchObjective:
             return 0.0
         beta = self._beta(batch.positions)
         each = torch.where((batch.targets != IGNORE) & (beta > 0), 2 * math.log(2) / beta, 0.0)
-        if batch.row_scale is not None:
-            return (each * batch.row_scale).sum()
+        if batch.scale is not None:
+            return (each * batch.scale).sum()
         return each.sum() / batch.normalizer
 
     def logp(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -215,11 +215,7 @@ class FusedHead:
             return model(**self._inputs(batch), dak_loss=loss)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "shift_labels": batch.targets,
-        }
+        return {**batch.inputs(), "shift_labels": batch.targets}
 
 
 class LogitsHead:
@@ -312,7 +308,7 @@ class LogitsHead:
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         with _autocast(batch, self._dtype):
-            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            return model(**batch.inputs()).logits
 
 
 HEADS = {"fused": FusedHead, "logits": LogitsHead}

@@ -45,11 +45,14 @@ class Prepared(Resumable):
         return Source(
             data,
             self.tokenizer,
-            position_origin=config.position_origin,
+            config.encoding,
             max_length=config.max_length or positions_of(model),
             on_too_long=config.on_too_long,
             vocab_size=embeddings_of(model),
             seed=config.seed,
+            cache=config.data_cache,
+            workers=config.data_workers,
+            progress=config.progress,
             **options,
         )
 

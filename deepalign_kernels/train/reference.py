@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from deepalign_kernels.data.columns import Batch, TokenTable
 from deepalign_kernels.data.examples import IGNORE
-from deepalign_kernels.data.packing import micro_batches
+from deepalign_kernels.data.packing import Limits
 from deepalign_kernels.data.source import Source
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.folder import read, write_atomically
+from deepalign_kernels.train.forwards import forwards
 from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.ranks import ALONE, Ranks
 
+BLOCK = 64  # forwards whose rows are chosen together
 LogpOf = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -37,24 +39,23 @@ def reference_logp(
     table: TokenTable,
     logp_of: LogpOf,
     device: torch.device,
-    batch_size: int,
+    limits: Limits,
     ranks: Ranks = ALONE,
 ) -> Tensor:
     """Log-probability of every target under `model`: a fp32 column of the table, else 0.
 
     Each process computes its share; the column is whole in all of them.
     """
-    out = torch.zeros(table.targets.shape, dtype=torch.float32)
+    out = torch.zeros(table.ids.shape, dtype=torch.float32)
+    order = sorted(range(len(table)), key=lambda row: -table.lengths[row])
+    block, packed = BLOCK * limits.batch_size * ranks.count, limits.packed
     with evaluating(model):
-        for group in micro_batches(range(len(table)), table.lengths, batch_size * ranks.count):
-            rows = ranks.share(group)
-            # A sharded model computes in all processes at once only: with another's row, if need
-            # be.
-            each = rows or group[-1:]
-            batch = table.batch(each, device, table.count(each))
-            logp = logp_of(model, batch).float().cpu()
-            if rows:
-                out[table.slots(rows)] = logp  # padding: every write to its slot is a 0
+        for at in range(0, len(order), block):
+            for rows, own in forwards(ranks, order[at : at + block], table.lengths, limits):
+                batch = table.batch(rows, device, table.count(rows), packed)
+                logp = logp_of(model, batch).float().cpu()
+                if own:  # padding: every write to its slot is a 0
+                    out[table.slots(rows, packed)] = logp
     return ranks.sum(out)
 
 
@@ -116,8 +117,8 @@ class Reference:
                 key = cache.key(self._hash, table, *about)
                 there = ranks.first(lambda k=key, t=table: cache.load_or_none(k, t) is not None)
                 if not there:
-                    logp_of, size = self._objective.logp, config.batch_size
-                    logp = reference_logp(model, table, logp_of, device, size, ranks)
+                    logp_of = self._objective.logp
+                    logp = reference_logp(model, table, logp_of, device, config.limits, ranks)
                     ranks.first(lambda k=key, t=table, x=logp: cache.save(k, t, x))
             table.ref_logp = cache.load(key, table)
             self.keys.append(key)
@@ -138,7 +139,7 @@ class ReferenceCache:
     @staticmethod
     def key(reference: str, table: TokenTable, *details: object) -> str:
         """`reference`: the hash of the model."""
-        text = repr((reference, table.content_hash(), details))
+        text = repr((reference, table.tokens_hash(), details))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def path(self, key: str) -> Path:
@@ -159,7 +160,7 @@ class ReferenceCache:
         saved: dict[str, Any] = read(path)
         logp, data = saved["ref_logp"], saved["data"]
         trained = table.targets != IGNORE
-        if data != table.content_hash() or logp.numel() != int(trained.sum()):
+        if data != table.tokens_hash() or logp.numel() != int(trained.sum()):
             raise ValueError(f"{path}: made from other tokens than data gives now")
         column = torch.zeros(table.targets.shape, dtype=torch.float32)
         column[trained] = logp
@@ -177,4 +178,4 @@ class ReferenceCache:
 
     def save(self, key: str, table: TokenTable, column: Tensor) -> None:
         logp = column[table.targets != IGNORE]
-        write_atomically(self.path(key), {"ref_logp": logp, "data": table.content_hash()})
+        write_atomically(self.path(key), {"ref_logp": logp, "data": table.tokens_hash()})

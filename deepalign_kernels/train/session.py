@@ -81,8 +81,8 @@ def training_session(
     with contextlib.ExitStack() as stack:
         for each in models:
             stack.enter_context(kept_modes(each))
+            stack.enter_context(no_cache(each))
         stack.enter_context(_own_random_numbers(seed_of(config.seed, rank), device))
-        stack.enter_context(_no_cache(getattr(model, "config", None)))
         if config.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
             stack.enter_context(_checkpointed(model))
         if not model.training:
@@ -109,8 +109,10 @@ def _own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_cache(about: Any) -> Iterator[None]:
-    """`about`, a model's config, asks for no key-value cache: in training forwards only a cost."""
+def no_cache(model: nn.Module) -> Iterator[None]:
+    """Its config asks for no key-value cache: in training only a cost, and with one, a model of
+    transformers would take packed conversations for one."""
+    about: Any = getattr(model, "config", None)
     before = getattr(about, "use_cache", None)
     if before is not None:
         about.use_cache = False

@@ -8,7 +8,7 @@ import torch
 from tiny_chat import RECORDS, TEMPLATES, build_model, build_tokenizer, chat
 
 import deepalign_kernels as dak
-from deepalign_kernels.data.examples import limit_length
+from deepalign_kernels.data.examples import LengthLimit
 from deepalign_kernels.train import (
     Example,
     TrainConfig,
@@ -37,7 +37,10 @@ WRONG = {  # what is in line 3 -> what the message must say
     '"text"': "one JSON object per line, got a str",
     "{}": "got none",
     line(text="a"): "got 'text'",
-    line(messages=[], id=1): "got 'id', 'messages'",
+    line(messages=[], mesages=1): "unknown key 'mesages'; is it meant to be 'messages'",
+    line(text="a", id=1): "got 'id', 'text'; plain text has no turns",
+    line(conversations=[]): "of ShareGPT make 'messages'",
+    line(prompt="a", completion="b", tools={}): "expected a list of JSON schemas under 'tools'",
     line(messages="hi"): "expected a list of messages, got str",
     line(messages=[]): "no assistant turn",
     line(messages=["hi"]): "message 0: expected an object",
@@ -46,7 +49,12 @@ WRONG = {  # what is in line 3 -> what the message must say
     messages(("user", "hi"), ("assistant", " \n")): "message 1: empty assistant turn",
     messages(("user", "hi"), ("assistant", None)): "message 1: expected text under 'content'",
     messages(("user", "hi"), ("bot", "hi")): "message 1: unknown role 'bot'",
-    line(messages=[{"role": "user", "content": "a", "name": "b"}]): "unknown key 'name'",
+    line(messages=[{"role": "user", "content": "a", "wieght": 1}]): "meant to be 'weight'",
+    line(messages=[{"role": "user", "content": "a", "train": True}]): "for the assistant's",
+    line(messages=[{"role": "assistant", "content": "a", "train": 1}]): "true or false under",
+    line(messages=[{"role": "assistant", "content": "a", "weight": -1}]): "a finite number >= 0",
+    line(messages=[{"role": "assistant", "content": "a", "weight": "1"}]): "expected a number",
+    line(messages=[{"role": "user", "content": [{"type": "image"}]}]): "expected text under",
     line(prompt="hi", completion=""): "message 1: empty assistant turn",
     line(prompt="hi"): "got 'prompt'",
     line(prompt="hi", completion=3): "expected a list of messages, got int",
@@ -115,6 +123,11 @@ def test_templates_that_cannot_be_trained_with_are_refused(tmp_path):
     path.write_text(f"{GOOD}\n{json.dumps(chat('a', 'b', 'cc', 'd'))}\n")
     with pytest.raises(ValueError, match=r"chat.jsonl:2: .*does not render the user turn"):
         tokenize_chat(build_tokenizer(only_first), path)
+
+
+def limit_length(examples, max_length, how):
+    limit = LengthLimit(max_length, how)
+    return list(limit.of(examples)), limit.too_long
 
 
 def test_too_long_is_refused_dropped_or_truncated_but_never_in_silence(tmp_path):

@@ -37,6 +37,7 @@ CASES = {
     "ddp, a process without a row": {"parallel": "ddp", "batch_size": 3, "max_steps": 3},
     "ddp, frozen reference": {"parallel": "ddp", "reference": "frozen", "kl_coef": 0.3},
     "ddp, LoRA": {"parallel": "ddp", "lora": True},
+    "ddp, packed": {"parallel": "ddp", "packing": True, "max_batch_tokens": 130},
     "ddp, whole logits, clipped": {"parallel": "ddp", "head": "logits", "max_grad_norm": 0.1},
     "fsdp, head of its own": {"parallel": "fsdp"},
     "fsdp, tied head": {"parallel": "fsdp", "tied": True},

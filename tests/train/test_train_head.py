@@ -74,7 +74,7 @@ def test_a_batch_by_hand_needs_no_loop(head, parts):
     positions = torch.tensor([[0, 0, 1, 2, 3, 0], [0, 1, 2, 0, 0, 0]])
     mask, count = (ids != 0).long(), torch.tensor(11)  # 5 of them are here
     scale = torch.tensor([[0.3], [0.05]]) if parts else None
-    batch = Batch(ids, mask, targets, positions, count, row_scale=scale)
+    batch = Batch(ids, mask, targets, positions, count, scale=scale)
     policy, ref = build_model(0), build_model(1)
     objective = BatchObjective("exact", dak.BetaSchedule(), head=head)
     with objective.on(policy, ref):
