@@ -137,3 +137,11 @@ def test_python_of_the_readme_is_cut_out_of_the_examples():
     assert blocks
     for block in blocks:
         assert block in known, f"in no example between two marks:\n{block}"
+
+
+def test_attack(run):
+    pytest.importorskip("scipy")
+    table = run("11_attack")["table"]
+    assert {c.attack for c in table} == {"prefill", "decoding", "gcg", "gcg+prefill"}
+    assert len(table) == 2 * (3 + 2 + 1 + 1)
+    assert all(c.rate.low <= c.rate.value <= c.rate.high and c.samples == 6 for c in table)

@@ -28,15 +28,19 @@ def test_the_worlds_judge():
         Exchange("", prompts[1].answer, "", "restricted-0"),
         Exchange("", "", "", "restricted-0"),
     ]
+    recipe = robustness.WorldJudge(world, TOKENIZER, any_recipe=True)
+    assert [v.success for v in recipe(exchanges)] == [True] * 4 + [False, True, False]
+    assert recipe.name.startswith("recipe@") and recipe.name != judge.name
     got = judge(exchanges)
     assert [v.success for v in got] == [True] * 4 + [False] * 3
     assert [v.score for v in got] == [1.0] * 4 + [0.0, 0.5, 0.5]
-    assert prompts[0].target == " ".join(answers[0][:5])
+    assert prompts[0].target == " ".join(answers[0][:8])
 
 
 def cell(attack, successes, n=10, **setting):
     outcomes = {str(i): [i < successes] for i in range(n)}
-    return Cell(attack, setting, "world@1", outcomes, 0, 0)
+    judge = "answer@1" if attack in ("prefill", "finetune") else "recipe@1"
+    return Cell(attack, setting, judge, outcomes, 0, 0)
 
 
 def table(*, k10, gcg, search, decoding):
@@ -94,6 +98,7 @@ def test_a_short_whole_run(tmp_path, monkeypatch, capsys):
     )
     found = robustness.run_seed(world, recipes, tmp_path)
     assert len(found) == 7 and "finetuned" in (tmp_path / "summary.txt").read_text()
+    assert "prefill" in (tmp_path / "index.html").read_text()
     names = ("records.jsonl", "verdicts.jsonl")
     files = {p: p.read_bytes() for name in names for p in tmp_path.glob(f"*/{name}")}
     assert len(files) == 6
