@@ -1,0 +1,149 @@
+"""Sizes of a model, and what its layers keep for the backward, without any of its weights.
+
+The layers run once on fake tensors, which have shapes and no data: a model of one and of two
+layers, and the rest is their difference times the number of layers. No architecture is known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that the forward below the head keeps for the backward, beside the weights."""
+
+    outside: int  # embedding and final norm
+    layer: int  # of one decoder layer
+    inputs: int  # of one decoder layer, its input alone: what checkpointing keeps
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal language model in numbers.
+
+    Attributes:
+        config: of transformers.
+        parameters: all of them, a tied head counted once.
+        embedding: those of the input embedding.
+        head: those of the output head; the same tensor as the embedding where `tied`.
+        layer: those of one decoder layer.
+        layers, hidden, vocab: numbers of decoder layers, of features, of tokens.
+    """
+
+    config: Any
+    parameters: int
+    embedding: int
+    head: int
+    tied: bool
+    layer: int
+    layers: int
+    hidden: int
+    vocab: int
+
+    def kept(
+        self, batch: int, length: int, dtype: torch.dtype, autocast: torch.dtype | None
+    ) -> Kept:
+        """For a batch [batch, length] of weights of `dtype`, the forward under `autocast`."""
+        one, two = (_saved(self.config, n, batch, length, dtype, autocast) for n in (1, 2))
+        rows = batch * length * self.hidden * dtype.itemsize
+        return Kept(one - (two - one), two - one, rows)
+
+
+def shape_of(model: str | Path | Any) -> ModelShape:
+    """The shape of a model.
+
+    Args:
+        model: a config of transformers, a folder with one, or a name that transformers resolves.
+
+    Raises:
+        ValueError: no such model, or not a decoder-only language model with layers of one kind.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    config = model
+    if not isinstance(model, PretrainedConfig):
+        try:
+            config = AutoConfig.from_pretrained(str(model))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model: no config of {model}: {error}") from error
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "num_hidden_layers"):
+        raise ValueError(f"model: {type(config).__name__} is not that of a decoder-only model")
+    sizes = [_parameters(_cut(config, n)) for n in (1, 2)]
+    (whole, embedding, head, tied), (more, *_) = sizes
+    layer = more - whole
+    return ModelShape(
+        config=config,
+        parameters=whole + (config.num_hidden_layers - 1) * layer,
+        embedding=embedding,
+        head=head,
+        tied=tied,
+        layer=layer,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+    )
+
+
+def _cut(config: Any, layers: int) -> Any:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:layers]
+    return config
+
+
+def _built(config: Any, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"model: {type(config).__name__} makes no causal LM: {error}") from error
+
+
+def _parameters(config: Any) -> tuple[int, int, int, bool]:
+    with torch.device("meta"):
+        model: Any = _built(config, torch.float32)
+    model.tie_weights()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    count = sum(p.numel() for p in model.parameters())
+    return count, embedding.numel(), head.numel(), embedding is head
+
+
+def _saved(
+    config: Any,
+    layers: int,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+) -> int:
+    seen: dict[int, Any] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model: Any = _built(_cut(config, layers), dtype).train()
+        ids = torch.zeros(batch, length, dtype=torch.int64)
+        weights = {id(p.untyped_storage()): p for p in model.parameters()}
+
+        def pack(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if id(storage) not in weights:
+                seen[storage._cdata] = storage
+            return x
+
+        cast = contextlib.nullcontext()
+        if autocast is not None:
+            cast = torch.autocast("cpu", dtype=autocast)
+        with saved_tensors_hooks(pack, lambda x: x), cast:
+            model.base_model(input_ids=ids, use_cache=False)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        return sum(s.nbytes() for key, s in seen.items() if key not in own)
