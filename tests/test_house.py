@@ -70,7 +70,7 @@ TO_COME = {
     ),
     "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1800),
     "report": ({"runs"}, 1500),
-    "plan": ({"check", "ops", "train"}, 600),
+    "plan": ({"check", "ops/linear", "train"}, 600),
 }
 TO_COME["cli"] = ({*MAY_IMPORT, *TO_COME}, 300)
 MAY_IMPORT |= {room: allowed for room, (allowed, _) in TO_COME.items()}

@@ -1,4 +1,4 @@
-"""Peak memory of full fine-tuning as `deepalign plan` predicts it and as torch's allocator counts it.
+"""Peak memory of full fine-tuning: what `deepalign plan` predicts, what the allocator counts.
 
 Two steps of `deepalign_kernels.train` on random tokens, half of them trained, for models with the
 shapes of real ones and random weights. `--only WORDS` takes the rows that have all of them.

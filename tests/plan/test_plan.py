@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import torch
+import transformers
 from tiny_chat import build_tokenizer
 
 from deepalign_kernels import plan
@@ -15,12 +16,12 @@ from deepalign_kernels.data import Example
 from deepalign_kernels.plan import command
 from deepalign_kernels.train import TrainConfig, TrainingRun
 
-BATCH, LENGTH = 4, 128
+BATCH, LENGTH = 4, 64
 
 
 def config(kind="Llama", **options):
     sizes = {
-        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6,
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
     }  # fmt: skip
     return getattr(transformers, f"{kind}Config")(**{**sizes, **options})
@@ -49,11 +50,10 @@ def peak_of_a_run(model_config, setting, folder):
 @pytest.mark.parametrize(
     "kind,tied,options",
     [
-        ("Llama", False, {}),
         ("Llama", True, {"gradient_checkpointing": True}),
-        ("Qwen3", False, {"autocast": True, "gradient_checkpointing": True}),
+        ("Qwen3", False, {"autocast": True}),
         ("Llama", False, {"release_gradients": True, "gradient_checkpointing": True}),
-        ("Qwen2", False, {"dtype": "bfloat16", "gradient_checkpointing": True}),
+        ("Qwen2", False, {"dtype": "bfloat16"}),
     ],
     ids=str,
 )
