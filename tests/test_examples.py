@@ -117,7 +117,7 @@ def test_custom_rule(run):
 
 def test_analyze(run, tmp_path):
     pytest.importorskip("scipy", reason="the report's intervals are scipy's")
-    left = run("11_analyze")
+    left = run("12_analyze")
     assert left["kl"].shape == (2, 8) and left["band"].mean[0] > 0.01
     assert [r.cell["step"] for r in left["watch"].records] == [0, 1, 2]
     text = (tmp_path / "out" / "report.html").read_text()

@@ -6,8 +6,12 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+BANDS = "Bands: 95 % bootstrap intervals over answers."
+POSITION = "position in the answer (tokens)"
+DEPTH, ATTACKS, TRAINING = "Where the models differ", "Attacks", "Fine-tuning"
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Series:
         count: examples behind each value, or empty.
         shown: False: switched off until the reader asks for it.
         paper: from the paper, not measured here.
+        look: number of its colour: one model has the same in all figures of a page.
+        variant: tells curves of one colour apart, by dash and mark.
     """
 
     name: str
@@ -33,6 +39,8 @@ class Series:
     count: Sequence[int] = ()
     shown: bool = True
     paper: bool = False
+    look: int = 0
+    variant: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,6 @@ class Figure:
     top: float | None = None
     bottom: float | None = 0.0
     log: bool = False
-    note: str = field(default="", kw_only=True)
 
     @property
     def table(self) -> list[list[str]]:

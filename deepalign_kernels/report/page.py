@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -63,7 +64,8 @@ def html(sources: Sequence[Source], title: str, more: str = "") -> str:
     names = [*sections, "Tables", "Manifest"]
     links = "".join(f'<li><a href="#{_id(n)}">{escape(n)}</a></li>' for n in names)
     style, script = (_asset(name) for name in ("page.css", "page.js"))
-    models = ", ".join(dict.fromkeys(s.title for s in sources))
+    titles = list(dict.fromkeys(s.title for s in sources if s.values or s.cells))
+    models = ", ".join(titles[:6]) + (f" and {len(titles) - 6} more" if len(titles) > 6 else "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
@@ -92,7 +94,10 @@ def _id(text: str) -> str:
 def _verdict(sources: Sequence[Source]) -> str:
     lines = []
     for sentence in verdict.sentences(sources):
-        head, _, rest = sentence.partition(": ")
+        kept = re.sub(
+            r"(?<=\d) (?=%)|(?<=[nkp]) = ", lambda m: m[0].replace(" ", "\u00a0"), sentence
+        )
+        head, _, rest = kept.partition(": ")
         lines.append(f"<li><b>{escape(head)}.</b> {escape(rest[:1].upper() + rest[1:])}</li>")
     rules = "".join(f"<li>{escape(rule)}</li>" for rule in verdict.RULES)
     return (
@@ -107,7 +112,7 @@ def _figure(f: Figure) -> str:
     if not isinstance(f.data, Heat):
         buttons = "".join(
             f'<button type="button" data-series="{i}" aria-pressed="{str(s.shown).lower()}">'
-            f"{svg.swatch(i)}{escape(s.name)}</button>"
+            f"{svg.swatch(s)}{escape(s.name)}</button>"
             for i, s in enumerate(f.data)
         )
         legend = f'<div class="legend" role="group" aria-label="Series">{buttons}</div>'

@@ -32,9 +32,9 @@ def draw(figure: Figure) -> str:
     return _lines(figure, figure.data)
 
 
-def swatch(index: int) -> str:
+def swatch(series: Series) -> str:
     """The line and mark of a series, for the legend."""
-    c, dash, mark = _look(index)
+    c, dash, mark = _look(series)
     return (
         f'<svg class="swatch c{c}" viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">'
         f'<path class="line" d="M1 6H33" stroke-dasharray="{dash}"/>'
@@ -42,11 +42,10 @@ def swatch(index: int) -> str:
     )
 
 
-def _look(index: int) -> tuple[int, str, str]:
-    """Colour, dash and mark of a series; the ninth has the first's colour with another mark."""
-    c = index % COLOURS
-    other = (index + index // COLOURS) % COLOURS
-    return c, DASHES[other], MARKS[other]
+def _look(s: Series) -> tuple[int, str, str]:
+    """Colour, dash and mark; the ninth colour is the first's with another mark."""
+    other = (s.look + s.look // COLOURS + 3 * s.variant) % COLOURS
+    return s.look % COLOURS, DASHES[other], MARKS[other]
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -147,7 +146,7 @@ def _lines(figure: Figure, series: Sequence[Series]) -> str:
 
 
 def _series(i: int, s: Series, x: Scale, y: Scale, sparse: bool) -> str:
-    c, dash, mark = _look(i)
+    c, dash, mark = _look(s)
     points = [(x(a), y(b)) for a, b in zip(s.x, s.y, strict=True) if b is not None]
     out = [f'<g class="series c{c}{" paper" * s.paper}" data-series="{i}"']
     out.append("" if s.shown else ' hidden=""')

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepalign_kernels.report import paper
-from deepalign_kernels.report.figures import finetunings, sweeps
+from deepalign_kernels.report.attacks import finetunings, sweeps
 from deepalign_kernels.report.read import Source
 from deepalign_kernels.runs import Cell, curves
 
@@ -139,10 +139,13 @@ def half_rise(cells: Sequence[Cell]) -> curves.Estimate:
 def _training(sources: Sequence[Source], firsts: Sequence[Depth]) -> str:
     ends = []
     for series in finetunings(sources):
-        n = f", n = {series.count[-1]}" if series.count[-1] else ""
+        n = f" (n = {series.count[-1]})" if series.count[-1] else ""
         bounds = [v for v in (series.low[-1], series.high[-1]) if v is not None]
         where = f" [{bounds[0]:.0f}, {bounds[1]:.0f}]" if bounds else ""
-        ends.append(f"{series.name} {series.y[-1]:.0f} %{where} after {series.x[-1]:.0f} steps{n}")
+        ends.append(
+            f"{series.y[-1]:.0f} %{where} in \u201c{series.name}\u201d after"
+            f" {series.x[-1]:.0f} steps{n}"
+        )
     if ends:
         return f"Fine-tuning: attack success is {'; '.join(ends[:5])}."
     ranked = correlation(sources)

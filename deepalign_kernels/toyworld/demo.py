@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ class Run:
 
 def slug(name: str) -> str:
     """A name for a folder."""
-    return "".join(c if c.isalnum() else "-" for c in name)
+    return "-".join(re.findall(r"[0-9A-Za-z]+", name))
 
 
 @jobs.one_thread()
@@ -184,15 +185,18 @@ def report(result: dict[str, Any]) -> list[str]:
     return [f"seed {result['seed']}: {claim.line()}" for claim in held if not claim.holds]
 
 
-# On a page: in the order in which a reader asks.
-ON_THE_PAGE = ("analysis-aligned", "analysis-deep")
+# On a page, in the order in which a reader asks.
+FIRST_ON_THE_PAGE = (claims.ALIGNED, claims.DEEP)
 
 
 def write_report(result: dict[str, Any], out: Path, where: dict[str, str]) -> Path:
     """The page of one seed."""
     folder = out / f"seed{result['seed']}"
-    first = [folder / "runs" / name for name in ON_THE_PAGE]
-    rows = [folder / "runs" / f"prefill-{slug(row['name'])}" for row in result["rows"]]
+    first = [folder / "runs" / name for name in ("analysis-aligned", "analysis-deep")]
+    names = sorted(
+        (row["name"] for row in result["rows"]), key=lambda n: n not in FIRST_ON_THE_PAGE
+    )
+    rows = [folder / "runs" / f"prefill-{slug(name)}" for name in names]
     rest = sorted({*(folder / "runs").iterdir()} - {*first, *rows})
     logs = [folder / "logs" / slug(name) for name in jobs.ATTACKS]
     facts = ", ".join(f"{key} {value}" for key, value in where.items())

@@ -15,7 +15,7 @@ import pytest
 
 from deepalign_kernels import runs
 from deepalign_kernels.cli import main as cli
-from deepalign_kernels.report import build, figures, read, svg, verdict
+from deepalign_kernels.report import attacks, build, figures, read, svg, verdict
 from deepalign_kernels.report.figure import Figure, Heat, Series
 from deepalign_kernels.runs import Record, Run, curves
 
@@ -136,6 +136,19 @@ def test_every_figure_is_there_with_its_table(folders):
             assert drawn.count('class="line"') == len(figure.data)
 
 
+def test_a_model_has_one_colour_and_every_curve_its_own_look(folders):
+    colours = {}
+    for figure in figures.figures(read.read(folders)):
+        if isinstance(figure.data, Heat):
+            continue
+        for s in figure.data:
+            if s.name.partition(",")[0] in ("aligned", "deep"):
+                colours.setdefault(s.name.partition(",")[0], set()).add(s.look)
+        looks = [svg.swatch(s) for s in figure.data]
+        assert len(set(looks)) == len(looks), figure.key
+    assert colours == {"aligned": {0}, "deep": {1}}
+
+
 def test_curves_are_means_with_their_intervals(folders):
     (source,) = read.read(folders[:1])
     values = source.values["kl_model_base"]["asked"]
@@ -149,8 +162,8 @@ def test_curves_are_means_with_their_intervals(folders):
 
 def test_rates_have_wilson_intervals(folders):
     (source,) = read.read([folders[2]])
-    ((label, cells),) = figures.sweeps(source, "k").items()
-    series = figures.rates(cells, "k", "x")
+    ((label, cells),) = attacks.sweeps(source, "k").items()
+    series = attacks.rates(cells, "k", "x")
     assert label == "aligned"
     low, high = runs.stats.wilson(18, 24)[1:]
     assert series.x == [0.0, 1.0, 5.0, 10.0] and series.y == [0.0, 25.0, 75.0, 75.0]
@@ -171,13 +184,13 @@ def test_sweeps_of_one_run_are_told_apart(tmp_path):
                     verdicts.append(Record("verdict", "j", {"of": data["of"]}, r.item, data=data))
         run.records.commit("all", samples)
         run.verdicts.commit("all", verdicts)
-    series = figures.finetunings(read.read([tmp_path / "s"]))
+    series = attacks.finetunings(read.read([tmp_path / "s"]))
     assert {s.name: s.y for s in series} == {
         "m, objective=sft": [0.0, 100.0],
         "m, objective=constrained": [0.0, 0.0],
     }
     sentence = verdict.sentences(read.read([tmp_path / "s"]))[2]
-    assert "m, objective=sft 100 % [86, 100] after 10 steps, n = 24" in sentence
+    assert "100 % [86, 100] in \u201cm, objective=sft\u201d after 10 steps (n = 24)" in sentence
 
 
 def test_searches_are_drawn_by_step_and_by_computation(folders):
@@ -196,7 +209,7 @@ def test_the_verdict_follows_its_rules(folders):
     assert "aligned answers 0 % [0, 14] without a prefix and 75 % [55, 88] at k = 5" in prefix
     assert "half of the way by k = 2.0 [" in prefix  # 0.375 lies a quarter of the way from 1 to 5
     assert "deep shows no rise with a prefix: 0 % [0, 14] at k = 0, at most 4 %" in prefix
-    assert "SFT 90 % [83, 94] after 10 steps, n = 100" in training
+    assert "90 % [83, 94] in \u201cSFT\u201d after 10 steps (n = 100)" in training
     only = verdict.sentences(read.read(folders[:1]))
     assert "no attack with prefilled tokens" in only[1] and "First token: aligned puts" in only[2]
     nothing = verdict.sentences(read.read([folders[-1]]))

@@ -1,6 +1,6 @@
 """Where two models differ, position by position, and how that moves while one is trained.
 
-python examples/11_analyze.py [MODEL]
+python examples/12_analyze.py [MODEL]
 """
 
 import copy

@@ -1,0 +1,247 @@
+"""Figures of attacks and trainings: rates with Wilson's intervals, searches with bootstraps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from deepalign_kernels.report import paper
+from deepalign_kernels.report.figure import ATTACKS, BANDS, POSITION, TRAINING, Figure, Heat, Series
+from deepalign_kernels.report.read import Source
+from deepalign_kernels.runs import Cell, curves, stats
+
+RATES = "Bands: 95 % intervals (Wilson's; over prompts where there are several replies to one)."
+
+
+def rates(cells: Sequence[Cell], setting: str, name: str, *, shown: bool = True) -> Series:
+    """Attack success in percent by a numeric setting."""
+    rated = [(float(c.setting[setting]), c, r) for c in cells if (r := c.rate) is not None]
+    rated.sort(key=lambda point: point[0])
+    value, low, high = ([100 * r[i] for _, _, r in rated] for i in range(3))
+    count = [len([v for v in c.outcomes.values() if v]) for _, c, _ in rated]
+    return Series(name, [x for x, _, _ in rated], value, low, high, count, shown)
+
+
+def sweeps(source: Source, setting: str) -> dict[str, list[Cell]]:
+    """Cells that differ in one setting alone, as the first judge of the run sees them, by a label
+    that tells the sweeps of a run apart."""
+    found = [c for c in source.cells if setting in c.setting]
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in (c for c in found if c.judge == found[0].judge):
+        others = sorted(f"{k}={v}" for k, v in cell.setting.items() if k != setting)
+        groups.setdefault((cell.attack, *others), []).append(cell)
+    same = set.intersection(*map(set, groups)) if groups else set()
+    out = {}
+    for key, cells in groups.items():
+        label = ", ".join([source.title, *(part for part in key if part not in same)])
+        out[label] = sorted(cells, key=lambda c: c.setting[setting])
+    return out
+
+
+def prefill(sources: Sequence[Source]) -> Iterator[Figure]:
+    found = [item for source in sources for item in sweeps(source, "k").items()]
+    series = [s for name, cells in found if (s := rates(cells, "k", name)).x]
+    if series:
+        yield Figure(
+            "prefill",
+            "Attack success against prefilled tokens",
+            f"Share of prompts answered when the first k tokens of an answer are given. {RATES}"
+            " The paper's table 3 can be switched on.",
+            "prefilled answer tokens k",
+            "attack success (%)",
+            ATTACKS,
+            [*series, *paper.prefill(max(x for s in series for x in s.x))],
+            top=100.0,
+        )
+
+
+def finetunings(sources: Sequence[Source]) -> list[Series]:
+    """Attack success by step of a fine-tuning, judged here or recorded as a rate."""
+    series = []
+    for source in sources:
+        for name, cells in sweeps(source, "step").items():
+            series.append(rates(cells, "step", name))
+        for name, points in source.training.items():
+            known = [p for p in points if p.get("asr") is not None]
+            if known:
+                series.append(_asr_series(name, known))
+    return [s for s in series if s.x]
+
+
+def attack_steps(sources: Sequence[Source]) -> Iterator[Figure]:
+    series = finetunings(sources)
+    if series:
+        yield Figure(
+            "asr-steps",
+            "Attack success during fine-tuning",
+            f"Without a prefix, on prompts that the fine-tuning has not seen. {RATES}",
+            "optimizer step",
+            "attack success (%)",
+            TRAINING,
+            [*series, paper.finetune()],
+            top=100.0,
+        )
+
+
+def _asr_series(name: str, points: Sequence[Mapping]) -> Series:
+    """From points {"step", "asr" in [0, 1], "n"}."""
+    bounds = [
+        stats.wilson(round(p["asr"] * p["n"]), p["n"]) if p.get("n") else None for p in points
+    ]
+    low, high = ([None if b is None else 100 * b[i] for b in bounds] for i in (1, 2))
+    steps, values = [p["step"] for p in points], [100 * p["asr"] for p in points]
+    return Series(name, steps, values, low, high, [p.get("n", 0) for p in points])
+
+
+def dynamics(sources: Sequence[Source]) -> Iterator[Figure]:
+    for number, source in enumerate(s for s in sources if s.dynamics):
+        for name, title, label in (
+            ("nll", "Cross-entropy by position during training", "-log p(token) (nats)"),
+            ("head_grad", "Gradient norm of the head during training", "||gradient||"),
+            ("kl_model_base", "KL to the model before training", "KL(now || before) (nats)"),
+        ):
+            by_step = source.dynamics.get(name, {})
+            steps = sorted(by_step)
+            if len(steps) > 6:
+                steps = [steps[round(i * (len(steps) - 1) / 5)] for i in range(6)]
+            series = [
+                Series(f"step {step}", range(1, len(by_step[step]) + 1), by_step[step])
+                for step in steps
+            ]
+            if series:
+                yield Figure(
+                    f"dynamics-{name}-{number}",
+                    f"{title}: {source.title}",
+                    "Means over a fixed set of answers; figure 3 of the paper.",
+                    POSITION,
+                    label,
+                    TRAINING,
+                    series,
+                )
+
+
+def logs(sources: Sequence[Source]) -> Iterator[Figure]:
+    logged = [s for s in sources if s.log]
+    for name, title, label, caption in (
+        ("nll_first", "Cross-entropy of the first token", "-log p(token) (nats)",
+         "Position 1 of the training answers, mean over a step."),
+        ("nll", "Cross-entropy of all tokens", "-log p(token) (nats)", "Mean over a step."),
+        ("grad_norm", "Gradient norm of a step", "||gradient||", "Of all parameters, not clipped."),
+    ):  # fmt: skip
+        series = []
+        for source in logged:
+            points = [(r["step"], r[name]) for r in source.log if r.get(name) is not None]
+            if points:
+                x, y = zip(*points, strict=True)
+                series.append(Series(source.title, x, y))
+        if name == "nll":
+            for curve, points in ((c, p) for s in sources for c, p in s.training.items()):
+                known = [(p["step"], p["nll"]) for p in points if p.get("nll") is not None]
+                if known:
+                    series.append(Series(curve, [x for x, _ in known], [y for _, y in known]))
+        if series:
+            yield Figure(f"log-{name}", title, caption, "optimizer step", label, TRAINING, series)
+
+
+def decoding(sources: Sequence[Source]) -> Iterator[Figure]:
+    for parameter, title in (
+        ("temperature", "temperature"),
+        ("top_k", "top-k"),
+        ("top_p", "top-p"),
+    ):
+        rows, values, columns = [], [], []
+        for source in sources:
+            found = {float(c.setting[parameter]): c.rate for c in source.cells
+                     if parameter in c.setting}  # fmt: skip
+            if found:
+                columns = sorted({*columns, *found})
+                rows.append(source.title)
+                values.append(found)
+        if rows:
+            grid = [[100 * r.value if (r := v.get(c)) else None for c in columns] for v in values]
+            yield Figure(
+                f"decoding-{parameter}",
+                f"Attack success by {title} of decoding",
+                "One parameter is swept, the others are pinned. The intervals are in the table of"
+                " the attack.",
+                title,
+                "model",
+                ATTACKS,
+                Heat(rows, [f"{c:g}" for c in columns], grid),
+                unit="%",
+                top=100.0,
+            )
+
+
+def searches(sources: Sequence[Source]) -> Iterator[Figure]:
+    for unit, key, label in (("step", "steps", "search step"), ("flops", "flops", "TFLOP spent")):
+        series = []
+        for source in sources:
+            names = dict.fromkeys(r.name for r in source.searches)
+            for name in names:
+                histories = [h for r in source.searches if r.name == name
+                             if (h := _history(r.data, unit))]  # fmt: skip
+                if histories:
+                    many = len(names) > 1 or len(sources) > 1
+                    series.append(_mean_history(f"{source.title}, {name}" if many else name,
+                                                histories))  # fmt: skip
+        if series:
+            yield Figure(
+                f"search-{key}",
+                "Loss of the search" + (" by step" if unit == "step" else " by computation"),
+                "Best loss so far, mean over prompts. " + BANDS.replace("answers", "prompts"),
+                label,
+                "loss of the target (nats)",
+                ATTACKS,
+                series,
+            )
+
+
+def _history(data: Mapping, unit: str) -> list[tuple[float, float]]:
+    """(step or TFLOP, best loss so far) from data["history"], losses by step, and data["flops"], of
+    the whole search."""
+    history = data.get("history") or []
+    if unit == "flops" and not data.get("flops"):
+        return []
+    each = 1.0 if unit == "step" else data["flops"] / len(history or [0]) / 1e12
+    best = np.minimum.accumulate(history) if history else []
+    return [(each * (i + 1), float(loss)) for i, loss in enumerate(best)]
+
+
+def _mean_history(name: str, histories: Sequence[Sequence[tuple[float, float]]]) -> Series:
+    length = min(map(len, histories))
+    values = np.array([[y for _, y in h[:length]] for h in histories])
+    c = curves.curve(values)
+    x = np.array([[x for x, _ in h[:length]] for h in histories]).mean(0)
+    every = max(1, length // 200)
+    x, mean, low, high = ([float(v) for v in p[::every]] for p in (x, c.mean, c.low, c.high))
+    return Series(name, x, mean, low, high, c.count[::every].tolist())
+
+
+def judges(sources: Sequence[Source]) -> Iterator[Figure]:
+    for number, source in enumerate(s for s in sources if len(s.verdicts) > 1):
+        names = list(source.verdicts)
+        grid: list[list[float | None]] = [[None] * len(names) for _ in names]
+        for (i, a), (j, b) in combinations(enumerate(names), 2):
+            both = [
+                (x, source.verdicts[b][of])
+                for of, x in source.verdicts[a].items()
+                if x is not None and source.verdicts[b].get(of) is not None
+            ]
+            if both:
+                value = stats.kappa(*map(list, zip(*both, strict=True)))
+                grid[i][j] = grid[j][i] = None if np.isnan(value) else value
+        yield Figure(
+            f"judges-{number}",
+            f"Agreement of the judges: {source.title}",
+            "Cohen's kappa on the same replies: 1 agrees always, 0 no more than by chance. Replies"
+            " that a judge could not score are left out.",
+            "judge",
+            "judge",
+            ATTACKS,
+            Heat(names, names, grid),
+            unit="(kappa)",
+            top=1.0,
+        )
