@@ -107,6 +107,12 @@ def test_hf_trainer(run):
     assert out.loss.isfinite() and example["ref_logp"].shape == example["labels"].shape
 
 
+def test_trl(run):
+    pytest.importorskip("trl")
+    left = run("11_trl")
+    assert left["trainer"].state.log_history[0]["weight"] == pytest.approx(1, abs=1e-4)
+
+
 def test_custom_rule(run):
     left = run("10_custom_rule")
     weight = left["parts"].weight

@@ -40,6 +40,7 @@ MAY_IMPORT = {  # room -> the rooms it may import
         *("analyze", "attack", "attack/finetune", "data", "fingerprint", "generate", "hf"),
         *("generate/engine", "judge", "losses", "ops", "report", "runs", "train", "__init__"),
     },
+    "trl": {"check", "data", "fingerprint", "hf", "losses", "modes", "rules", "train", "ops"},
     "__init__": {"backends", "check", "losses", "ops"},
     "__main__": {"backends", "__init__"},
 }

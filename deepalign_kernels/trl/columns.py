@@ -1,0 +1,92 @@
+"""Columns of the data beside trl's, and how they get into a batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
+
+from deepalign_kernels.data.examples import IGNORE, tokenize_chat
+from deepalign_kernels.losses import response_positions
+
+COLUMNS = {"response_positions": 0, "ref_logp": 0.0}  # and what padding has there
+TOKENS = ("input_ids", "labels", "response_positions")
+
+
+@dataclass
+class ConstrainedCollator(DataCollatorForLanguageModeling):
+    """trl's, with the columns of the loss padded or flattened like the labels."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        out = super().torch_call(examples)
+        for name, filler in COLUMNS.items():
+            if name not in examples[0]:
+                continue
+            rows = [torch.tensor(example[name]) for example in examples]
+            if self.padding_free:
+                rows = [torch.cat(rows)]
+            out[name] = pad(
+                rows,
+                padding_value=filler,  # pyright: ignore[reportArgumentType]
+                padding_side="right",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            )
+        return out
+
+
+def tokenized(
+    batch: dict[str, list[Any]], tokenizer: Any, options: dict[str, Any]
+) -> dict[str, list[Any]]:
+    names = [n for n in ("messages", "prompt", "completion", "tools") if n in batch]
+    records = [
+        {n: _plain(x) for n, x in zip(names, row, strict=True) if x is not None}
+        for row in zip(*(batch[n] for n in names), strict=True)
+    ]
+    examples = tokenize_chat(tokenizer, records, **options)
+    for example in examples:
+        if example.weights is not None:
+            raise ValueError(
+                f"{example.where}: weights of messages are for `deepalign_kernels.train`; under trl"
+                " every trained token weighs the same"
+            )
+    return {
+        "input_ids": [list(e.input_ids) for e in examples],
+        "labels": [list(e.labels) for e in examples],
+        "response_positions": [list(e.positions) for e in examples],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Without the keys that Arrow fills with None, since every row of a column has all of them."""
+    if isinstance(value, dict):
+        return {k: _plain(x) for k, x in value.items() if x is not None}
+    return [_plain(x) for x in value] if isinstance(value, list) else value
+
+
+def counted(row: dict[str, Any]) -> dict[str, Any]:
+    labels = torch.tensor(row["labels"])[None]
+    return {"response_positions": response_positions(labels)[0].tolist()}
+
+
+def truncated(row: dict[str, Any], limit: int) -> dict[str, Any]:
+    return {name: values[:limit] for name, values in row.items()}
+
+
+def fits(row: dict[str, Any], limit: int) -> bool:
+    """Whether the row is short enough, and has a token to train that another one comes before."""
+    return len(row["input_ids"]) <= limit and any(x != IGNORE for x in row["labels"][1:])
+
+
+def hashed(dataset: Iterable[dict[str, Any]], *more: object) -> str:
+    """A name for the tokens and labels of `dataset`, whoever made it."""
+    digest = hashlib.blake2b(repr(more).encode(), digest_size=8)
+    for row in dataset:
+        for name in ("input_ids", "labels", "seq_lengths"):
+            digest.update(np.asarray(row.get(name, ()), dtype=np.int64).tobytes() + b"|")
+    return digest.hexdigest()

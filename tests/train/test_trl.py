@@ -1,0 +1,175 @@
+"""trl's SFTTrainer with the constrained loss: the thin loop's numbers, in every mode of trl's."""
+
+import math
+
+import pytest
+
+pytest.importorskip("trl", reason="needs trl")
+pytest.importorskip("datasets", reason="needs datasets")
+
+import datasets
+import peft
+import torch
+import trl
+from tiny_chat import RECORDS, build_model, build_tokenizer
+from train_runs import train
+
+import deepalign_kernels as dak
+from deepalign_kernels.trl import ConstrainedSFTConfig, ConstrainedSFTTrainer
+
+CHATS = [r for r in RECORDS if "messages" in r]
+STEPS, EPS = 4, 1e-2  # Adam's: with less, what rounding leaves of a gradient of 0 moves weights
+PLAIN = {
+    "max_steps": STEPS, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 0,
+    "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no",
+    "adam_epsilon": EPS, "gradient_checkpointing": False, "disable_tqdm": True,
+    "lr_scheduler_type": "linear",
+}  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def trained(folder, model=None, data=CHATS, resume=None, ref_model=None, lora=None, **options):
+    config = ConstrainedSFTConfig(str(folder), **{**PLAIN, **options})
+    model = build_model() if model is None else model
+    trainer = ConstrainedSFTTrainer(
+        model,
+        config,
+        train_dataset=datasets.Dataset.from_list(data),
+        processing_class=build_tokenizer(),
+        ref_model=ref_model,
+        peft_config=lora,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, [r for r in trainer.state.log_history if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """The thin loop's parameters and nll after the same steps, of a rule and of plain SFT."""
+    out = {}
+    for objective in ("constrained", "sft"):
+        run, result = train(
+            build_model(), tmp_path_factory.mktemp("loop"), CHATS, objective=objective,
+            max_steps=STEPS, batch_size=6, learning_rate=1e-2, max_grad_norm=None,
+            adam_eps=EPS,
+        )  # fmt: skip
+        out[objective] = dict(run.model.named_parameters()), result.metrics["nll"]
+    return out
+
+
+def distance(model, expected):
+    """Largest difference between parameters, relative to how far training moved them."""
+    start = dict(build_model().named_parameters())
+    moved = max((expected[n] - p).abs().max() for n, p in start.items())
+    ours = dict(model.named_parameters())
+    return max((ours[n] - p).abs().max() for n, p in expected.items()) / moved
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "sft"},
+        {"padding_free": True, "max_length": None},
+        {"packing": True, "max_length": 256, "per_device_train_batch_size": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+        {"reference": "model"},
+    ],
+    ids=lambda o: "-".join(o) or "plain",
+)
+def test_numbers_of_the_thin_loop(options, loop, tmp_path):
+    objective = options.get("objective", "constrained")
+    ref_model = build_model() if "reference" in options else None
+    trainer, log = trained(tmp_path, ref_model=ref_model, **options)
+    parameters, nll = loop[objective]
+    assert distance(trainer.model, parameters) <= 2e-5  # fp32 rounding: 5e-6 to 1e-5 seen
+    if "gradient_accumulation_steps" not in options:  # trl averages its metrics by micro-batch
+        assert log[-1]["nll"] == pytest.approx(nll, rel=1e-6)
+
+
+def test_the_first_loss_is_that_of_a_plain_formula(tmp_path):
+    _, log = trained(tmp_path, max_steps=1)
+    betas = []  # where policy and reference agree, a token costs (2 / beta) log 2
+    for example in dak.data.tokenize_chat(build_tokenizer(), CHATS):
+        rows = zip(example.labels[1:], example.positions[1:], strict=True)
+        betas += [{0: 0.1, 1: 0.5}.get(p, 2.0 if p <= 5 else 0.1) for x, p in rows if x >= 0]
+    value = sum(2 / beta for beta in betas) / len(betas) * math.log(2)
+    assert log[0]["loss"] == pytest.approx(value, rel=1e-4)  # trl logs four digits
+    assert log[0]["weight"] == pytest.approx(1, abs=1e-6)
+    assert log[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
+
+
+def test_adapters_against_the_model_without_them(tmp_path):
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.0)
+    runs = {}
+    for reference in ("precomputed", "adapter_off"):
+        torch.manual_seed(0)
+        trainer, runs[reference] = trained(tmp_path / reference, lora=lora, reference=reference)
+    for one, other in zip(*runs.values(), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    torch.manual_seed(0)
+    _, kl = trained(tmp_path / "kl", lora=lora, reference="adapter_off", kl_coef=2.0)
+    assert kl[0]["loss"] == pytest.approx(
+        runs["adapter_off"][0]["loss"], rel=1e-5
+    )  # 0 at the start
+    assert kl[-1]["loss"] != pytest.approx(runs["adapter_off"][-1]["loss"], rel=1e-4)
+
+
+def test_a_reference_is_of_the_model_a_run_began_with(tmp_path):
+    straight, _ = trained(tmp_path / "straight")
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path / "cut", **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-2")
+    resumed, log = trained(tmp_path / "cut", resume=checkpoint, **options)
+    assert distance(resumed.model, dict(straight.model.named_parameters())) <= 1e-6
+    with pytest.raises(ValueError, match="holds the reference of these data under other weights"):
+        trained(tmp_path / "cut", model=build_model(1))
+
+
+def test_evaluation(tmp_path):
+    data = datasets.Dataset.from_list(CHATS)
+    config = ConstrainedSFTConfig(str(tmp_path), **PLAIN)
+    tokenizer = build_tokenizer()
+    trainer = ConstrainedSFTTrainer(
+        build_model(), config, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    before = trainer.evaluate()
+    assert before["eval_weight"] == pytest.approx(1, abs=1e-6)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_nll"] < before["eval_nll"] and after["eval_log_ratio"] > 0
+    with pytest.raises(ValueError, match="eval_dataset: data that come after training has begun"):
+        trainer.evaluate(data.select(range(2)))
+
+
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        ({"objective": "constraind"}, "objective: expected one of"),
+        ({"reference": "none"}, "reference: expected one of"),
+        ({"kl_coef": 1.0}, "kl_coef: the divergence needs"),
+        ({"loss_type": "dft"}, "loss_type: trl's own loss is not used"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy: 'wrapped' cuts"),
+        ({"beta_first": -1.0}, "first: "),
+    ],
+)
+def test_what_a_config_refuses(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        ConstrainedSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_what_a_trainer_refuses(tmp_path):
+    def refused(said, **options):
+        with pytest.raises(ValueError, match=said):
+            trained(tmp_path, **options)
+
+    refused("plain text has no response", data=[{"text": "hello"}])
+    half = [{**m, "weight": 0.5} if m["role"] == "assistant" else m for m in CHATS[0]["messages"]]
+    refused("weights of messages are for", data=[{"messages": half}])
+    refused("'adapter_off' needs a PEFT model", reference="adapter_off")
+    refused("ref_model: belongs to reference='model'", reference="model")
+    refused("train dataset: conversation 0 has", max_length=20)
+    kept, _ = trained(tmp_path, max_length=40, on_too_long="drop", max_steps=1)
+    assert all(len(ids) <= 40 for ids in kept.train_dataset["input_ids"])
+    with pytest.raises(ValueError, match="args: expected a ConstrainedSFTConfig, got a SFTConfig"):
+        ConstrainedSFTTrainer(build_model(), trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
