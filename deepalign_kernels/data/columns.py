@@ -170,6 +170,11 @@ class TokenTable:
         """int32, of the targets; made when it is asked for."""
         return self._marks.clamp(min=0)
 
+    @property
+    def weights(self) -> Tensor | None:
+        """fp32, of the targets, 0 where nothing is trained; None: 1 for each that is."""
+        return self._columns.get("weights")
+
     def id_range(self) -> tuple[int, int]:
         """Smallest and largest of all token ids and targets."""
         low, high = int(self.ids.min()), int(self.ids.max())
@@ -255,7 +260,7 @@ class TokenTable:
     def count(self, rows: Sequence[int]) -> dict[int, Counts]:
         """What these examples hold of each part."""
         out: dict[int, Counts] = {}
-        weights = self._columns.get("weights")
+        weights = self.weights
         for row in rows:
             examples, tokens, weight = out.get(self.parts[row], (0, 0, 0.0))
             trained = self.trained[row]
@@ -267,7 +272,7 @@ class TokenTable:
         self, rows: Sequence[int], slots: Tensor, counts: Mapping[int, Counts]
     ) -> Tensor | None:
         """What each token's loss is multiplied by; None: all by 1 / the step's trained tokens."""
-        weights = self._columns.get("weights")
+        weights = self.weights
         if self.part_weights is None:
             if weights is None:
                 return None

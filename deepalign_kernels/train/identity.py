@@ -110,10 +110,11 @@ def _data_of(table: TokenTable) -> dict[str, str]:
     """What is trained, by the names under which a change is reported."""
     parts = torch.tensor(table.parts, dtype=torch.int32)
     return {
-        "tokens": table.content_hash(),
+        "tokens": table.tokens_hash(),
         "positions": _digest(table.positions),
         "parts and their weights": _digest(parts)
-        + repr(sorted((table.part_weights or {}).items())),
+        + repr((sorted((table.part_weights or {}).items()), table.part_weighting)),
+        "weights": "" if table.weights is None else _digest(table.weights),
     }
 
 

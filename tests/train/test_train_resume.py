@@ -189,6 +189,9 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path):
     refused("another configuration: learning_rate was 0.003, is 0.1", learning_rate=0.1)
     refused("another configuration: beta was", beta=0.7)
     refused("other training data", data=RECORDS[:-1])
+    *first, last = RECORDS
+    said = [{**m, "weight": 0.5} if m["role"] == "assistant" else m for m in last["messages"]]
+    refused("data gives now: its weights changed", data=[*first, {"messages": said}])
     # Saving and logging may change.
     with pytest.raises(KeyboardInterrupt):
         make(
