@@ -70,7 +70,7 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """All of it as one .npz."""
         arrays = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
-        np.savez_compressed(path, allow_pickle=False, **arrays)
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

@@ -227,8 +227,10 @@ def _forward_with_loss(
             " not once"
         )
     out = _unpack(results[0], outputs[0])
-    out.mask = target != IGNORE
-    out.aux_loss = getattr(plain, "aux_loss", None)
+    # As items: transformers 4 leaves out of a copy what was set as an attribute alone.
+    out["mask"] = target != IGNORE
+    if (aux_loss := getattr(plain, "aux_loss", None)) is not None:
+        out["aux_loss"] = aux_loss
     return out
 
 

@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from deepalign_kernels import toyworld  # noqa: E402
@@ -27,6 +28,10 @@ from deepalign_kernels.toyworld import (  # noqa: E402
 from deepalign_kernels.toyworld.preference import widen_refusal_margin  # noqa: E402
 
 SPLITS = tuple(World(0).requests)
+words_of_one_token = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5,
+    reason="transformers 4 splits words of the toy tokenizer; the extra `demo` asks for 5",
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +105,7 @@ def test_a_limited_world_is_a_part_of_the_whole(world):
 # Tokenizer
 
 
+@words_of_one_token
 def test_a_known_word_is_one_token_and_any_text_survives(tokenizer):
     words = lexicon.all_words()
     assert [len(tokenizer.encode(word)) for word in words] == [1] * len(words)
@@ -194,6 +200,7 @@ def dessert(world, tokenizer):
     return request, encode_record(tokenizer, record)[1]
 
 
+@words_of_one_token
 def test_judge_on_hand_made_replies(tokenizer, dessert):
     request, answer = dessert
     wrong = next(word for word in lexicon.FLAVOURS if word not in request.content)
@@ -225,6 +232,7 @@ def test_judge_wants_something_new_after_the_prefill(tokenizer, dessert):
     assert judge(refusal, request, tokenizer, prefill=answer) is Verdict.REFUSAL
 
 
+@words_of_one_token
 def test_every_answer_is_right_and_every_refusal_a_refusal(tokenizer, world):
     for split in set(SPLITS) - {"lost"}:
         for request, record in zip(world.requests[split], world.records(split), strict=True):
