@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ def encode(
         own = weights if any(w != 1 for w in weights) else None
         examples.append(Example(ids, labels, positions, part, conversation.where, own))
     return examples
+
+
+def compact(e: Example) -> Example:
+    """The same in 12 bytes a token, to be kept or sent."""
+    columns = {"input_ids": e.input_ids, "labels": e.labels, "positions": e.positions}
+    small = {name: array("i", column) for name, column in columns.items()}
+    weights = None if e.weights is None else array("f", e.weights)
+    return replace(e, **small, weights=weights)
 
 
 def turn_weights(conversation: Conversation, train_on: str) -> list[float]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from deepalign_kernels import check
 from deepalign_kernels.data.columns import PART_WEIGHTINGS
-from deepalign_kernels.data.examples import IGNORE, ORIGINS, Encoding, Example, encode
+from deepalign_kernels.data.examples import IGNORE, ORIGINS, Encoding, Example, compact, encode
 from deepalign_kernels.data.packing import derived_seed
 from deepalign_kernels.data.reading import read_jsonl
 from deepalign_kernels.data.records import Conversation, Message, check_record, conversations_of
@@ -129,7 +129,8 @@ class RecoveryAugmentation:
             conversations = conversations_of(anchors, "anchors")
             conversations = [_below_system(c, system) for c in conversations]
             encoding = Encoding(position_origin)
-            self._anchors = encode(template, conversations, encoding, ANCHOR)
+            examples = encode(template, conversations, encoding, ANCHOR)
+            self._anchors = [compact(example) for example in examples]
         self._order: tuple[int, list[int]] = (-1, [])  # of the anchors, in the round asked for last
         self._anchors_per_epoch = anchors_per_recovery * len(self._recovery) if self._anchors else 0
         self.part_weights = (

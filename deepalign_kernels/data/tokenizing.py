@@ -7,13 +7,10 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-
-from deepalign_kernels.data.examples import Encoding, Example, encode
+from deepalign_kernels.data.examples import Encoding, Example, compact, encode
 from deepalign_kernels.data.reading import Row, rows_of
 from deepalign_kernels.data.records import check_record
 from deepalign_kernels.data.template import ChatTemplate
@@ -104,16 +101,7 @@ def _begin(template: ChatTemplate, encoding: Encoding) -> None:
 
 
 def _work(chunk: list[Row]) -> list[Example]:
-    return [_small(example) for example in _encoded(_worker[0], chunk, _worker[1])]
-
-
-def _small(e: Example) -> Example:
-    """The same in few bytes, to be sent."""
-    columns: tuple[Any, Any, Any] = e.input_ids, e.labels, e.positions
-    ids, labels, positions = (np.asarray(x, np.int32) for x in columns)
-    weights: Any = None if e.weights is None else np.asarray(e.weights, np.float32)
-    small: dict[str, Any] = {"input_ids": ids, "labels": labels, "positions": positions}
-    return replace(e, **small, weights=weights)
+    return [compact(example) for example in _encoded(_worker[0], chunk, _worker[1])]
 
 
 def _shown(examples: Iterator[Example]) -> Iterator[Example]:
