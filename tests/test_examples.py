@@ -109,7 +109,7 @@ def test_hf_trainer(run):
 
 def test_trl(run):
     pytest.importorskip("trl")
-    left = run("11_trl")
+    left = run("13_trl")
     assert left["trainer"].state.log_history[0]["weight"] == pytest.approx(1, abs=1e-4)
 
 

@@ -1,6 +1,6 @@
 """An SFT script of trl's: two names changed, and the constraint is in.
 
-python examples/11_trl.py [MODEL]
+python examples/13_trl.py [MODEL]
 """
 
 import tiny
