@@ -147,7 +147,7 @@ def test_python_of_the_readme_is_cut_out_of_the_examples():
 
 def test_attack(run):
     pytest.importorskip("scipy")
-    table = run("11_attack")["table"]
+    table = run("12_attack")["table"]
     assert {c.attack for c in table} == {"prefill", "decoding", "gcg", "gcg+prefill"}
     assert len(table) == 2 * (3 + 2 + 1 + 1)
     assert all(c.rate.low <= c.rate.value <= c.rate.high and c.samples == 6 for c in table)

@@ -35,7 +35,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     from scipy.stats import binomtest
 
     low, high = binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return Interval(successes / n, max(0.0, low), min(1.0, high))
+    return Interval(successes / n, max(0.0, float(low)), min(1.0, float(high)))
 
 
 def any_of(n: int, successes: int, k: int) -> float:
