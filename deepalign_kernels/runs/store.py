@@ -17,6 +17,7 @@ from deepalign_kernels.runs.record import Record
 
 MANIFEST = "manifest.json"
 RECORDS, VERDICTS = "records.jsonl", "verdicts.jsonl"
+TIMES = "times.jsonl"  # seconds of each unit; apart, as a run that went on has others
 PACKAGES = ("deepalign_kernels", "torch", "transformers", "tokenizers", "numpy", "scipy")
 
 
@@ -83,17 +84,22 @@ def fill(journal: Journal, units: Iterable[Unit], say: Callable[[str], None] | N
     """
     units = list(units)
     left = [unit for unit in units if unit.name not in journal.units]
-    total, done = sum(u.size for u in units), sum(u.size for u in units if u not in left)
+    total = sum(unit.size for unit in units)
     begun = told = time.monotonic()
-    start = done
-    for unit in left:
-        journal.commit(unit.name, unit.make())
-        done += unit.size
-        now = time.monotonic()
-        if say and (now - told > 2 or done == total):
-            told = now
-            rest = (now - begun) * (total - done) / max(1, done - start)
-            say(f"{done}/{total} records, {rest:.0f} s left ({unit.name})")
+    start = done = total - sum(unit.size for unit in left)
+    times = journal.path.with_name(TIMES)
+    with os.fdopen(os.open(times, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as clock:
+        for unit in left:
+            before = time.monotonic()
+            journal.commit(unit.name, unit.make())
+            now = time.monotonic()
+            clock.write(json.dumps({"unit": unit.name, "seconds": round(now - before, 4)}) + "\n")
+            clock.flush()
+            done += unit.size
+            if say and (now - told > 2 or done == total):
+                told = now
+                rest = (now - begun) * (total - done) / max(1, done - start)
+                say(f"{done}/{total} records, {rest:.0f} s left ({unit.name})")
     return len(left)
 
 

@@ -164,6 +164,9 @@ def test_progress_tells_the_rest(tmp_path):
     with Run(tmp_path, ABOUT) as run:
         fill(run.records, units(), said.append)
     assert said == ["12/12 records, 0 s left (prefill/3)"]
+    times = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert [t["unit"] for t in times] == [u.name for u in units()]
+    assert all(0 <= t["seconds"] < 60 for t in times)
 
 
 def test_records_are_plain():
