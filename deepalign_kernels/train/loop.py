@@ -194,6 +194,7 @@ class TrainingRun(Prepared):
             self._prepare(state)
             log = RunLog(self.folder, None if state is None else self.step, write=ranks.main)
             progress = Progress(self.total_steps, self.step, config.progress and ranks.main)
+            number = 0
             try:
                 self._announce(log, state is not None)
                 if state is None:
@@ -212,7 +213,8 @@ class TrainingRun(Prepared):
                             self.save_checkpoint()
                 log.write("end", step=self.step, seconds=time.perf_counter() - begun)
             except KeyboardInterrupt:
-                if self._consistent and self.step:
+                # Of several processes only those that stop together can save together.
+                if self._consistent and self.step and (number or ranks.count == 1):
                     self.save_checkpoint()
                 raise
             finally:
