@@ -39,6 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp32 + autocast": {"autocast": True},
     "fp32 + checkpointing": {"gradient_checkpointing": True},
     "fp32 + autocast + checkpointing": {"autocast": True, "gradient_checkpointing": True},
+    "bf16 + Kahan + checkpointing": {
+        "dtype": "bfloat16", "optimizer": "adamw_kahan", "gradient_checkpointing": True,
+    },
     "bf16 + 8 bits + checkpointing": {
         "dtype": "bfloat16", "optimizer": "adamw_8bit", "gradient_checkpointing": True,
     },
