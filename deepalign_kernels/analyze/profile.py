@@ -69,7 +69,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """All of it as one .npz."""
-        arrays = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
         np.savez_compressed(path, **arrays)
 
     @classmethod
