@@ -135,7 +135,7 @@ def _saved(name: str, path: Path) -> Iterator[Row]:
         raise ValueError(f"{name}: {path}: not a readable data set: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         if "train" not in data:
-            raise ValueError(f"{name}: {path}: no split 'train' among {', '.join(data)}")
+            raise ValueError(f"{name}: {path}: no split 'train' among {', '.join(map(str, data))}")
         data = data["train"]
     return ((row, f"{path}[{index}]") for index, row in enumerate(data))
 

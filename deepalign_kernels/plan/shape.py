@@ -70,7 +70,7 @@ def shape_of(model: str | Path | Any) -> ModelShape:
     """
     from transformers import AutoConfig, PretrainedConfig
 
-    config = model
+    config: Any = model
     if not isinstance(model, PretrainedConfig):
         try:
             config = AutoConfig.from_pretrained(str(model))

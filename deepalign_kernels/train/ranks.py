@@ -201,7 +201,8 @@ def shard(model: nn.Module, cpu_offload: bool = False) -> nn.Module:
     )
     for module in _units(model):
         fully_shard(module, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def _units(model: Any) -> list[nn.Module]:
