@@ -76,8 +76,9 @@ def nano(model: Any, tokenizer: Any, config: GCG, seed: int | None = None) -> It
 
     logging.getLogger("nanogcg").setLevel(logging.ERROR)
     flag, state = torch.are_deterministic_algorithms_enabled(), torch.get_rng_state()
+    options: Any = {} if seed is None else {"seed": seed}
     settings = nanogcg.GCGConfig(
-        num_steps=config.steps, search_width=config.width, topk=config.topk, seed=seed,
+        num_steps=config.steps, search_width=config.width, topk=config.topk, **options,
         optim_str_init=config.init, use_prefix_cache=False, batch_size=config.batch,
         verbosity="ERROR",
     )  # fmt: skip
