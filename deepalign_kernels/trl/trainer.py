@@ -41,9 +41,11 @@ class ConstrainedSFTTrainer(SFTTrainer):
     `evaluate` alone need a reference at every step, since the policy has moved by then.
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: as trl's;
-            `args` is a ConstrainedSFTConfig.
+        model: as trl's: a model, or a name.
+        args: how to train and constrain.
+        positional: the further arguments of SFTTrainer, in its order.
         ref_model: the reference, with args.reference="model".
+        options: the keyword arguments of SFTTrainer: train_dataset, eval_dataset, peft_config, ...
 
     Raises:
         ValueError: data without responses; a reference that does not fit; a cache of other weights.
