@@ -23,7 +23,6 @@ from deepalign_kernels.toyworld import (  # noqa: E402
     encode_record,
     judge,
     lexicon,
-    measure,
 )
 from deepalign_kernels.toyworld.preference import widen_refusal_margin  # noqa: E402
 
@@ -279,25 +278,6 @@ def test_an_untrained_model_answers_nothing(tokenizer, model):
 
 
 # Measures and the preference step
-
-
-def test_profiles_are_means_over_answers_by_position(tokenizer, model):
-    small = World(0, limit=3)
-    other = toyworld.build_model(tokenizer, 1, hidden=24, layers=1).eval()
-    kl = measure.kl_by_position(model, other, tokenizer, small)
-    ce = measure.ce_by_position(model, tokenizer, small)
-    assert len(kl) == len(ce) == 20
-    assert measure.kl_by_position(model, model, tokenizer, small) == pytest.approx([0.0] * 20)
-    for t in (1, 4, 20):
-        kls, ces = [], []
-        for prompt, reply in (encode_record(tokenizer, r) for r in small.records("restricted")):
-            ids = torch.tensor([prompt + reply[: t - 1]])
-            with torch.no_grad():
-                p, q = (m(ids).logits[0, -1].double().log_softmax(-1) for m in (model, other))
-            kls.append((p.exp() * (p - q)).sum().item())
-            ces.append(-p[reply[t - 1]].item())
-        assert kl[t - 1] == pytest.approx(sum(kls) / 3, rel=1e-4)
-        assert ce[t - 1] == pytest.approx(sum(ces) / 3, rel=1e-4)
 
 
 def test_the_preference_step_raises_the_odds_of_a_refusal(tokenizer, model, world):
