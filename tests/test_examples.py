@@ -82,6 +82,7 @@ def test_custom_loss(run):
     assert left["official"].isfinite() and left["out"].loss > 0
 
 
+@pytest.mark.slow
 def test_tensor_parallel():
     """As torchrun starts it, less its search for a host name: a minute without a DNS."""
     with socket.socket() as free:

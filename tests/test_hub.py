@@ -40,6 +40,7 @@ for workloads in (benchmark.Logits(), benchmark.HiddenStates()):
 """
 
 
+@pytest.mark.slow
 def test_the_layout_of_the_hub_is_loaded_by_its_own_package(tmp_path, monkeypatch):
     pytest.importorskip("kernels", reason="kernels, of the dev extra, is not installed")
     monkeypatch.setenv("DEEPALIGN_BUILD_NATIVE", "0")  # the C++ takes minutes: `make hub` has it

@@ -88,6 +88,7 @@ def contents(folder: pathlib.Path) -> tuple[str, set[str], str]:
     return tag, {pathlib.Path(name).name for name in names if name.endswith(".so")}, note
 
 
+@pytest.mark.slow
 def test_switched_off_the_wheel_is_pure(checkout: pathlib.Path) -> None:
     built = wheel(checkout, DEEPALIGN_BUILD_NATIVE="0")
     assert built.returncode == 0, built.stdout
@@ -96,6 +97,7 @@ def test_switched_off_the_wheel_is_pure(checkout: pathlib.Path) -> None:
     assert "cpu: not built: switched off by DEEPALIGN_BUILD_NATIVE=0" in note
 
 
+@pytest.mark.slow
 def test_auto_without_a_compiler_says_so_and_goes_on(checkout: pathlib.Path) -> None:
     built = wheel(checkout, CXX=NO_COMPILER)
     assert built.returncode == 0, built.stdout
@@ -106,6 +108,7 @@ def test_auto_without_a_compiler_says_so_and_goes_on(checkout: pathlib.Path) -> 
         assert "apt-get install g++" in text
 
 
+@pytest.mark.slow
 def test_required_without_a_compiler_fails_and_names_it(checkout: pathlib.Path) -> None:
     built = wheel(checkout, CXX=NO_COMPILER, DEEPALIGN_BUILD_NATIVE="1")
     assert built.returncode != 0
@@ -121,6 +124,7 @@ def test_a_bad_value_fails_and_names_the_variable(checkout: pathlib.Path, name: 
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+@pytest.mark.slow
 def test_native_wheel_is_for_the_platform_and_any_python(checkout: pathlib.Path) -> None:
     built = wheel(checkout, DEEPALIGN_BUILD_NATIVE="1")
     assert built.returncode == 0, built.stdout

@@ -62,6 +62,7 @@ def test_exact_norms_are_those_of_a_backward_for_each_token(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "phi"])
+@pytest.mark.slow
 def test_probes_are_within_their_stated_error(name):
     model, pairs = build(name).double(), draw_pairs(150)
     exact = exact_norms(model, pairs).whole
@@ -76,6 +77,7 @@ def test_probes_are_within_their_stated_error(name):
     assert np.array_equal(few.whole, probed_norms(model, pairs, probes=2).whole, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_the_square_of_an_estimate_is_unbiased():
     model, pairs = build("llama").double(), draw_pairs(150, ((4, 2),))
     exact = exact_norms(model, pairs).whole[0]

@@ -312,6 +312,7 @@ PER_TOKEN = [
 @pytest.mark.parametrize("place", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("case", PER_TOKEN, ids=str)
+@pytest.mark.slow
 def test_a_budget_that_a_forward_takes_is_enough_for_its_backward(case, dtype, place):
     """Gradients of 16-bit rows need more than values: what the error asks for is enough for both,
     one byte less is refused at once, and by the estimate."""

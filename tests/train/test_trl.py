@@ -99,6 +99,7 @@ def test_the_first_loss_is_that_of_a_plain_formula(tmp_path):
     assert log[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_against_the_model_without_them(tmp_path):
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.0)
     runs = {}
@@ -115,6 +116,7 @@ def test_adapters_against_the_model_without_them(tmp_path):
     assert kl[-1]["loss"] != pytest.approx(runs["adapter_off"][-1]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_reference_is_of_the_model_a_run_began_with(tmp_path):
     straight, _ = trained(tmp_path / "straight")
     options = {"save_strategy": "steps", "save_steps": 2}
