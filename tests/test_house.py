@@ -35,7 +35,10 @@ MAY_IMPORT = {  # room -> the rooms it may import
     "hf": {"check", "modes", "ops", "losses", "rules"},
     "data": {"check"},
     "data/command": {"check", "data", "losses"},
-    "train": {"check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules"},
+    "train": {
+        *("check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules", "train/dry_run")
+    },
+    "train/dry_run": {"data", "plan", "train"},
     "toyworld": {
         *("analyze", "attack", "attack/finetune", "data", "fingerprint", "generate", "hf"),
         *("generate/engine", "judge", "losses", "ops", "report", "runs", "train", "__init__"),

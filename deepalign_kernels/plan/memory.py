@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from deepalign_kernels import check
 from deepalign_kernels.ops.linear.memory import estimate_memory
 from deepalign_kernels.plan.shape import ModelShape
+from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.optimizers import OPTIMIZERS
 
 # Temporaries of an update, in bytes per element of the largest parameter: torchao works in fp32
@@ -29,6 +30,7 @@ class Setting:
         release_gradients: each is used and freed inside the backward.
         gradient_checkpointing: layers are computed again in the backward.
         cpu_offload: weights, gradients and states in host memory, a layer at a time on the device.
+        frozen_reference: a second model, which does not train, beside the first.
     """
 
     dtype: str = "float32"
@@ -37,6 +39,16 @@ class Setting:
     release_gradients: bool = False
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
+    frozen_reference: bool = False
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, dtype: str = "float32") -> Setting:
+        """That of `config` with weights of `dtype`; an optimizer of the user's own counts as AdamW."""
+        named = {f.name: getattr(config, f.name, None) for f in fields(cls)}
+        named |= {"dtype": dtype, "autocast": config.autocast_dtype is not None}
+        named["optimizer"] = config.optimizer if isinstance(config.optimizer, str) else "adamw"
+        named["frozen_reference"] = config.needs_reference and config.reference == "frozen"
+        return cls(**named)
 
     def __post_init__(self) -> None:
         check.one_of("dtype", self.dtype, tuple(DTYPES))
@@ -48,7 +60,7 @@ class Memory:
     """Bytes of a step, on one device unless it says host.
 
     Attributes:
-        weights, gradients, states: of parameters and optimizer.
+        weights, gradients, states: of parameters, a frozen reference's too, and optimizer.
         activations: what the forward keeps for the backward, below the head.
         layer: what the backward of one layer holds in addition, where it is computed again.
         head: logits and gradients inside the fused loss, beyond the gradient of the head's weight.
@@ -108,8 +120,8 @@ def estimate(
     autocast = torch.bfloat16 if setting.autocast and dtype is torch.float32 else None
     compute = autocast or dtype
 
-    weights = shape.parameters * size // gpus
-    gradients = weights
+    gradients = shape.parameters * size // gpus
+    weights = gradients * (2 if setting.frozen_reference else 1)
     if setting.release_gradients:
         gradients = max(shape.layer, shape.head) * size // gpus
     states = int(shape.parameters * OPTIMIZERS[setting.optimizer].states[dtype]) // gpus

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from deepalign_kernels.train.load import config_of, text_part
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -63,19 +65,16 @@ def shape_of(model: str | Path | Any) -> ModelShape:
     """The shape of a model.
 
     Args:
-        model: a config of transformers, a folder with one, or a name that transformers resolves.
+        model: a config of transformers, a folder with one, or a name that transformers resolves; of
+            a model of text and images its text part counts.
 
     Raises:
         ValueError: no such model, or not a decoder-only language model with layers of one kind.
     """
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
-    config: Any = model
-    if not isinstance(model, PretrainedConfig):
-        try:
-            config = AutoConfig.from_pretrained(str(model))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: no config of {model}: {error}") from error
+    is_config = isinstance(model, PretrainedConfig)
+    config: Any = text_part(model) if is_config else config_of(model)
     if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "num_hidden_layers"):
         raise ValueError(f"model: {type(config).__name__} is not that of a decoder-only model")
     sizes = [_parameters(_cut(config, n)) for n in (1, 2)]

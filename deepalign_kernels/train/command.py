@@ -27,8 +27,9 @@ from deepalign_kernels.rules import RULES
 from deepalign_kernels.train import config as choices
 from deepalign_kernels.train.checkpoint import checkpoints
 from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.load import config_of, load_model, outline_of
 from deepalign_kernels.train.loop import TrainingRun
-from deepalign_kernels.train.optimizers import OPTIMIZERS
+from deepalign_kernels.train.optimizers import OPTIMIZERS, make_optimizer
 from deepalign_kernels.train.ranks import PARALLEL, ProcessLost
 from deepalign_kernels.train.session import Terminated
 
@@ -96,6 +97,7 @@ def options_of() -> list[Option]:
         Option("dtype", str, "float32", "of the weights; bfloat16 needs an optimizer for it"),
         Option("device", str, device, "where the model is trained"),
         Option("resume", str, "no", "yes: go on from the newest checkpoint; auto: if there is one"),
+        Option("dry_run", bool, False, "only tell tokens, steps, memory, the first example"),
     ]
     for f in fields(BetaSchedule):
         kind = int if f.name == "prefix_length" else float
@@ -151,41 +153,64 @@ def settle(options: Any) -> str | None:
 
 
 def build(options: Any) -> TrainingRun:
-    """The run that the options describe.
+    """The run that the options describe; with `dry_run` of a model without weights.
 
     Raises:
         ValueError: whatever is wrong with them; before a model is loaded, if that is possible.
     """
     if (note := settle(options)) and _main_process():
         print(note, file=sys.stderr)
-    named = vars(options)
+    named, dry, dtype = vars(options), options.dry_run, getattr(torch, options.dtype)
     beta = BetaSchedule(**{f.name: named[f"beta_{f.name}"] for f in fields(BetaSchedule)})
     rest = {f.name: named[f.name] for f in fields(TrainConfig) if f.name in named}
     rest["adam_betas"] = tuple(options.adam_betas)
+    if dry:
+        rest["data_cache"] = None  # nothing is written
     config = TrainConfig(options.output, beta=beta, **rest)
     result = Path(options.output) / "model"
     if result.exists() and options.resume == "no":
         raise ValueError(f"output: {result} is there already; choose another folder or remove it")
+    _check_paths(options, config)
 
-    for row, where in rows_of(options.data):  # before a large model is loaded
-        check_record(row, where, config.unknown_keys)
-    data: Any = options.data
+    from transformers import AutoTokenizer
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def load(path: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
-        return model.to(options.device)
+    def load(name: str) -> Any:
+        path = named[name]
+        if dry:
+            return outline_of(path, dtype, name)
+        # What is sharded goes to its device layer by layer.
+        return load_model(path, dtype).to("cpu" if config.parallel == "fsdp" else options.device)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data: Any = options.data
     if options.recovery:
         given = signature(RecoveryAugmentation).parameters
         about = {name: named[name] for name in given if name in named}
         about |= {"recovery": options.recovery, "tokenizer": tokenizer, "anchors": data}
         data = RecoveryAugmentation(**about)
-    reference = load(options.ref_model) if options.ref_model else None
+    reference = load("ref_model") if options.ref_model else None
     return TrainingRun(
-        load(options.model), tokenizer, config, data, reference, eval_data=options.eval_data
+        load("model"), tokenizer, config, data, reference, eval_data=options.eval_data
+    )
+
+
+def _check_paths(options: Any, config: TrainConfig) -> None:
+    """Raises ValueError: data, models or packages that are not there, told before a large model is
+    loaded."""
+    for name in ("data", "eval_data"):
+        if (value := getattr(options, name)) is not None:
+            for row, where in rows_of(value, name):
+                check_record(row, where, config.unknown_keys)
+    for name in ("model", "ref_model"):
+        if (value := getattr(options, name)) is not None:
+            config_of(value, name)
+    make_optimizer(
+        config.optimizer,
+        [torch.nn.Parameter(torch.zeros(1, 1, device="meta"))],
+        learning_rate=config.learning_rate,
+        betas=config.adam_betas,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
     )
 
 
@@ -203,6 +228,8 @@ def run(options: Any) -> int:
 def _run(options: Any) -> int:
     try:
         run = build(options)
+        if options.dry_run:
+            return _tell(run, options)
         result = run.train(resume={"no": False, "yes": True, "auto": "auto"}[options.resume])
         folder = Path(options.output) / "model"
         run.save_model(folder)
@@ -222,6 +249,14 @@ def _run(options: Any) -> int:
     if _main_process():
         nll = f"nll {result.metrics['nll']:.4g}"
         print(f"{result.steps} steps, {nll}; model in {folder}, log in {result.log_path}")
+    return 0
+
+
+def _tell(run: TrainingRun, options: Any) -> int:
+    from deepalign_kernels.train import dry_run  # which asks plan, which asks this room
+
+    if _main_process():
+        print(dry_run.as_text(run, dry_run.facts(run, options.dtype)))
     return 0
 
 

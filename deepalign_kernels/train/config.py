@@ -105,7 +105,7 @@ class TrainConfig:
         parallel: with several processes, what they share. "ddp": each has the whole model; "fsdp":
             parameters, gradients and optimizer states are sharded (FSDP2), those of `model` for
             good; "auto": what `accelerate launch` is configured for, else "ddp".
-        cpu_offload: with "fsdp", what is not in use lies on the CPU.
+        cpu_offload: with "fsdp", also in one process, what is not in use lies on the CPU.
         seed: of data order and dropout; nothing outside the run depends on it.
         eval_every: steps between evaluations on `eval_data`; None: before the first step and at the
             end. "best.pt" keeps what is trained where `best_by` was least.
@@ -209,6 +209,11 @@ class TrainConfig:
         if self.epochs is None and self.max_steps is None:
             object.__setattr__(self, "epochs", 3)
         self._check_composites()
+        if self.cpu_offload and self.parallel != "fsdp":
+            raise ValueError(
+                f"cpu_offload: parallel={self.parallel!r} keeps all of the model on the device;"
+                " give parallel='fsdp', also for one process"
+            )
         if self.release_gradients:
             self._check_release()
 
@@ -222,8 +227,13 @@ class TrainConfig:
             )
         if self.max_grad_norm is not None:
             raise ValueError(f"{wrong} to clip by: give max_grad_norm=None, as in the paper")
-        if self.parallel == "fsdp" or self.cpu_offload:
+        if self.parallel == "fsdp":
             raise ValueError(f"{wrong} to exchange with other processes: FSDP shards them instead")
+        if self.max_batch_tokens is not None:
+            raise ValueError(
+                f"{wrong} to add to: max_batch_tokens may make several forwards of a step; give"
+                " batch_size and max_length"
+            )
 
     def _check_loss(self) -> None:
         check.number("min_weight", self.min_weight, low=0.0, below=2.0 + 1e-6)

@@ -25,7 +25,7 @@ from deepalign_kernels.train.log import Meter, Progress, RunLog, Speed
 from deepalign_kernels.train.objective import BatchObjective, untrained
 from deepalign_kernels.train.optimizers import set_rate
 from deepalign_kernels.train.prepare import Prepared, check_several, trained_of
-from deepalign_kernels.train.ranks import Ranks, accumulating, way_of, whole
+from deepalign_kernels.train.ranks import Ranks, accumulating, device_of, way_of, whole
 from deepalign_kernels.train.reference import Reference
 from deepalign_kernels.train.session import (
     STOPS,
@@ -102,12 +102,12 @@ class TrainingRun(Prepared):
         self.params = trained_of(model)
         if not self.params:
             raise ValueError("model: no parameter requires a gradient, nothing to train")
-        self.device = self.params[0].device
-        self._ref_arg = ref_model
-        check_models(model, ref_model, config, self.device)
-        self.ranks = Ranks.here(self.device)
         self._way = way_of(config.parallel, config.cpu_offload, config.autocast_dtype is not None)
-        if self.ranks.count > 1:
+        self.device = device_of(self._way[0], self.params[0].device)
+        self._ref_arg = ref_model
+        check_models(model, ref_model, config, self.params[0].device)
+        self.ranks = Ranks.here(self.device)
+        if self.ranks.count > 1 or config.cpu_offload:
             check_several(config, self._way[0])
         self._called: nn.Module = model  # what a forward calls: the model, or what shares it
         self.objective = BatchObjective(
@@ -123,7 +123,7 @@ class TrainingRun(Prepared):
         self._models = [m for m in (model, ref_model) if m is not None]
         for name, each in zip(("model", "ref_model"), self._models, strict=False):
             self.objective.check(name, each)
-            if config.packing:
+            if config.packing and self.device.type != "meta":
                 check_isolation(name, each)
 
         self.step_size = config.step_size * self.ranks.count  # conversations, of all processes

@@ -120,7 +120,7 @@ def share_rounded_away(params: Sequence[Tensor], step: float, sample: int = 1 <<
     distance to the next bf16 number. `sample`: weights looked at in each parameter."""
     lost = seen = 0.0
     for p in params:
-        if p.dtype == torch.bfloat16:
+        if p.dtype == torch.bfloat16 and not p.is_meta:
             x = p.detach().flatten()[:sample].float()
             exponent = torch.frexp(x).exponent
             lost += (torch.ldexp(torch.ones_like(x), exponent - 9) > step).sum().item()

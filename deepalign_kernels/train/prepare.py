@@ -37,6 +37,11 @@ class Prepared(Resumable):
     _released: Released
     _evaluation: Evaluation | None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes share parameters, gradients and states."""
+        return self._way[0] == "fsdp"
+
     def _batches(self, step: int) -> list[Batch]:
         raise NotImplementedError
 
@@ -110,12 +115,14 @@ class Prepared(Resumable):
         self._evaluation = Evaluation(self.config, table, self.ranks, self.device)
 
     def _share_out(self) -> None:
-        """With several processes: what a forward calls from here on, and what is trained."""
-        if self.ranks.count == 1:
+        """With several processes, or one that offloads: what a forward calls from here on, and what
+        is trained."""
+        if self.ranks.count == 1 and not self._way[1]:
             return
-        self._called = share_out(self.model, *self._way)
-        if self._way[0] == "fsdp" and self.reference.model is not None and self._ref_arg is None:
-            shard(self.reference.model, self._way[1])
+        way, offload = self._way
+        self._called = share_out(self.model, way, offload, self.device)
+        if way == "fsdp" and self.reference.model is not None and self._ref_arg is None:
+            shard(self.reference.model, offload, self.device)
         self.params = trained_of(self.model)
 
     @torch.no_grad()

@@ -41,11 +41,13 @@ class Ranks:
         dist = torch.distributed
         if not dist.is_available():
             return cls()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if device.type == "meta":  # a model without weights, that is only looked at
+            return cls(int(os.environ.get("RANK", "0")), launched)
         if not dist.is_initialized():
-            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            if launched < 2:
                 return cls()
-            on_cpu = device.type == "cpu"
-            dist.init_process_group("gloo" if on_cpu else f"cpu:gloo,{device.type}:nccl")
+            dist.init_process_group(_backend(device))
         if dist.get_world_size() < 2:
             return cls()
         if device.type == "cuda":
@@ -134,6 +136,10 @@ class Ranks:
 ALONE = Ranks()
 
 
+def _backend(device: torch.device) -> str:
+    return "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+
+
 def _is_connection(error: RuntimeError) -> bool:
     dist = torch.distributed
     kinds = (dist.DistBackendError, dist.DistNetworkError)
@@ -180,22 +186,40 @@ def way_of(parallel: str, cpu_offload: bool, autocast: bool) -> tuple[str, bool]
     return ("fsdp" if parallel == "fsdp" else "ddp"), cpu_offload
 
 
-def share_out(model: nn.Module, way: str, cpu_offload: bool) -> nn.Module:
+def device_of(way: str, device: torch.device) -> torch.device:
+    """Where a model on `device` is trained. FSDP takes a model on the CPU, layer by layer, to this
+    process's GPU, if there is one: the whole of it need not fit there."""
+    if way == "fsdp" and device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def share_out(
+    model: nn.Module, way: str, cpu_offload: bool, device: torch.device | None = None
+) -> nn.Module:
     """The module to call in the place of `model`. "fsdp" shards `model` itself, for good."""
     if way == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return shard(model, cpu_offload)
+    return shard(model, cpu_offload, device)
 
 
-def shard(model: nn.Module, cpu_offload: bool = False) -> nn.Module:
+def shard(
+    model: nn.Module, cpu_offload: bool = False, device: torch.device | None = None
+) -> nn.Module:
     """`model`, sharded in place by FSDP2: each layer a unit, an output head of its own as well."""
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 
     if isinstance(model, FSDPModule):
         return model
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    device = device or next(model.parameters()).device
+    on_cpu = device.type == "cpu"
+    if not torch.distributed.is_initialized():  # one process, which offloads
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+        if not on_cpu:
+            torch.cuda.set_device(device)
     options: Any = (
         {"offload_policy": CPUOffloadPolicy(pin_memory=not on_cpu)} if cpu_offload else {}
     )

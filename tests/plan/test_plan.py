@@ -82,6 +82,9 @@ def test_what_is_shared_and_what_is_not():
     assert four.gathered == 2 * (2 * shape.layer + shape.head) and one.gathered == 0
     offload = plan.estimate(shape, plan.Setting(cpu_offload=True), **sizes)
     assert offload.host == 16 * shape.parameters and offload.states == 0
+    frozen = plan.Setting(autocast=True, frozen_reference=True)
+    two_models = plan.estimate(shape, frozen, **sizes)
+    assert two_models.peak - one.peak == 4 * shape.parameters
     twice = plan.estimate(shape, plain, **sizes, accumulate=True)
     assert twice.peak - one.peak <= one.gradients  # at the end of the forward they are there too
     bits = plan.estimate(shape, plan.Setting(dtype="bfloat16", optimizer="adamw_8bit"), **sizes)

@@ -12,7 +12,7 @@ import torch
 from tiny_chat import RECORDS, RECOVERIES, build_model, build_tokenizer
 from transformers import AutoModelForCausalLM
 
-from deepalign_kernels.train import TrainConfig, TrainingRun
+from deepalign_kernels.train import TrainConfig, TrainingRun, command
 from deepalign_kernels.train.__main__ import main, parser
 from deepalign_kernels.train.command import build, options_of, settle
 
@@ -158,3 +158,38 @@ def test_deepalign_train_reads_yaml_and_flags(tmp_path, capsys):
 
 def test_every_option_says_what_it_is():
     assert all(len(option.text) > 10 for option in options_of()), options_of()
+
+
+@pytest.mark.clean_memory  # a model is made on the meta device
+def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    arguments, out = prepare(tmp_path)
+    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("weights were read"))
+    before = sorted(tmp_path.rglob("*"))
+    dry = [*arguments, "--dry-run", "--data-cache", str(tmp_path / "cache"), "--epochs", "2"]
+    assert main([*dry, "--eval-data", arguments[3], "--save-every", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "data      7 conversations, 7 held out; 421 tokens, 155 trained, the longest 104" in shown
+    )
+    assert "steps     2, 1 an epoch, of 12 conversations; 1 process, 3 a forward" in shown
+    assert "a device (weights" in shown and "predicted for 3 x 104 tokens" in shown
+    assert "'<|im_end|>'" in shown and shown.count(" yes ") == 59
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "more,said",
+    [
+        (["--eval-data", "gone.jsonl"], "eval_data: gone.jsonl: no such file"),
+        (["--ref-model", "./gone"], "ref_model: no config of ./gone"),
+        (["--recovery", "gone.jsonl"], "recovery: gone.jsonl: no such file"),
+        (["--beta-prefix", "-1"], "prefix: expected"),
+    ],
+)
+def test_what_is_not_there_is_said_before_a_model_is_loaded(
+    more, said, tmp_path, capsys, monkeypatch
+):
+    arguments, out = prepare(tmp_path)
+    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("weights were read"))
+    assert main([*arguments, *more]) == 2
+    assert said in capsys.readouterr().err and not out.exists()
