@@ -44,7 +44,7 @@ class Setting:
     @classmethod
     def of_run(cls, config: TrainConfig, dtype: str = "float32") -> Setting:
         """That of `config` with weights of `dtype`; an optimizer of one's own counts as AdamW."""
-        named = {f.name: getattr(config, f.name, None) for f in fields(cls)}
+        named: dict[str, Any] = {f.name: getattr(config, f.name, None) for f in fields(cls)}
         named |= {"dtype": dtype, "autocast": config.autocast_dtype is not None}
         named["optimizer"] = config.optimizer if isinstance(config.optimizer, str) else "adamw"
         named["frozen_reference"] = config.needs_reference and config.reference == "frozen"
