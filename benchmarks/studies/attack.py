@@ -2,15 +2,18 @@
 
 Parts, each on the same model, ids and settings for all:
 
-  losses   the target's mean loss behind the same candidates: largest difference, candidates/s, peak
-           memory beyond the model; nanoGCG's own function is called with this library's ids
+  losses   the target's mean loss behind the same candidates, one suffix with one token changed in
+           each: largest difference, candidates/s, peak memory beyond the model; nanoGCG's own
+           function is called with this library's ids. Laps of all take turns, each is timed by the
+           processor time of its one thread, and a ratio is the median over laps
   search   whole searches of both, as a user calls them: steps/s and best loss, several seeds
   replies  prefill depths and decoding settings: sequences/s of `generate` once per setting, and of
            the engine for all settings at once; greedy ids must be equal
   store    seconds to keep 10,000 records and to open a run of 100,000
 
 nanoGCG 0.3.0 cannot use its prefix cache with transformers 5 ("'DynamicCache' object is not
-subscriptable"), so it runs without, as it has to for its users.
+subscriptable"), so it runs without, as it has to for its users; "nanogcg_cached" is its function
+with a cache put right here, which its users do not have.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import transformers
 
 from benchmarks.harness import machine, memory
 from deepalign_kernels.attack import GCG, Decoding, Prefill
+from deepalign_kernels.attack.gcg import by_gradient
 from deepalign_kernels.attack.search import Field, searching
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Reply
@@ -89,6 +93,21 @@ def nano(model: Any, tokenizer: Any, config: GCG, seed: int | None = None) -> It
         torch.set_rng_state(state)
 
 
+class WithCache:
+    """A model that takes nanoGCG's keys and values, a list of pairs by layer, as transformers 5
+    does."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, past_key_values: Any, **inputs: Any) -> Any:
+        """Of the model."""
+        cache: Any = transformers.DynamicCache()
+        for layer, (keys, values) in enumerate(past_key_values):
+            cache.update(keys, values, layer)
+        return self._model(past_key_values=cache, **inputs)
+
+
 def losses(model: Any, tokenizer: Any, config: GCG, tokens: int, laps: int) -> dict[str, Any]:
     """Part "losses"."""
     prompt = prompt_of(tokenizer, tokens)
@@ -96,44 +115,54 @@ def losses(model: Any, tokenizer: Any, config: GCG, tokens: int, laps: int) -> d
     with searching(model) as attached, nano(model, tokenizer, config) as other:
         field = Field(config, attached, tokenizer, [prompt])
         place, target = field.places[0], field.targets[0]
-        ids = field.allowed.nonzero()[:, 0]
-        chosen = torch.randint(len(ids), (config.width, len(place.first)), generator=generator)
-        candidates = ids[chosen]
-        embed = model.get_input_embeddings()
+        scores = torch.rand(len(place.first), len(field.allowed), generator=generator)
+        scores = scores.masked_fill(~field.allowed, float("-inf"))
+        candidates = by_gradient(scores, field.first, config, generator)
+        embed, whole = model.get_input_embeddings(), other.model
+        with torch.no_grad():
+            known = model(input_ids=torch.tensor([place.before]), use_cache=True).past_key_values
 
-        def theirs() -> torch.Tensor:
-            rows = [place.before, None, place.after, target]
+        def theirs(cached: bool) -> torch.Tensor:
+            other.model = WithCache(whole) if cached else whole
+            other.prefix_cache = [(x.keys, x.values) for x in known.layers] if cached else None
+            rows = [() if cached else place.before, None, place.after, target]
             parts = [
                 embed(candidates) if r is None
-                else embed(torch.tensor([r])).repeat(len(candidates), 1, 1)
+                else embed(torch.tensor([r]).long()).repeat(len(candidates), 1, 1)
                 for r in rows
             ]  # fmt: skip
             with torch.no_grad():
                 return other._compute_candidates_loss_original(config.batch, torch.cat(parts, 1))
 
-        def ours() -> torch.Tensor:
-            return field.losses[0][0].losses(candidates)
-
-        other.target_ids, other.prefix_cache = torch.tensor([target]), None
-        found = {}
-        for name, call in (("ours", ours), ("nanogcg", theirs)):
-            value, peak = memory.measured(call, "cpu")
-            seconds = [timed(call) for _ in range(laps)]
-            found[name] = {
-                "candidates_per_s": config.width / min(seconds),
-                "peak_bytes": peak.extra,
-            }
-            found[name]["value"] = value
-        a, b = (found[n].pop("value").double() for n in ("ours", "nanogcg"))
-    return {
-        **found,
+        other.target_ids = torch.tensor([target])
+        calls: dict[str, Callable[[], torch.Tensor]] = {
+            "ours": lambda: field.losses[0][0].losses(candidates),
+            "nanogcg": lambda: theirs(False),
+            "nanogcg_cached": lambda: theirs(True),
+        }
+        first = {name: memory.measured(call, "cpu") for name, call in calls.items()}
+        spent: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(laps):
+            for name, call in calls.items():
+                spent[name].append(timed(call, time.process_time))
+    ours = first["ours"][0].double()
+    out: dict[str, Any] = {
         "before": len(place.before),
         "suffix": len(place.first),
+        "after": len(place.after),
         "target": len(target),
-        "largest_difference": float((a - b).abs().max()),
-        "faster": found["ours"]["candidates_per_s"] / found["nanogcg"]["candidates_per_s"],
-        "memory_share": found["ours"]["peak_bytes"] / found["nanogcg"]["peak_bytes"],
+        "candidates": len(candidates),
     }
+    for name, (value, peak) in first.items():
+        ratios = [b / a for a, b in zip(spent["ours"], spent[name], strict=True)]
+        out[name] = {
+            "candidates_per_s": len(candidates) / statistics.median(spent[name]),
+            "peak_bytes": peak.extra,
+            "difference": float((value.double() - ours).abs().max()),
+            "time_over_ours": [min(ratios), statistics.median(ratios), max(ratios)],
+            "memory_of_ours": (first["ours"][1].extra or 0) / (peak.extra or 1),
+        }
+    return out
 
 
 def search(model: Any, tokenizer: Any, config: GCG, tokens: int, seeds: int) -> dict[str, Any]:
@@ -260,11 +289,11 @@ def store() -> dict[str, float]:
     return seconds
 
 
-def timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call."""
-    begun = time.perf_counter()
+    begun = clock()
     call()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def command(argv: list[str] | None = None) -> int:

@@ -3,8 +3,10 @@
     before | suffix | after | target        before and after: the rendered prompt around the suffix
 
 Keys and values of `before` are computed once and shared by all suffixes; each layer joins them to
-its own for as long as it runs, and nothing is kept. The output head runs at the target's positions
-alone, inside the library's op, so logits are never whole in memory.
+its own for as long as it runs, and nothing is kept. The candidates of a search begin like the
+suffix they were made from, and share its keys and values up to the first token they change. The
+output head runs at the target's positions alone, inside the library's op, so logits are never whole
+in memory.
 """
 
 from __future__ import annotations
@@ -21,18 +23,22 @@ from deepalign_kernels.hf.head import Head
 from deepalign_kernels.modes import evaluating
 
 Ids = tuple[int, ...]
+# Tokens in one forward that keep a device busy. Of candidates in the order of their first changed
+# token, small pieces share more than large ones.
+BUSY = {"cpu": 1024, "cuda": 4096}
 
 
 class SharedLayer(DynamicLayer):
-    """Keys and values of one prompt [1, heads, P, D] for any number of rows; with `own`, those of
-    the rows themselves [b, heads, L, D] behind them. Never grows but through `keep`."""
+    """The first `length` keys and values of one prompt [1, heads, P, D], for any number of rows;
+    with `own`, those of the rows themselves [b, heads, L, D] behind them. Never grows but through
+    `keep`."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
         self.dtype, self.device = keys.dtype, keys.device
         self.own: Any = None
-        self.keep = False
+        self.keep, self.length = False, keys.shape[2]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -46,14 +52,17 @@ class SharedLayer(DynamicLayer):
         known: Any = self
         shape = (len(k), -1, -1, -1)
         return (
-            torch.cat([known.keys.expand(shape), k], 2),
-            torch.cat([known.values.expand(shape), v], 2),
+            torch.cat([known.keys[:, :, : self.length].expand(shape), k], 2),
+            torch.cat([known.values[:, :, : self.length].expand(shape), v], 2),
         )
 
+    def longer(self) -> SharedLayer:
+        """A layer that shares what stands in `own`, of one row, as well."""
+        return SharedLayer(*self.update(*(x[:, :, :0] for x in self.own)))
+
     def get_seq_length(self, *args: Any) -> int:
-        """Of the prompt and of `own`."""
-        keys: Any = self.keys
-        return keys.shape[2] + (0 if self.own is None else self.own[0].shape[2])
+        """Of what is shared and of `own`."""
+        return self.length + (0 if self.own is None else self.own[0].shape[2])
 
 
 def shared(cache: Any) -> DynamicCache | None:
@@ -93,6 +102,8 @@ class TargetLoss:
                 out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             self._cache = shared(out.past_key_values)
             self.tokens[0] += len(before)
+        self._busy = BUSY.get(device.type, BUSY["cuda"])
+        self._known = 0 if self._cache is None else len(before)
         rest = before if self._cache is None else ()
         self._before = torch.tensor(rest, device=device).long()
 
@@ -104,22 +115,56 @@ class TargetLoss:
         far, or `bound`, is given up and has loss inf. Log-probs are at most 0, so the smallest loss
         below the bound is always exact.
         """
-        out: list[Tensor] = []
-        done = 0
-        while done < len(suffixes):
-            piece = suffixes[done : done + self.batch]
-            try:
-                found = self._piece(piece, bound)
-            except torch.OutOfMemoryError:
-                if len(piece) == 1:
-                    raise
-                self.batch = max(1, len(piece) // 2)
-                continue
-            out.append(found)
-            done += len(piece)
-            if bound is not None:
-                bound = min(bound, float(found.min()))
-        return torch.cat(out) if out else torch.zeros(0)
+        out = torch.zeros(len(suffixes), device=suffixes.device)
+        plain = self._cache
+        alike = self._alike(suffixes)
+        order, done = alike.argsort(stable=True), 0
+        length = suffixes.shape[1] + len(self._after) + len(self._target)
+        try:
+            while done < len(order):
+                begin = int(alike[order[done]])
+                size = self.batch
+                if self._cache is not plain:
+                    size = min(size, 1 + self._busy // (length - begin))
+                rows = order[done : done + size]
+                for layer in self._layers():
+                    layer.length = self._known + begin
+                try:
+                    found = self._piece(suffixes[rows, begin:], bound)
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1:
+                        raise
+                    self.batch = max(1, len(rows) // 2)
+                    continue
+                out[rows] = found
+                done += len(rows)
+                if bound is not None:
+                    bound = min(bound, float(found.min()))
+        finally:
+            self._cache = plain
+        return out
+
+    def _alike(self, suffixes: Tensor) -> Tensor:
+        """[B] on the CPU: how many first tokens of each suffix are in the cache from here on: those
+        that it has in common with the most usual tokens."""
+        S = suffixes.shape[1]
+        if self._cache is not None and len(suffixes):
+            usual = suffixes.mode(0).values
+            alike = (suffixes == usual).long().cumprod(1).sum(1).clamp(max=S - 1).cpu()
+            if int(alike.sum()) > 2 * S:  # else to compute them is as much as they save
+                self._keep(True)
+                try:
+                    ids = usual[None, : int(alike.max())]
+                    past = {"past_key_values": self._cache, "use_cache": True}
+                    self.model(input_ids=ids, **past, logits_to_keep=1)
+                    longer: Any = DynamicCache()
+                    longer.layers = [layer.longer() for layer in self._layers()]
+                finally:
+                    self._keep(False)
+                self.tokens[0] += ids.numel()
+                self._cache = longer
+                return alike
+        return torch.zeros(len(suffixes), dtype=torch.long)
 
     def _piece(self, suffixes: Tensor, bound: float | None) -> Tensor:
         T = len(self._target)

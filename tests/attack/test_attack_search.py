@@ -14,6 +14,7 @@ from peaked import peaked_model
 
 from deepalign_kernels.attack import GCG, Compose, Prefill, RandomSearch
 from deepalign_kernels.attack import gcg as gcg_module
+from deepalign_kernels.attack import target_loss
 from deepalign_kernels.attack.chat import Chat
 from deepalign_kernels.attack.search import Field, searching
 from deepalign_kernels.attack.suffix import Place, allowed_ids, distinct
@@ -64,6 +65,15 @@ def random_case(vocab, seed=0, T=9):
     return before, torch.randint(3, vocab, (13, 4), generator=g), after, target
 
 
+def near(suffix, vocab, count):
+    """[count, S] copies of a suffix with one token changed, as a search makes them."""
+    g = torch.Generator().manual_seed(3)
+    places = torch.randint(len(suffix), (count, 1), generator=g)
+    return suffix.repeat(count, 1).scatter_(
+        1, places, torch.randint(3, vocab, (count, 1), generator=g)
+    )
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gpt2", "qwen3", "cohere"])
 def test_losses_and_gradient_of_families(name):
     """Against whole logits in fp64; heads with scales and caps, embeddings with scales, a window
@@ -71,11 +81,14 @@ def test_losses_and_gradient_of_families(name):
     model = tiny_models.build(name).eval()
     truth = copy.deepcopy(model).double()
     before, suffixes, after, target = random_case(150)
+    close = near(suffixes[0], 150, 12)
     with searching(model) as attached:
         losses = TargetLoss(attached, before, after, target, batch=5)
         got = losses.losses(suffixes)
         wanted = plain_losses(truth, before, suffixes, after, target)
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+        wanted = plain_losses(truth, before, close, after, target)
+        torch.testing.assert_close(losses.losses(close).double(), wanted, rtol=1e-5, atol=1e-5)
         grad = losses.gradient(suffixes[0])
         again = losses.losses(suffixes)
     torch.testing.assert_close(got, again)  # nothing grew
@@ -110,6 +123,27 @@ def test_abandoning_gives_up_nothing_below_the_bound(model, T, share):
         assert int(some.argmin()) == int(whole.argmin())
     if T == 9 and share == 0.1:
         assert kept.sum() < len(kept) / 2 and losses.tokens[0] - 2 * spent < 0.7 * spent
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_candidates_share_what_stands_before_their_change(model, monkeypatch, bounded):
+    """One forward of the common suffix, then each token from the first changed one on, once."""
+    before, suffixes, after, target = random_case(600)
+    long = torch.cat([suffixes[0], suffixes[1], suffixes[2]])
+    close = torch.cat([near(long, 600, 40), long[None]])
+    wanted = plain_losses(model, before, close, after, target)
+    monkeypatch.setitem(target_loss.BUSY, "cpu", 0)  # a row a piece
+    with searching(model) as attached:
+        losses = TargetLoss(attached, before, after, target, batch=64)
+        spent = losses.tokens[0]
+        got = losses.losses(close, bound=float(wanted.median()) if bounded else None)
+    kept = got.isfinite()
+    assert kept[wanted.argmin()] and (kept.all() or bounded)
+    torch.testing.assert_close(got[kept].double(), wanted[kept], rtol=1e-5, atol=1e-5)
+    alike = (close == long).long().cumprod(1).sum(1).clamp(max=len(long) - 1)
+    each = len(long) - alike + len(after) + len(target) - 1
+    if not bounded:
+        assert losses.tokens[0] - spent == int(alike.max()) + int(each.sum())
 
 
 def test_out_of_memory_halves_and_remembers(model, monkeypatch):
