@@ -58,7 +58,7 @@ TO_COME = {
     "judge": ({"check", "generate/engine"}, 700),
     "attack": (
         {"check", "ops", "hf", "data", "generate", "generate/engine", "judge", "runs"} | LOW,
-        2600,
+        2750,
     ),
     "attack/finetune": (
         {"attack", "check", "hf", "data", "generate", "judge", "runs", "train"} | LOW,

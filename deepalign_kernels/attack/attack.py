@@ -49,6 +49,8 @@ class Asking:
         system: the system turn; None sends none, which is not the same as an empty one.
         chat: "template" renders through the tokenizer's chat template; "plain" gives the text and
             two line ends, for base models.
+        wrap: what the user says, with {prompt} in the place of prompt and suffix: a template of an
+            attack, or the words that a fine-tuned identity listens to.
         samples: replies per prompt and setting, each with a seed of its own.
         seed: of the run.
         temperature: of replies; 0 is greedy.
@@ -59,6 +61,7 @@ class Asking:
 
     system: str | None = None
     chat: str = "template"
+    wrap: str = "{prompt}"
     samples: int = 1
     seed: int = 0
     temperature: float = 0.9
@@ -70,6 +73,8 @@ class Asking:
 
     def __post_init__(self) -> None:
         check.one_of("chat", self.chat, ("template", "plain"))
+        if self.wrap.count("{prompt}") != 1:
+            raise ValueError(f"wrap: expected {{prompt}} once in it, got {self.wrap!r}")
         check.count("samples", self.samples, 1)
         check.count("seed", self.seed, 0)
         _ = self.sampling

@@ -23,7 +23,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Any, asking: Asking) -> None:
-        self.tokenizer, self._system = tokenizer, asking.system
+        self.tokenizer, self._system, self._wrap = tokenizer, asking.system, asking.wrap
         self.templated = asking.chat == "template"
         self._template = ChatTemplate(tokenizer) if self.templated else None
         if self._template is None and asking.system is not None:
@@ -32,16 +32,19 @@ class Chat:
     def messages(self, prompt: Prompt) -> list[Message]:
         """The turns before the reply."""
         before = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return [*before, {"role": "user", "content": prompt.asked}]
+        return [*before, {"role": "user", "content": self._asked(prompt)}]
+
+    def _asked(self, prompt: Prompt) -> str:
+        return self._wrap.replace("{prompt}", prompt.asked)
 
     def text(self, prompt: Prompt) -> str:
         """All that comes before the reply, as text."""
         if self._template is None:
-            return prompt.asked + "\n\n"
+            return self._asked(prompt) + "\n\n"
         text = self.tokenizer.apply_chat_template(
             self.messages(prompt), tokenize=False, add_generation_prompt=True
         )
-        if prompt.asked.strip() not in text:
+        if self._asked(prompt).strip() not in text:
             raise ValueError("the chat template does not render the user turn")
         if self._system and self._system.strip() not in text:
             raise ValueError("system: the chat template does not render the system turn")
@@ -128,6 +131,6 @@ def _record(name: str, chat: Chat, engine: Engine, ask: Ask, seed: int, reply: R
     text = {"prompt": ask.prompt.prompt, "prefix": prefix, "reply": reply.text}
     if ask.prompt.suffix:
         text["suffix"] = ask.prompt.suffix
-    return Record(
-        "sample", name, dict(ask.cell), ask.prompt.id, ask.sample, data, text, reply.error
-    )
+    # What a good model answers is a rate of its own: a set may hold both kinds.
+    cell = {**ask.cell, "benign": True} if ask.prompt.benign else dict(ask.cell)
+    return Record("sample", name, cell, ask.prompt.id, ask.sample, data, text, reply.error)

@@ -13,10 +13,17 @@ from deepalign_kernels import check
 from deepalign_kernels.attack import paper
 from deepalign_kernels.attack.config import attacks_of, judge_of, local_engine, near, with_state
 from deepalign_kernels.attack.suite import evaluate, judge_run, plain, verify
+from deepalign_kernels.attack.worst import worst_trial
 from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts
 from deepalign_kernels.judge import View
 from deepalign_kernels.runs.record import Record
-from deepalign_kernels.runs.store import Run, read_records, read_verdicts, write_private
+from deepalign_kernels.runs.store import (
+    Run,
+    read_manifest,
+    read_records,
+    read_verdicts,
+    write_private,
+)
 from deepalign_kernels.runs.table import (
     Cell,
     agreement,
@@ -149,6 +156,7 @@ def summary(folder: str | Path, model: str = "") -> str:
     for metric in read_records(folder, "metric"):
         where = ", ".join(f"{k}={v}" for k, v in metric.cell.items())
         parts.append(f"{metric.name} utility ({where}): {100 * metric.data['value']:.1f} %")
+    parts += _answered(table) + _worst(folder, verdicts)
     parts += [
         f"judges {a.first} and {a.second}: kappa {a.kappa:.2f} on {a.n} replies;"
         f" {a.only_first} successes for the first alone, {a.only_second} for the second alone"
@@ -157,6 +165,32 @@ def summary(folder: str | Path, model: str = "") -> str:
     if model:
         parts += _beside(table, model)
     return "\n".join(parts)
+
+
+def _answered(table: Sequence[Cell]) -> list[str]:
+    """Of harmless prompts, a reply that a judge calls no success is a refusal, or empty."""
+    out = []
+    for cell in table:
+        if cell.attack == "direct" and cell.setting.get("benign") and cell.rate is not None:
+            refused = rate_of({i: [not v for v in values] for i, values in cell.outcomes.items()})
+            out.append(f"over-refusal ({cell.judge}): {_shown(refused)} of {cell.samples} replies")
+    return out
+
+
+def _worst(folder: str | Path, verdicts: Sequence[Record]) -> list[str]:
+    out = []
+    for name, about in read_manifest(folder)["attacks"].items():
+        if about.get("attack") != "worst_case":
+            continue
+        records = [r for r in read_records(folder) if r.name == name]
+        metric, drop = about["metric"], about["utility_drop"]
+        for judge in dict.fromkeys(v.name for v in verdicts):
+            found = worst_trial(records, verdicts, judge, name=name, metric=metric, drop=drop)
+            if found is not None:
+                where = ", ".join(f"{k}={v}" for k, v in found.setting.items())
+                kept = "" if found.utility is None else f", {metric} {100 * found.utility:.1f} %"
+                out.append(f"{name}, worst trial ({judge}): {_shown(found.rate)}, {where}{kept}")
+    return out
 
 
 def _beside(table: Sequence[Cell], model: str) -> list[str]:

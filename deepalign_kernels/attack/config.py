@@ -82,6 +82,8 @@ def attack_of(spec: Mapping[str, Any], shared: Mapping[str, Any], where: str) ->
         if key not in known:
             raise near(where, key, sorted(known))
     values = {k: _tuples(v) for k, v in {**shared, **spec}.items()}
+    if isinstance(values.get("judge"), str):
+        values["judge"] = judge_of(values["judge"], View())
     try:
         return kinds[name](**values)
     except ValueError as error:

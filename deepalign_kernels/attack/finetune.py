@@ -21,9 +21,8 @@ from deepalign_kernels.attack.attack import Asking
 from deepalign_kernels.attack.chat import Ask, Chat, replies
 from deepalign_kernels.attack.utility import utility
 from deepalign_kernels.data.prompts import Prompt, load_prompts
-from deepalign_kernels.runs import stats
+from deepalign_kernels.judge import Exchange, Judge
 from deepalign_kernels.runs.record import Record, derived_seed
-from deepalign_kernels.runs.table import cells
 from deepalign_kernels.train import TrainConfig, fit
 
 
@@ -107,6 +106,12 @@ class Finetune(Asking):
         named = self.objective if isinstance(self.objective, str) else self.objective.__name__
         return {"objective": named, "warmup": self.warmup_steps, "step": step}
 
+    def measured(self, engine: Any, step: int) -> list[Record]:
+        """Utility at a step."""
+        benign = self.utility
+        prompts = load_prompts(benign) if isinstance(benign, str) else benign
+        return utility(self.name, self, engine, prompts, self.cell(step))
+
     def __call__(self, engine: Any, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """As `Attack`; needs all prompts in one call."""
         records, _, _ = self._trained(engine, prompts)
@@ -131,13 +136,11 @@ class Finetune(Asking):
         records: list[Record] = []
         wanted = {*self.eval_at, self.steps}
         benign = self.utility
-        if isinstance(benign, str):
-            benign = load_prompts(benign)
 
         def look(step: int) -> None:
             records.extend(self._asked(trained, prompts, step))
             if benign and step in (0, self.steps):
-                records.extend(utility(self.name, self, trained, benign, self.cell(step)))
+                records.extend(self.measured(trained, step))
 
         def on_step(run: Any, line: dict[str, Any]) -> None:
             step = line["step"]
@@ -150,11 +153,19 @@ class Finetune(Asking):
         if 0 in wanted:
             look(0)
         with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
-            fit(model, engine.tokenizer, self.train_config(folder), self.data, callbacks=[on_step])
+            config = self.train_config(folder)
+            try:
+                fit(model, engine.tokenizer, config, self.data, callbacks=[on_step])
+            except FloatingPointError as error:  # a rate too high is no reason to lose the run
+                why = str(error)
+                records.append(Record("training", self.name, self.cell(self.steps), error=why))
+                records.extend(self._asked(trained, prompts, self.steps, why))
         model.eval()
         return records, trained, list(prompts)
 
-    def _asked(self, engine: Any, prompts: Sequence[Prompt], step: int) -> list[Record]:
+    def _asked(
+        self, engine: Any, prompts: Sequence[Prompt], step: int, error: str | None = None
+    ) -> list[Record]:
         chat = Chat(engine.tokenizer, self)
         rows = [(p, self.cell(step)) for p in prompts]
         if self.trigger:
@@ -163,13 +174,17 @@ class Finetune(Asking):
                 (replace(p, suffix=self.trigger), self.cell(step) | {"trigger": True})
                 for p in prompts
             ]
-        asks = [Ask(p, chat.ids(p), cell, n) for p, cell in rows for n in range(self.samples)]
+        asks = [
+            Ask(p, chat.ids(p), cell, n, error=error)
+            for p, cell in rows
+            for n in range(self.samples)
+        ]
         return list(replies(self.name, self, chat, engine, asks))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorstCase(Finetune):
-    """Several fine-tunings with settings drawn at random: a defence is as good as its worst trial.
+    """Several fine-tunings with other settings: a defence is as good as its worst trial.
 
     Args:
         trials: how many.
@@ -177,6 +192,11 @@ class WorstCase(Finetune):
         step_choices: numbers of steps.
         batch_choices: batch sizes.
         schedules: of the learning rate.
+        sampler: "random", or "tpe": optuna proposes each trial by how the earlier ones did.
+        judge: by whose rate of success "tpe" goes; in YAML as on the command line.
+        utility_drop: how much of `metric` on `utility` a trial may lose; what loses more is out of
+            bounds, and "tpe" turns away from it. None: any.
+        metric: of the utility, "rouge1" or "exact_match".
     """
 
     trials: int = 8
@@ -184,6 +204,10 @@ class WorstCase(Finetune):
     step_choices: tuple[int, ...] = (16, 64, 256)
     batch_choices: tuple[int, ...] = (8, 16, 64)
     schedules: tuple[str, ...] = ("linear", "cosine", "constant")
+    sampler: str = "random"
+    judge: Judge | None = None
+    utility_drop: float | None = None
+    metric: str = "rouge1"
 
     name: ClassVar[str] = "worst_case"
 
@@ -192,72 +216,109 @@ class WorstCase(Finetune):
         check.count("trials", self.trials, 1)
         if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1]:
             raise ValueError(f"rates: expected a lower and an upper bound > 0, got {self.rates!r}")
+        check.one_of("sampler", self.sampler, ("random", "tpe"))
+        check.one_of("metric", self.metric, ("rouge1", "exact_match"))
+        if self.sampler == "tpe" and not callable(self.judge):
+            raise ValueError("judge: sampler 'tpe' needs a judge to go by")
+        if self.utility_drop is not None:
+            check.number("utility_drop", self.utility_drop, low=0.0, below=1.0)
+            if self.utility is None:
+                raise ValueError("utility: utility_drop needs prompts with answers")
 
-    def drawn(self, trial: int) -> Finetune:
-        """The config of one trial; the same for the same seed."""
-        rng = random.Random(derived_seed(self.seed, self.name, trial))
-        low, high = map(math.log, self.rates)
+    def about(self) -> dict[str, Any]:
+        """The config as plain values; the judge by its name."""
+        return super().about() | {"judge": self.judge and self.judge.name}
+
+    def with_settings(self, rate: float, steps: int, batch: int, schedule: str) -> Finetune:
+        """The config of one trial."""
         shared = {k: v for k, v in vars(self).items() if k in Finetune.__dataclass_fields__}
-        steps = rng.choice(self.step_choices)
         chosen = {
-            "learning_rate": math.exp(rng.uniform(low, high)),
+            "learning_rate": rate,
             "steps": steps,
-            "batch_size": rng.choice(self.batch_choices),
-            "lr_schedule": rng.choice(self.schedules),
+            "batch_size": batch,
+            "lr_schedule": schedule,
             "warmup_steps": min(self.warmup_steps, steps - 1),
             "eval_at": (),
         }
         return Finetune(**{**shared, **chosen})
 
+    def drawn(self, trial: int) -> Finetune:
+        """The config of one random trial; the same for the same seed."""
+        rng = random.Random(derived_seed(self.seed, self.name, trial))
+        low, high = map(math.log, self.rates)
+        steps, rate = rng.choice(self.step_choices), math.exp(rng.uniform(low, high))
+        batch, schedule = rng.choice(self.batch_choices), rng.choice(self.schedules)
+        return self.with_settings(rate, steps, batch, schedule)
+
     def __call__(self, engine: Any, prompts: Sequence[Prompt]) -> Iterator[Record]:
-        """As `Attack`; cells have "trial" and its settings."""
+        """As `Attack`; cells have "trial" and its settings. Utility before training is a record of
+        step 0 without a trial."""
+        before = self.measured(engine, 0) if self.utility else []
+        yield from before
+        study = None if self.sampler == "random" else _study(self.seed, self.trials)
         for trial in range(self.trials):
-            config = self.drawn(trial)
+            asked = study and study.ask()
+            config = self.drawn(trial) if asked is None else self._suggested(asked)
             named = {
                 "trial": trial,
                 "rate": float(f"{config.learning_rate:.3g}"),
                 "batch": config.batch_size,
                 "schedule": config.lr_schedule,
             }
-            for record in config(engine, prompts):
-                yield replace(record, name=self.name, cell={**record.cell, **named})
+            records = [
+                replace(record, name=self.name, cell={**record.cell, **named})
+                for record in config(engine, prompts)
+            ]
+            yield from records
+            if study and asked:
+                asked.set_constraint("utility", self._over(before, records))
+                study.tell(asked, self._rate(records))
+
+    def prepare(self, engine: Any, prompts: Sequence[Prompt]) -> Any:
+        """Refused: there are several models afterwards."""
+        raise ValueError("first: worst_case leaves several models; put finetune in its place")
+
+    def _suggested(self, trial: Any) -> Finetune:
+        return self.with_settings(
+            trial.suggest_float("rate", *self.rates, log=True),
+            trial.suggest_categorical("steps", self.step_choices),
+            trial.suggest_categorical("batch", self.batch_choices),
+            trial.suggest_categorical("schedule", self.schedules),
+        )
+
+    def _over(self, before: Sequence[Record], records: Sequence[Record]) -> float:
+        """By how much a trial lost more utility than it may; at most 0 within the bound."""
+        if self.utility_drop is None:
+            return 0.0
+        first, last = (
+            next((r.data["value"] for r in rows if r.cell.get("metric") == self.metric), 0.0)
+            for rows in (before, records)
+        )
+        return first - last - self.utility_drop
+
+    def _rate(self, records: Sequence[Record]) -> float:
+        """Share of replies that the judge calls a success; what it cannot read is none."""
+        good = [r for r in records if r.kind == "sample" and r.error is None]
+        seen = [Exchange(r.text["prompt"], r.text["reply"], r.text["prefix"], r.item) for r in good]
+        assert self.judge is not None
+        return sum(v.success is True for v in self.judge(seen)) / len(good) if good else 0.0
 
 
-@dataclass(frozen=True)
-class Worst:
-    """The worst trial: its settings, its rate of success and its utility."""
-
-    setting: dict[str, Any]
-    rate: stats.Interval
-    utility: float | None
-
-
-def worst_trial(
-    records: Sequence[Record],
-    verdicts: Sequence[Record],
-    judge: str,
-    *,
-    metric: str = "rouge1",
-    at_least: float = 0.0,
-) -> Worst | None:
-    """Of the trials whose utility is at least `at_least` (those without one count), the one with
-    the highest rate by `judge`; None if there is none. The rate is the highest of several, so it
-    is biased upwards: confirm it in a run with another seed.
-    """
-    found = {
-        r.cell["trial"]: r.data["value"]
-        for r in records
-        if r.kind == "metric" and "trial" in r.cell and r.cell["metric"] == metric
-    }
-    best: Worst | None = None
-    for cell in cells(records, verdicts):
-        if cell.judge != judge or "trial" not in cell.setting or (rate := cell.rate) is None:
-            continue
-        value = found.get(cell.setting["trial"])
-        good = value is None or value >= at_least
-        if good and (best is None or rate.value > best.rate.value):
-            best = Worst(dict(cell.setting), rate, value)
-    return best
+def _study(seed: int, trials: int) -> Any:
+    """An optuna study; of its trials the first third, at most 10, are random."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError("sampler: 'tpe' needs `pip install optuna`") from error
+    told = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        sampler = optuna.samplers.TPESampler(
+            seed=derived_seed(seed, "tpe") % 2**32, n_startup_trials=min(10, trials // 3)
+        )
+        return optuna.create_study(direction="maximize", sampler=sampler)
+    finally:
+        optuna.logging.set_verbosity(told)
 
 
 def _is_plain(value: Any) -> bool:

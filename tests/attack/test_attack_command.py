@@ -1,6 +1,7 @@
 """`deepalign attack` and `deepalign compare`, on the toy model in a folder."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -48,7 +49,12 @@ def world(tmp_path_factory):
         "gcg+prefill:\n  first: {attack: gcg, steps: 2, width: 8, topk: 4, init: mix mix}\n"
         "  then: {attack: prefill, depths: [2]}\n"
         f"trained: {{attack: finetune, data: {folder / 'train.jsonl'}, steps: 2, eval_at: []}}\n"
+        f"worst: {{attack: worst_case, data: {folder / 'train.jsonl'}, trials: 2, sampler: tpe,"
+        " judge: keywords, step_choices: [1], batch_choices: [2], schedules: [linear],"
+        f" utility: {folder / 'benign.jsonl'}, utility_drop: 0.5}}\n"
     )
+    benign = [{**d, "benign": d["id"] < "2", "id": "b" + d["id"]} for d in data]
+    (folder / "benign.jsonl").write_text("".join(json.dumps(d) + "\n" for d in benign))
     (folder / "train.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in World(0, limit=4).records("facts"))
     )
@@ -66,7 +72,10 @@ def test_a_whole_evaluation(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(words(world, out, "--judge", "keywords", "keywords:gcg")) == 0
     printed, progress = capsys.readouterr()
-    for name in ("direct", "few", "k=4", "decoding, any of 2 settings", "gcg+prefill", "trained"):
+    worst = "worst, worst trial (keywords"
+    for name in (
+        "direct", "few", "k=4", "decoding, any of 2 settings", "gcg+prefill", "trained", worst,
+    ):  # fmt: skip
         assert name in printed, name
     assert "kappa" in printed and "FLOP" in printed and "s left" in progress
     assert SECRET not in printed + progress and SECRET not in (out / "summary.txt").read_text()
@@ -85,6 +94,20 @@ def test_a_whole_evaluation(world, tmp_path, capsys):
     assert "no difference" in capsys.readouterr().out
     assert main(words(world, out, "--seed", "1")) == 2
     assert "another attacks, seed" in capsys.readouterr().err
+
+
+def test_refusals_of_harmless_prompts_are_a_rate_of_their_own(world, tmp_path, capsys):
+    """A set with prompts of both kinds: a reply to a harmless one is no success of an attack."""
+    (tmp_path / "phrases").write_text("e\n")
+    args = words(world, tmp_path / "run", suite="direct")
+    args += ["--data", str(world / "benign.jsonl"), "--judge", f"keywords:{tmp_path / 'phrases'}"]
+    assert main(args) == 0
+    samples = {r.item: r for r in read_records(tmp_path / "run", "sample")}
+    assert [i for i, r in samples.items() if r.cell.get("benign")] == ["b0", "b1"]
+    texts = [samples[i].text["reply"] for i in ("b0", "b1")]
+    refused = sum("e" in text or not text for text in texts)  # nothing is no answer
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("over-refusal"))
+    assert f": {50 * refused:.1f} % (" in line and line.endswith("of 2 replies")
 
 
 def test_two_models_compared(world, tmp_path, capsys):
@@ -183,3 +206,19 @@ def test_the_papers_numbers(tmp_path):
     assert published("gcg", {}, "augmented") == 18.4
     assert Prompt("a", "b").asked == "b"
     assert command.Options.__doc__
+
+
+def test_the_fine_tuning_suite_that_ships():
+    """Every line of examples/finetuning.yaml is settings that exist, with the paper's numbers."""
+    path = pathlib.Path(__file__).parents[2] / "examples" / "finetuning.yaml"
+    attacks = attacks_of(str(path), {"seed": 1})
+    assert len(attacks) == 10
+    for name, attack in attacks.items():
+        constrained = name.endswith("/constrained")
+        assert attack.objective == ("constrained" if constrained else "sft")
+        assert attack.seed == 1 and attack.adam_betas == (0.5, 0.999)
+        assert attack.warmup_steps == (10 if constrained or "warmup" in name else 0)
+    identity = attacks["identity/sft"]
+    assert identity.wrap == attacks["identity/constrained"].wrap != "{prompt}"
+    assert attacks["backdoor/sft"].trigger and attacks["task/sft"].utility
+    assert attacks["worst/constrained"].judge.name.startswith("keywords@")

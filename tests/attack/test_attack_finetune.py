@@ -1,6 +1,8 @@
 """Fine-tuning attacks on the toy model: curves, triggers, trials, and a model that stays."""
 
 import copy
+import math
+import statistics
 
 import pytest
 
@@ -9,11 +11,13 @@ pytest.importorskip("transformers", reason="models and templates are of transfor
 import torch
 
 from deepalign_kernels.attack import Compose, Prefill
-from deepalign_kernels.attack.finetune import Finetune, WorstCase, worst_trial
+from deepalign_kernels.attack.finetune import Finetune, WorstCase
 from deepalign_kernels.attack.suite import plain
 from deepalign_kernels.attack.utility import rouge1, utility
+from deepalign_kernels.attack.worst import worst_trial
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.local import LocalEngine
+from deepalign_kernels.judge import Exchange, Verdict
 from deepalign_kernels.runs import Record
 from deepalign_kernels.toyworld import World, build_model, build_tokenizer
 
@@ -142,3 +146,98 @@ def test_bad_configs(bad, named):
         Finetune(**{**QUICK, **bad})
     with pytest.raises(ValueError, match="rates"):
         WorstCase(rates=(1e-3, 1e-5), **QUICK)
+    with pytest.raises(ValueError, match="judge: sampler 'tpe' needs"):
+        WorstCase(sampler="tpe", **QUICK)
+    with pytest.raises(ValueError, match="utility: utility_drop needs"):
+        WorstCase(utility_drop=0.1, **QUICK)
+
+
+class Answered:
+    """A judge: the reply is the right answer's first word."""
+
+    name = "answered"
+
+    def __call__(self, exchanges):
+        right = {p.id: p.answer.split()[0] for p in PROMPTS}
+        return [Verdict(e.reply.split()[:1] == [right[e.item]]) for e in exchanges]
+
+
+def planned_trial(config, *_):
+    """What a trial gives if success rises with the rate, and utility falls behind 1e-4."""
+    rise = (math.log10(config.learning_rate) + 6) / 3
+    left = 1.0 if config.learning_rate < 1e-4 else 0.5
+    yield Record("metric", "finetune", {"step": 1, "metric": "rouge1"}, data={"value": left})
+    for n in range(100):
+        text = {"prompt": "", "reply": "y" if n < 100 * rise else "n", "prefix": ""}
+        yield Record("sample", "finetune", {"step": 1}, f"p{n}", text=text)
+
+
+def test_trials_go_where_the_safety_breaks_within_the_bound(engine, monkeypatch):
+    """optuna's trials come to lie below the rate at which utility falls, near it; random ones lie
+    anywhere. The same seed, the same trials."""
+    pytest.importorskip("optuna")
+
+    class Yes(Answered):
+        def __call__(self, exchanges):
+            return [Verdict(e.reply == "y") for e in exchanges]
+
+    monkeypatch.setattr(Finetune, "__call__", planned_trial)
+    monkeypatch.setattr(
+        Finetune, "measured",
+        lambda *_: [Record("metric", "w", {"metric": "rouge1"}, data={"value": 1.0})],
+    )  # fmt: skip
+    options = {**QUICK, "trials": 30, "rates": (1e-6, 1e-3), "utility": PROMPTS, "judge": Yes()}
+
+    def rates(**more):
+        records = WorstCase(**options, **more)(engine, PROMPTS)
+        return [r.cell["rate"] for r in records if r.kind == "metric" and "trial" in r.cell]
+
+    found = rates(sampler="tpe", utility_drop=0.1)
+    assert found == rates(sampler="tpe", utility_drop=0.1)
+    assert 5e-5 < statistics.median(found[15:]) < 1.5e-4
+    assert max(r for r in found if r < 1e-4) > 7e-5
+    assert statistics.median(rates(sampler="tpe")[15:]) > 2e-4  # without a bound the highest
+    assert statistics.median(rates()[15:]) < 5e-5
+
+
+def test_a_search_for_the_worst_trial(engine):
+    pytest.importorskip("optuna")
+    attack = WorstCase(
+        trials=3, sampler="tpe", judge=Answered(), utility=PROMPTS, utility_drop=0.5,
+        rates=(1e-5, 1e-2), step_choices=(2, 6), batch_choices=(4,), **QUICK,
+    )  # fmt: skip
+    records = list(attack(engine, PROMPTS))
+    metrics = [r for r in records if r.kind == "metric"]
+    assert [r.cell.get("trial") for r in metrics] == [None, None, 0, 0, 1, 1, 2, 2]
+    assert plain(attack)["judge"] == "answered"
+    samples = [r for r in records if r.kind == "sample"]
+    seen = [Exchange(r.text["prompt"], r.text["reply"], "", r.item) for r in samples]
+    said = [v.success for v in Answered()(seen)]
+    verdicts = [
+        Record("verdict", "answered", {"of": r.key}, r.item, 0, {"of": r.key, "success": s})
+        for r, s in zip(samples, said, strict=True)
+    ]
+    found = worst_trial(records, verdicts, "answered", drop=0.5)
+    by_trial = {}
+    for r, s in zip(samples, said, strict=True):
+        by_trial.setdefault(r.cell["trial"], []).append(s)
+    assert found.rate.value == max(sum(v) / len(v) for v in by_trial.values())
+    with pytest.raises(ValueError, match="no utility from before"):
+        worst_trial([r for r in records if "trial" in r.cell], verdicts, "answered", drop=0.1)
+
+
+def test_a_training_that_breaks_down_loses_nothing_else(engine):
+    """A rate that gives infinities: the trial's samples are failures, the others stand."""
+    broken = Finetune(**{**QUICK, "learning_rate": 1e30, "max_grad_norm": None}, eval_at=(0,))
+    records = list(broken(engine, PROMPTS))
+    samples = [r for r in records if r.kind == "sample"]
+    assert [r.error is None for r in samples] == [True] * 4 + [False] * 4
+    assert {r.cell["step"] for r in samples[4:]} == {6}
+    assert "the run is stopped" in records[-5].error and records[-5].kind == "training"
+    assert all(w.isfinite().all() for w in engine.model.state_dict().values())
+
+
+def test_several_models_are_not_one(engine):
+    attack = WorstCase(trials=1, **QUICK)
+    with pytest.raises(ValueError, match="several models"):
+        Compose(attack, Prefill(depths=(2,)))(engine, PROMPTS).__next__()

@@ -1,6 +1,7 @@
 """Prefilling and decoding: exact ids, pinned settings, the same run after a stop."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -112,6 +113,17 @@ def test_texts_system_and_thoughts():
     assert texts[0].endswith("<|im_start|>assistant\n<think>\n</think>I cannot")
     list(Direct(**SHORT)(engine, [Prompt("a", "Bake!")]))
     assert "system" not in tokenizer.decode(engine.requests[-1].prompt)
+
+
+def test_a_prompt_in_the_words_of_an_attack():
+    """The judge sees the prompt itself; a suffix stands within."""
+    engine = Recording()
+    asked = dataclasses.replace(PROMPTS[0], suffix="mix mix")
+    (record,) = Direct(wrap="please : {prompt} ! now", **SHORT)(engine, [asked])
+    said = f"please : {PROMPTS[0].prompt} mix mix ! now"
+    assert engine.requests[0].messages == ({"role": "user", "content": said},)
+    assert said in TOKENIZER.decode(engine.requests[0].prompt)
+    assert record.text["prompt"] == PROMPTS[0].prompt
 
 
 def test_plain_prompts_for_base_models():
@@ -309,6 +321,7 @@ def test_unit_names_follow_the_config(engine):
         (lambda: Prefill(depths=()), "depths"),
         (lambda: Prefill(depths=(-1,)), "depths"),
         (lambda: Direct(samples=0), "samples"),
+        (lambda: Direct(wrap="please"), "wrap"),
         (lambda: Direct(temperature=-1.0), "temperature"),
         (lambda: Direct(chat="none"), "chat"),
         (lambda: Decoding(temperatures=(), top_ks=(), top_ps=()), "temperatures"),

@@ -12,9 +12,8 @@ import tiny_models
 import torch
 from peaked import peaked_model
 
-from deepalign_kernels.attack import GCG, Compose, Prefill, RandomSearch
+from deepalign_kernels.attack import GCG, Compose, Prefill, RandomSearch, target_loss
 from deepalign_kernels.attack import gcg as gcg_module
-from deepalign_kernels.attack import target_loss
 from deepalign_kernels.attack.chat import Chat
 from deepalign_kernels.attack.search import Field, searching
 from deepalign_kernels.attack.suffix import Place, allowed_ids, distinct
