@@ -13,6 +13,7 @@ Public names:
 Needs transformers. Nothing here holds a [tokens, vocabulary] tensor.
 """
 
+from deepalign_kernels.analyze.first_token import FirstTokens, first_tokens
 from deepalign_kernels.analyze.pairs import Pair, check_tokenizers, pairs_of, sample_answers
 from deepalign_kernels.analyze.profile import Profile, profile, profile_of
 from deepalign_kernels.analyze.run import Settings, analyse
@@ -20,6 +21,7 @@ from deepalign_kernels.analyze.states import HeadWeights, States, collect
 from deepalign_kernels.analyze.vocabulary import Terms, largest_terms
 
 __all__ = [
+    "FirstTokens",
     "HeadWeights",
     "Pair",
     "Profile",
@@ -29,6 +31,7 @@ __all__ = [
     "analyse",
     "check_tokenizers",
     "collect",
+    "first_tokens",
     "largest_terms",
     "pairs_of",
     "profile",

@@ -2,6 +2,7 @@
 
     metric   weights           hash of each model
     profile  profile           by example: every array of `Profile`, "values" by name
+    profile  first_token       by example: the favourite first token and its margins
     profile  gradients         by example: norms by position, and by layer
     profile  vocabulary        by position: the tokens that carry the divergence
     metric   outside           probability on tokens that only one model knows
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels import check
+from deepalign_kernels.analyze.first_token import first_tokens
 from deepalign_kernels.analyze.gradients import exact_norms, probed_norms
 from deepalign_kernels.analyze.pairs import Pair, sample_answers
 from deepalign_kernels.analyze.profile import profile_of
@@ -145,7 +147,7 @@ class _Analysis:
         groups = dict.fromkeys(found.groups)
         terms = [record for group in groups for record in self._terms(first, second, group)]
         outside = {"value": found.outside, "vocab": found.vocab}
-        records = [*terms, Record("metric", "outside", data=outside)]
+        records = [*terms, *self._firsts(first), Record("metric", "outside", data=outside)]
         for i, pair in enumerate(self.pairs):
             n = len(pair.answer)
             values = {name: plain(getattr(found, name)[i, :n]) for name in found.metrics}
@@ -247,6 +249,23 @@ class _Analysis:
     def _gradient(self, i: int, about: dict[str, Any], values: dict[str, Any]) -> Record:
         cell = {"group": self.pairs[i].group}
         return Record("profile", "gradients", cell, f"{i}", data={**about, "values": values})
+
+    def _firsts(self, model: States) -> list[Record]:
+        found = first_tokens(model, self.pairs)
+        odds, margin = plain(found.odds), plain(found.margin)
+        return [
+            Record(
+                "profile",
+                "first_token",
+                {"group": pair.group},
+                f"{i}",
+                data={
+                    "values": {"odds": odds[i], "margin": margin[i]},
+                    "favourite": self.tokenizer.decode([int(found.favourite[i])]),
+                },
+            )
+            for i, pair in enumerate(self.pairs)
+        ]
 
     def _terms(self, first: States, second: States, group: str) -> list[Record]:
         o = self.o

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from deepalign_kernels import check
-from deepalign_kernels.attack import paper
 from deepalign_kernels.attack.config import attacks_of, judge_of, local_engine, near, with_state
 from deepalign_kernels.attack.suite import evaluate, judge_run, plain, verify
 from deepalign_kernels.attack.worst import worst_trial
 from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts
 from deepalign_kernels.judge import View
+from deepalign_kernels.runs import paper
 from deepalign_kernels.runs.record import Record
 from deepalign_kernels.runs.store import (
     Run,

@@ -17,6 +17,7 @@ import tyro
 import yaml
 
 Options = TypeVar("Options")
+POSITIONAL = tyro.conf.Positional[int].__metadata__  # type: ignore[attr-defined]
 
 
 def parse(options: type[Options], arguments: Sequence[str], prog: str) -> Options:
@@ -30,18 +31,48 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str) -> Option
     before.add_argument("--config", type=Path)
     known, rest = before.parse_known_args(list(arguments))
     if known.config is not None:
-        rest = [*_of_file(known.config, _flags(options)), *rest]
+        flags = _flags(options)
+        rest = [*_of_file(known.config, flags), *rest]
+        options = _with_defaults(options, flags)
     text = f"{options.__doc__ or ''}\n\n--config FILE reads options from YAML; flags win."
     return tyro.cli(options, args=rest, prog=prog, description=text)
+
+
+def _with_defaults(options: type[Options], flags: dict[str, Any]) -> type[Options]:
+    """`options` with what the file said of positional fields as their defaults: words on the
+    command line then win, as flags do."""
+    placed = {
+        name: kind for name, kind in flags.items() if isinstance(kind, _Placed) and kind.words
+    }
+    if not placed:
+        return options
+    body: dict[str, Any] = {"__annotations__": {}, "__doc__": options.__doc__}
+    for name, kind in placed.items():
+        field = name.replace("-", "_")
+        body["__annotations__"][field] = kind.hint
+        body[field] = tyro.cli(kind.hint, args=kind.words)
+    made = type(options.__name__, (options,), body)
+    return dataclasses.dataclass(frozen=True, kw_only=True)(made)
+
+
+@dataclasses.dataclass
+class _Placed:
+    """A field that stands on the command line without a flag, and what a file says of it."""
+
+    hint: Any
+    words: list[str] = dataclasses.field(default_factory=list)
 
 
 def _flags(options: Any, prefix: str = "") -> dict[str, Any]:
     """The type of every option by its flag; a field that is a dataclass gives `--field.inner`."""
     out: dict[str, Any] = {}
-    hints = get_type_hints(options)
+    hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         name, kind = f"{prefix}{field.name.replace('_', '-')}", hints[field.name]
-        out |= _flags(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {name: kind}
+        if getattr(kind, "__metadata__", ()) == POSITIONAL:
+            out[name] = _Placed(kind)
+        else:
+            out |= _flags(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {name: kind}
     return out
 
 
@@ -83,4 +114,7 @@ def _written(name: str, value: Any, flags: dict[str, Any]) -> list[str]:
     if isinstance(value, dict):
         value = [x for pair in value.items() for x in pair]
     values = value if isinstance(value, list) else [value]
+    if isinstance(flags[name], _Placed):
+        flags[name].words = [str(x) for x in values]
+        return []
     return [f"--{name}", *(str(x) for x in values)]

@@ -7,10 +7,10 @@ from itertools import combinations
 
 import numpy as np
 
-from deepalign_kernels.report import paper
 from deepalign_kernels.report.figure import ATTACKS, BANDS, POSITION, TRAINING, Figure, Heat, Series
 from deepalign_kernels.report.read import Source
-from deepalign_kernels.runs import Cell, curves, stats
+from deepalign_kernels.runs import Cell, curves, paper, stats
+from deepalign_kernels.runs.table import rate_of, union
 
 RATES = "Bands: 95 % intervals (Wilson's; over prompts where there are several replies to one)."
 
@@ -52,9 +52,55 @@ def prefill(sources: Sequence[Source]) -> Iterator[Figure]:
             "prefilled answer tokens k",
             "attack success (%)",
             ATTACKS,
-            [*series, *paper.prefill(max(x for s in series for x in s.x))],
+            [*series, *_papers(max(x for s in series for x in s.x))],
             top=100.0,
         )
+
+
+def _papers(most: float) -> list[Series]:
+    """Table 3, up to `most` tokens, so that the axis need not grow."""
+    within = {m: {k: v for k, v in of.items() if k <= most} for m, of in paper.PREFILL.items()}
+    return [_paper(model, points) for model, points in within.items() if points]
+
+
+def _paper(name: str, points: Mapping[int, float]) -> Series:
+    return Series(f"paper: {name}", list(points), list(points.values()), shown=False, paper=True)
+
+
+def beside_the_paper(sources: Sequence[Source]) -> list[list[str]]:
+    """A table of every rate that the paper has one for, first line the titles. Of decoding, success
+    at any of the settings, which bounds from above what the paper's scorer picks."""
+    head = [
+        "model",
+        "attack",
+        "success here (%)",
+        "prompts",
+        *(f"paper: {m}" for m in paper.MODELS),
+    ]
+    lines = [head]
+    for source in sources:
+        judged = [c for c in source.cells if c.judge == source.cells[0].judge]
+        rows: list[tuple[str, Cell, Mapping]] = [
+            (f"{c.attack}, " + ", ".join(f"{k} = {v}" for k, v in c.setting.items()), c, c.outcomes)
+            for c in judged
+            if c.attack not in paper.WHOLE
+        ]
+        for attack in paper.WHOLE:
+            if found := [c for c in judged if c.attack == attack]:
+                many = f"{attack}, any of {len(found)} settings" if len(found) > 1 else attack
+                rows.append((many, found[0], union(found)))
+        for name, cell, outcomes in rows:
+            known = [paper.published(cell.attack, cell.setting, m) for m in paper.MODELS]
+            if (rate := rate_of(outcomes)) is not None and any(known):
+                shown = ["" if v is None else f"{v:.1f}" for v in known]
+                lines.append([source.title, name, percent(rate), str(len(outcomes)), *shown])
+    return lines
+
+
+def percent(e: Sequence[float]) -> str:
+    """ "42 % [36, 47]" of a value between two bounds, in [0, 1]."""
+    value, low, high = (100 * v for v in tuple(e)[:3])
+    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
 
 
 def finetunings(sources: Sequence[Source]) -> list[Series]:
@@ -80,7 +126,7 @@ def attack_steps(sources: Sequence[Source]) -> Iterator[Figure]:
             "optimizer step",
             "attack success (%)",
             TRAINING,
-            [*series, paper.finetune()],
+            [*series, _paper("Llama-2-7B-Chat, SFT", paper.SFT_STEPS)],
             top=100.0,
         )
 

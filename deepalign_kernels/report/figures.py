@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deepalign_kernels.report import attacks, paper
+from deepalign_kernels.report import attacks
 from deepalign_kernels.report.figure import (
     ATTACKS,
     BANDS,
@@ -20,7 +20,7 @@ from deepalign_kernels.report.figure import (
     Series,
 )
 from deepalign_kernels.report.read import Source
-from deepalign_kernels.runs import curves
+from deepalign_kernels.runs import curves, paper
 
 
 def figures(sources: Sequence[Source]) -> list[Figure]:
@@ -115,8 +115,16 @@ def _kl(sources: Sequence[Source]) -> Iterator[Figure]:
             POSITION,
             "KL(t) / KL(1)",
             DEPTH,
-            [*shapes, *paper.kl()],
+            [*shapes, *_papers()],
         )
+
+
+def _papers() -> list[Series]:
+    """Figures 1 and 4, over the value at position 1."""
+    return [
+        Series(f"paper: {name}", range(1, 21), [v / values[0] for v in values], paper=True)
+        for name, values in paper.KL.items()
+    ]
 
 
 def _shapes(sources: Sequence[Source]) -> Iterator[list[Series]]:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deepalign_kernels.report import svg, verdict
+from deepalign_kernels.report import attacks, svg, verdict
 from deepalign_kernels.report.figure import Figure, Heat
 from deepalign_kernels.report.figures import figures
 from deepalign_kernels.report.read import Source, read
@@ -176,6 +176,17 @@ def _tables(sources: Sequence[Source]) -> str:
             f' harmful prompts: compare the order.</p><div class="scroll wide" tabindex="0">'
             f"{table(numbers)}</div>"
         )
+    for lines, title, about in (
+        (verdict.recoveries(sources), "Prefixes in one number",
+         "Recovered: of the prompts refused without a prefix, the share that is no success behind"
+         " one either."),
+        (attacks.beside_the_paper(sources), "Beside the paper",
+         "Llama-2-7B-Chat on HEx-PHI (arXiv 2406.05946, table 3), before and after its"
+         " augmentation. Other prompts, another judge: compare the order."),
+    ):  # fmt: skip
+        if len(lines) > 1:
+            out.append(f"<h3>{title}</h3><p class=soft>{about}</p>"
+                       f'<div class="scroll wide" tabindex="0">{table(lines)}</div>')  # fmt: skip
     for source in sources:
         if source.cells:
             out.append(

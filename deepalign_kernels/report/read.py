@@ -27,6 +27,8 @@ class Source:
         values: name -> group -> [N, K] by example and position, NaN behind the end of an answer.
         norms: of an analysis, the same for gradient norms; "layers" is [N, K, L].
         norms_kind: "exact" or "probes", with what is stated about them.
+        firsts: name -> group -> [N] of first tokens, "odds" and "margin" in nats.
+        favourites: group -> the tokens that the model would begin with, by example.
         terms: (group, position) -> the tokens that carry the divergence there.
         dynamics: name -> step -> means by position.
         cells: rates by attack, setting and judge.
@@ -42,6 +44,8 @@ class Source:
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     norms: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     norms_kind: dict[str, Any] = field(default_factory=dict)
+    firsts: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    favourites: dict[str, list[str]] = field(default_factory=dict)
     terms: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     dynamics: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
@@ -60,8 +64,10 @@ def read(folders: Sequence[str | Path]) -> list[Source]:
     """The contents of every folder, and of every run directly inside one that is none itself.
 
     Raises:
-        ValueError: a folder that is not there or holds no run; a broken file.
+        ValueError: no folder; one that is not there or holds no run; a broken file.
     """
+    if not folders:
+        raise ValueError("runs: expected at least one folder, got none")
     found = []
     for name in folders:
         folder = Path(name)
@@ -122,6 +128,11 @@ def _read_records(source: Source) -> None:
                 source.norms_kind = {k: v for k, v in record.data.items() if k != "values"}
             for name, column in values.items():
                 rows[record.name][name][str(record.cell["group"])].append(column)
+        elif record.kind == "profile" and record.name == "first_token":
+            group = str(record.cell["group"])
+            source.favourites.setdefault(group, []).append(str(record.data["favourite"]))
+            for name, value in values.items():
+                source.firsts.setdefault(name, {}).setdefault(group, []).append(value)
         elif record.kind == "profile" and record.name == "vocabulary":
             source.terms[str(record.cell["group"]), int(record.cell["position"])] = values
         elif record.kind == "profile" and record.name == "dynamics":

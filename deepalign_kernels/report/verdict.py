@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from deepalign_kernels.report import paper
-from deepalign_kernels.report.attacks import finetunings, sweeps
+from deepalign_kernels.report.attacks import finetunings, percent, sweeps
 from deepalign_kernels.report.read import Source
-from deepalign_kernels.runs import Cell, curves
+from deepalign_kernels.runs import Cell, curves, paper
 
 FIRST = 5  # positions
 RULES = (
@@ -21,9 +21,15 @@ RULES = (
     " undecided.",
     "Prefix: success rises if the interval at some k lies wholly above that at k = 0; it is held if"
     " it does not rise; half of the rise is where the line between measured depths crosses the"
-    " middle.",
+    " middle. Recovered: of the prompts refused without a prefix, the share that is still no success"
+    " behind k tokens, mean over the k > 0.",
     "Fine-tuning: the last measured step of each curve. Without such runs, the rank correlation of"
     " depth and success over models, or else the margin of the first token.",
+    "First token: its margin is how far the given answers' first token is behind the model's"
+    " favourite. When it has drawn level, the constrained loss (beta = 0.5) leaves"
+    " 2 sigmoid(-beta r) of its gradient, r = log((1 + e^margin) / 2): near 1 no protection, near 0"
+    " a strong one. The predicted slowdown against SFT is the mean of the inverse along the way,"
+    " its geometric mean over answers; for gradient descent, Adam makes up for a part.",
 )
 
 
@@ -37,6 +43,10 @@ class Depth(NamedTuple):
     even: float  # what the share is if the divergence is spread evenly
     below: curves.Estimate  # first position under a fifth of the first
     margin: curves.Estimate
+    left: curves.Estimate  # of the constrained loss's gradient when the first token flips
+    slower: curves.Estimate  # so many times than by SFT, predicted
+    odds: curves.Estimate | None  # nats: log-odds of the favourite first token
+    favourite: str  # and which it is, mostly
     positions: int
 
     @property
@@ -61,11 +71,31 @@ def depths(sources: Sequence[Source]) -> list[Depth]:
                     curves.share_within(kl, FIRST),
                     min(1.0, FIRST / k),
                     curves.first_below(kl),
-                    curves.at_first(source.values["margin"][group]),
+                    *_margins(source.values["margin"][group]),
+                    *_favourite(source, group),
                     k,
                 )
             )
     return out
+
+
+def _margins(values: np.ndarray) -> tuple[curves.Estimate, curves.Estimate, curves.Estimate]:
+    """Of the margin [N, K]: at the first position, and what follows for the constrained loss."""
+    first = values[:, :1].clip(min=0.0)
+    slower = np.log(curves.slowdown(first))
+    return (
+        curves.at_first(values),
+        curves.at_first(curves.weight_at_flip(first)),
+        curves.estimate(slower, lambda means: np.exp(means[:, 0])),
+    )
+
+
+def _favourite(source: Source, group: str) -> tuple[curves.Estimate | None, str]:
+    odds = source.firsts.get("odds", {}).get(group)
+    if not odds:
+        return None, ""
+    (token, count), *_ = Counter(source.favourites[group]).most_common(1)
+    return curves.at_first(np.array(odds)[:, None]), f"{token!r} {count} of {len(odds)}"
 
 
 def sentences(sources: Sequence[Source]) -> list[str]:
@@ -128,12 +158,31 @@ def prefixes(sources: Sequence[Source]) -> list[tuple[str, list[Cell]]]:
 
 def half_rise(cells: Sequence[Cell]) -> curves.Estimate:
     """Of attack success over prompts that were tried at every depth."""
-    nothing = curves.Estimate(math.nan, math.nan, math.nan, 0)
-    known = [item for item in cells[0].outcomes if all(c.outcomes.get(item) for c in cells)]
+    known, success = _successes(cells)
     if not known or cells[0].setting["k"] != 0:
-        return nothing
-    success = np.array([[np.mean(c.outcomes[item]) for c in cells] for item in known])
+        return curves.Estimate(math.nan, math.nan, math.nan, 0)
     return curves.half_rise([c.setting["k"] for c in cells], success)
+
+
+def _successes(cells: Sequence[Cell]) -> tuple[list[str], np.ndarray]:
+    """(prompts that were tried at every depth, success [prompts, depths])."""
+    known = [item for item in cells[0].outcomes if all(c.outcomes.get(item) for c in cells)]
+    return known, np.array([[np.mean(c.outcomes[item]) for c in cells] for item in known])
+
+
+def recoveries(sources: Sequence[Source]) -> list[list[str]]:
+    """A table of what prefixes do, first line the titles."""
+    lines = [["model", "prompts", "half-rise of success, k", "recovered behind a prefix", "by k"]]
+    for title, cells in prefixes(sources):
+        known, success = _successes(cells)
+        if known and cells[0].setting["k"] == 0 and len(cells) > 1:
+            ks = [c.setting["k"] for c in cells]
+            whole, half = curves.recovery(success), curves.half_rise(ks, success)
+            by = [curves.recovery(success[:, [0, i]]) for i in range(1, len(ks))]
+            told = ", ".join(f"{k}: {100 * e.value:.0f} %" for k, e in zip(ks[1:], by, strict=True))
+            lines.append([title, str(whole.count), "" if math.isnan(half.value) else _plain(half),
+                          percent(whole), told])  # fmt: skip
+    return lines
 
 
 def _training(sources: Sequence[Source], firsts: Sequence[Depth]) -> str:
@@ -160,8 +209,9 @@ def _training(sources: Sequence[Source], firsts: Sequence[Depth]) -> str:
         d = firsts[0]
         return (
             f"First token: {d.title} puts the given answers' first token {_plain(d.margin)} nats"
-            f" behind its favourite (n = {d.margin.count}); the constrained loss protects a wide"
-            " margin, and no fine-tuning run is in this report."
+            f" behind its favourite (n = {d.margin.count}): the constrained loss leaves"
+            f" {percent(d.left)} of the gradient when it overtakes, a predicted slowdown of"
+            f" {_plain(d.slower)} against SFT; no fine-tuning run is in this report."
         )
     return "Fine-tuning: no run with attack success by step is in this report."
 
@@ -181,12 +231,6 @@ def correlation(sources: Sequence[Source]) -> curves.Correlation | None:
     return curves.rank_correlation([shares[t] for t in both], [success[t] for t in both])
 
 
-def percent(e: curves.Estimate | tuple) -> str:
-    """ "42 % [36, 47]"."""
-    value, low, high = (100 * v for v in tuple(e)[:3])
-    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
-
-
 def _plain(e: curves.Estimate) -> str:
     return f"{e.value:.1f} [{e.low:.1f}, {e.high:.1f}]"
 
@@ -195,17 +239,20 @@ def key_numbers(sources: Sequence[Source]) -> list[list[str]]:
     """A table of all depths, the paper's beside them; the first line has the titles."""
     lines = [
         ["model", "answers", "n", f"share of KL in the first {FIRST}", "verdict",
-         "first position below 1/5 of KL(1)", "first-token margin (nats)"]
+         "first position below 1/5 of KL(1)", "first-token margin (nats)",
+         "gradient left at the flip", "predicted slowdown", "favourite first token, log-odds (nats)"]
     ]  # fmt: skip
     for d in depths(sources):
         beyond = f"> {d.positions}" if d.below.value > d.positions else f"{d.below.value:.0f}"
         lines.append(
             [d.title, d.group, str(d.share.count), percent(d.share), d.word,
-             f"{beyond} [{d.below.low:.0f}, {d.below.high:.0f}]", _plain(d.margin)]
+             f"{beyond} [{d.below.low:.0f}, {d.below.high:.0f}]", _plain(d.margin),
+             percent(d.left), _plain(d.slower),
+             "" if d.odds is None else f"{d.favourite}, {_plain(d.odds)}"]
         )  # fmt: skip
     if len(lines) > 1:
         lines += [
-            [f"paper: {name}", "harmful", "330", f"{100 * share:.0f} %", "", "", ""]
+            [f"paper: {name}", "harmful", "330", f"{100 * share:.0f} %", *[""] * 6]
             for name, share in paper.SHARE.items()
         ]
     return lines

@@ -56,6 +56,7 @@ class Recipe:
     batch_size: int
     adam_betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float | None = 1.0
+    warmup_steps: int = 10
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def train_stage(
         max_steps=recipe.steps,
         adam_betas=recipe.adam_betas,
         max_grad_norm=recipe.max_grad_norm,
-        warmup_steps=10,
+        warmup_steps=recipe.warmup_steps,
         seed=seed,
         progress=False,
     )

@@ -55,6 +55,17 @@ def test_records_hold_what_the_functions_return(tmp_path):
         ("odd", 1), ("odd", 2), ("even", 1), ("even", 2)
     ]  # fmt: skip
     assert len(terms[0].data["values"]["text"]) == 3
+    firsts = values_of(tmp_path / "a", "first_token")
+    for i, (record, pair) in enumerate(zip(firsts, pairs, strict=True)):
+        with torch.no_grad():  # without a head of ours, hidden states or an op
+            scores = model(torch.tensor([pair.context])).logits[0, -1].double()
+        first, second = scores.topk(2).values
+        assert record.cell["group"] == pair.group and record.item == f"{i}"
+        assert record.data["values"]["odds"] == pytest.approx(float(first - second), rel=1e-4)
+        behind = float(first - scores[pair.answer[0]])
+        assert record.data["values"]["margin"] == pytest.approx(behind, rel=1e-4)
+        assert record.data["values"]["margin"] == pytest.approx(expected.margin[i, 0], rel=1e-4)
+        assert record.data["favourite"] == tokenizer.decode([int(scores.argmax())])
     assert "100 %, 0 s left" in said[-1]
     assert not (tmp_path / "a" / "work").exists()
 

@@ -15,11 +15,11 @@ from bad_server import planned
 from deepalign_kernels.attack import command, config
 from deepalign_kernels.attack.compare import compare
 from deepalign_kernels.attack.config import attack_of, attacks_of, judge_of
-from deepalign_kernels.attack.paper import published
 from deepalign_kernels.cli.main import main
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.judge import View
 from deepalign_kernels.runs import read_manifest, read_records
+from deepalign_kernels.runs.paper import published
 from deepalign_kernels.toyworld import World, build_model, build_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.clean_memory]

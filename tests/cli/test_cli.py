@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 from deepalign_kernels.cli import main as cli
+from deepalign_kernels.report import command as report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,24 @@ def test_flags_win_over_the_file(ran, tmp_path):
     assert ran == [expected]
     assert cli.main(["data", "show", f"--config={file}", "--save", "--depths"]) == 0
     assert ran[1] == dataclasses.replace(expected, learning_rate=1e-4, save=True, depths=())
+
+
+def test_a_file_names_what_stands_without_a_flag(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr("deepalign_kernels.report.command.run", seen.append)
+    file = tmp_path / "report.yaml"
+    file.write_text("runs: [a b, c]\ntitle: T\n")
+    assert cli.main(["report", "--config", str(file), "--out", "x.html"]) == 0
+    assert cli.main(["report", "d", f"--config={file}"]) == 0  # words win, as flags do
+    assert [(o.runs, o.title, o.out) for o in seen] == [
+        (("a b", "c"), "T", "x.html"),
+        (("d",), "T", "report.html"),
+    ]
+    assert isinstance(seen[0], report.Options)
+    monkeypatch.undo()
+    file.write_text("title: T\n")
+    assert cli.main(["report", "--config", str(file)]) == 2
+    assert "runs: expected at least one folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

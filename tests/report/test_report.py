@@ -42,6 +42,11 @@ def an_analysis(folder, title, means, seed=0):
                      "last": [4.0] * n, "whole": [5.0] * n}  # fmt: skip
             data = {"kind": "exact", "values": norms}
             records.append(Record("profile", "gradients", group, f"{i}", data=data))
+        if title == "deep":
+            for i in range(N):
+                data = {"values": {"odds": 2.0 + i, "margin": 3.0}, "favourite": "Sorry"}
+                cell = {"group": "asked" if i % 2 else "other"}
+                records.append(Record("profile", "first_token", cell, f"{i}", data=data))
         terms = {
             **{"position": 1, "examples": N, "kl": 9.0, "tokens": [7, 8], "terms": [8.0, -1.0]},
             **{"model_prob": [0.9, 0.0], "base_prob": [0.1, 0.5], "rest": 2.0},
@@ -228,6 +233,43 @@ def test_models_are_ranked_where_there_are_three(tmp_path):
         an_attack(tmp_path / f"p{i}", f"m{i}", {0: 0.0, 5: 0.2 * share})
     sentence = verdict.sentences(read.read([tmp_path]))[2]
     assert "over 3 models" in sentence and "rank correlation of 1.00 (p = 0.33" in sentence
+
+
+def test_what_a_margin_predicts_stands_beside_it(folders):
+    head, aligned, _, deep, *_ = verdict.key_numbers(read.read(folders[:2]))
+    row, other = (dict(zip(head, line, strict=True)) for line in (aligned, deep))
+    margin = np.array([
+        r.data["values"]["margin"][0] for r in runs.read_records(folders[0], "profile")
+        if r.name == "profile" and r.cell["group"] == row["answers"]
+    ])  # fmt: skip
+    left = np.mean(2 / (1 + ((1 + np.exp(margin)) / 2) ** 0.5))  # 2 sigmoid(-r / 2)
+    assert row["gradient left at the flip"].startswith(f"{100 * left:.0f} % [")
+    assert 1 < float(row["predicted slowdown"].split()[0]) < 2
+    assert row["favourite first token, log-odds (nats)"] == ""
+    assert other["favourite first token, log-odds (nats)"].startswith("'Sorry' 12 of 12, 1")
+    sentence = verdict.sentences(read.read(folders[:1]))[2]
+    assert f"leaves {100 * left:.0f} % [" in sentence
+
+
+def test_prefixes_in_one_number_and_beside_the_paper(folders, tmp_path):
+    sources = read.read(folders)
+    _, aligned, deep = verdict.recoveries(sources)
+    assert aligned[:2] == ["aligned", "24"] and deep[2] == ""
+    recovered = (0.75 + 0.25 + 0.25) / 3
+    assert aligned[3].startswith(f"{100 * recovered:.0f} % [")
+    assert aligned[4] == "1: 75 %, 5: 25 %, 10: 25 %"
+    an_attack(tmp_path / "g", "aligned", {"": 0.5}, name="gcg", setting="x")
+    lines = attacks.beside_the_paper([*sources, *read.read([tmp_path / "g"])])
+    found = {(line[0], line[1]): line[2:] for line in lines[1:]}
+    assert found["aligned", "prefill, k = 5"] == ["75 % [55, 88]", "24", "42.1", "2.8"]
+    assert ("aligned", "prefill, k = 1") not in found
+    assert found["aligned", "decoding, any of 2 settings"] == [
+        "50 % [31, 69]",
+        "24",
+        "54.9",
+        "11.3",
+    ]
+    assert found["aligned", "gcg"] == ["50 % [31, 69]", "24", "36.5", "18.4"]
 
 
 class Parser(html.parser.HTMLParser):

@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from deepalign_kernels import rules
 from deepalign_kernels.runs import curves
 
 
@@ -51,6 +53,32 @@ def test_half_rise_is_where_the_line_crosses_the_middle():
     assert math.isnan(curves.half_rise([0, 3], np.zeros((10, 2))).value)
 
 
+def test_recovery_is_of_those_refused_without_a_prefix():
+    success = np.zeros((10, 3))
+    success[:2, 0] = 1  # answered anyway: no refusal to come back to
+    success[:6, 1], success[:10, 2] = 1, 1
+    found = curves.recovery(success)
+    assert found.value == pytest.approx((4 / 8 + 0 / 8) / 2) and found.count == 8
+    assert 0 < found.low < found.value < found.high < 1
+    assert math.isnan(curves.recovery(np.ones((3, 2))).value)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 2.0])
+def test_the_prediction_from_a_margin_is_the_losss_own_weight(beta):
+    """By small steps along the constrained loss's gradient on two tokens, one ahead of the other:
+    its weight where they meet, and the push that it takes to get there."""
+    margin = np.array([0.0, 0.3, 3.5, 16.6])
+    flip, slower = curves.weight_at_flip(margin, beta), curves.slowdown(margin, beta)
+    for m, one, times in zip(margin, flip, slower, strict=True):
+        p = 1 / (1 + math.exp(m))
+        way = np.linspace(math.log(p), math.log(0.5), 20001)  # log-probability of the token behind
+        _, weight = rules.exact(*(torch.tensor(x) for x in (way, np.full_like(way, way[0]),
+                                                            np.full_like(way, beta))))  # fmt: skip
+        assert one == pytest.approx(weight[-1].item(), rel=1e-6)
+        assert times == pytest.approx(np.mean(1 / weight.numpy()), rel=1e-3)
+    assert curves.weight_at_flip(16.6) < 1e-3 < 0.3 < curves.weight_at_flip(3.5)
+
+
 def test_rank_correlation_is_exact_for_few_models():
     stats = pytest.importorskip("scipy.stats", reason="the independent value is scipy's")
     x, y = [0.1, 0.4, 0.4, 0.9, 0.7], [1.0, 2.0, 3.0, 2.5, 9.0]
@@ -72,6 +100,9 @@ def test_rank_correlation_is_exact_for_few_models():
         (lambda: curves.half_rise([0, 2], np.ones((2, 3))), "success: expected .N, 2."),
         (lambda: curves.curve([]), "values: expected"),
         (lambda: curves.first_below(np.ones((2, 2)), 1.5), "tau: expected a number in"),
+        (lambda: curves.recovery(np.ones((2, 1))), "success: expected two depths"),
+        (lambda: curves.slowdown([1.0, -0.1]), "margin: expected nats >= 0, got -0.1"),
+        (lambda: curves.weight_at_flip(1.0, -1.0), "beta: expected a number >= 0, got -1.0"),
         (lambda: curves.share_within(np.ones((2, 2)), 0), "first: expected an int"),
         (lambda: curves.rank_correlation([1, 2], [1, 2]), "x, y: expected at least 3 pairs"),
     ],
