@@ -51,7 +51,7 @@ def _with_defaults(options: type[Options], flags: dict[str, Any]) -> type[Option
         field = name.replace("-", "_")
         body["__annotations__"][field] = kind.hint
         body[field] = tyro.cli(kind.hint, args=kind.words)
-    made = type(options.__name__, (options,), body)
+    made: Any = type(options.__name__, (options,), body)
     return dataclasses.dataclass(frozen=True, kw_only=True)(made)
 
 
