@@ -231,7 +231,9 @@ def _run(options: Any) -> int:
         if options.dry_run:
             return _tell(run, options)
         result = run.train(resume={"no": False, "yes": True, "auto": "auto"}[options.resume])
-        folder = Path(options.output) / "model"
+        folder, which = Path(options.output) / "model", "model"
+        if options.early_stop is not None:
+            which = f"model of step {run.load_best()['step']}, the best,"
         run.save_model(folder)
     except (ValueError, OSError, FloatingPointError) as error:
         if _main_process():
@@ -248,7 +250,7 @@ def _run(options: Any) -> int:
         return 143 if isinstance(stop, Terminated) else 130
     if _main_process():
         nll = f"nll {result.metrics['nll']:.4g}"
-        print(f"{result.steps} steps, {nll}; model in {folder}, log in {result.log_path}")
+        print(f"{result.steps} steps, {nll}; {which} in {folder}, log in {result.log_path}")
     return 0
 
 

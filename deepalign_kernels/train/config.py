@@ -17,6 +17,7 @@ from deepalign_kernels.data.records import UNKNOWN_KEYS
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.train.optimizers import OPTIMIZERS, Factory
 from deepalign_kernels.train.ranks import PARALLEL
+from deepalign_kernels.train.trackers import names_of
 
 # Names of this level; any other is a rule of rules.py.
 OBJECTIVES = {"sft": "nll", "constrained": "exact"}
@@ -110,12 +111,16 @@ class TrainConfig:
         eval_every: steps between evaluations on `eval_data`; None: before the first step and at the
             end. "best.pt" keeps what is trained where `best_by` was least.
         best_by: "objective" or "nll", of the evaluation.
+        early_stop: evaluations in a row without a better `best_by` after which the run ends; needs
+            `eval_every`. `deepalign train` then writes what is in "best.pt" as the model.
         save_every: steps between checkpoints, one more at the end; None keeps none, but for a run
             that is interrupted.
         keep_checkpoints: how many of the newest stay.
         log_every: steps that one line of the log sums up; only then, and to save, does the loop
             wait for the device.
         progress: a line on the terminal with the step and the loss.
+        report_to: trackers that get the log's numbers as well, by the names that accelerate has for
+            them, separated by commas: "tensorboard" (into `output_dir`), "wandb", "trackio", ...
 
     Raises:
         ValueError: naming the field.
@@ -160,10 +165,12 @@ class TrainConfig:
     seed: int = 0
     eval_every: int | None = None
     best_by: str = "objective"
+    early_stop: int | None = None
     save_every: int | None = 100
     keep_checkpoints: int = 2
     log_every: int = 1
     progress: bool = True
+    report_to: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -191,6 +198,7 @@ class TrainConfig:
         for name, low in (
             *(("epochs", 1), ("max_steps", 1), ("max_length", 1), ("max_batch_tokens", 1)),
             *(("save_every", 1), ("eval_every", 1), ("warmup_steps", 0), ("data_workers", 0)),
+            ("early_stop", 1),
         ):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), low)
@@ -209,6 +217,9 @@ class TrainConfig:
         if self.epochs is None and self.max_steps is None:
             object.__setattr__(self, "epochs", 3)
         self._check_composites()
+        if self.early_stop is not None and self.eval_every is None:
+            raise ValueError("early_stop: it counts evaluations; give eval_every and eval_data")
+        names_of(self.report_to)
         if self.cpu_offload and self.parallel != "fsdp":
             raise ValueError(
                 f"cpu_offload: parallel={self.parallel!r} keeps all of the model on the device;"

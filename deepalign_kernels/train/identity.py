@@ -26,10 +26,12 @@ FREE_TO_CHANGE = (
     "output_dir",
     "eval_every",
     "best_by",
+    "early_stop",
     "save_every",
     "keep_checkpoints",
     "log_every",
     "progress",
+    "report_to",
 )
 # Functions are compared by what they compute, since a name says little and an address nothing.
 BY_VALUE = ("beta", "objective")

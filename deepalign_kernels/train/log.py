@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from torch import Tensor
 from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.train.objective import TokenParts
 from deepalign_kernels.train.ranks import ALONE, Ranks
+from deepalign_kernels.train.trackers import Trackers
 
 GROUPS = ("first", "prefix", "rest")  # position 1; 2..prefix_length; all other trained tokens
 FILE = "train_log.jsonl"
@@ -119,12 +121,18 @@ class RunLog:
 
     A run that resumes keeps the lines up to its checkpoint and drops what the interrupted run wrote
     after it. The log of another run that is there is kept as `train_log-<number>.jsonl`. Without
-    `write`, as in all processes but the first, nothing is written.
+    `write`, as in all processes but the first, nothing is written. `trackers` get each line too.
     """
 
-    def __init__(self, folder: Path, resume_at: int | None, write: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resume_at: int | None,
+        write: bool = True,
+        trackers: Trackers | None = None,
+    ) -> None:
         self.path = folder / FILE
-        self._file = None
+        self._file, self._trackers = None, trackers
         if not write:
             return
         if resume_at is None and self.path.exists():
@@ -144,11 +152,15 @@ class RunLog:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        if self._trackers is not None:
+            self._trackers.send(record)
         return record
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def _put_aside(path: Path) -> None:
@@ -174,7 +186,8 @@ class Progress:
 
     def __init__(self, total: int, done: int, show: bool) -> None:
         self.total, self.done, self.show, self._bar = total, done, show, None
-        self._shown = time.monotonic()
+        self._begun_at, self._begun = done, time.monotonic()
+        self._shown = self._begun
         if show and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -193,13 +206,23 @@ class Progress:
         """Show what was logged last."""
         if not self.show:
             return
-        shown = {k: record[k] for k in ("objective", "nll", "lr") if record.get(k) is not None}
+        told = ("objective", "nll", "lr", "tokens_per_s")
+        shown = {k: record[k] for k in told if record.get(k) is not None}
         text = ", ".join(f"{k} {v:.3g}" for k, v in shown.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         elif time.monotonic() - self._shown > self.EVERY or self.done == self.total:
             self._shown = time.monotonic()
-            print(f"step {self.done}/{self.total}: {text}", file=sys.stderr, flush=True)
+            about = f"step {self.done}/{self.total}{self._left()}"
+            print(f"{about}: {text}", file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """How long it will take, at the mean pace so far."""
+        made = self.done - self._begun_at
+        if not made or self.done == self.total:
+            return ""
+        seconds = (time.monotonic() - self._begun) / made * (self.total - self.done)
+        return f", {datetime.timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
         if self._bar is not None:

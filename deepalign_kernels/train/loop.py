@@ -33,6 +33,7 @@ from deepalign_kernels.train.session import (
     deferred_stops,
     training_session,
 )
+from deepalign_kernels.train.trackers import Trackers
 
 Callback = Callable[["TrainingRun", dict[str, Any]], None]
 
@@ -134,6 +135,8 @@ class TrainingRun(Prepared):
             keep_epochs=self.objective.needs_reference and config.reference == "precomputed",
             step_size=self.step_size if config.group_by_length else None,
         )
+        if config.early_stop is not None and self.eval_source is None:
+            raise ValueError("early_stop: it counts evaluations on eval_data, and there are none")
         self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), self.step_size)
         self.total_steps = config.max_steps or (config.epochs or 1) * self.steps_per_epoch
         self.warmup_steps = config.warmup_of(self.total_steps)
@@ -192,7 +195,8 @@ class TrainingRun(Prepared):
             stack.enter_context(session)
             stack.enter_context(self.objective.on(*self._models))
             self._prepare(state)
-            log = RunLog(self.folder, None if state is None else self.step, write=ranks.main)
+            at = None if state is None else self.step
+            log = RunLog(self.folder, at, ranks.main, self._trackers())
             progress = Progress(self.total_steps, self.step, config.progress and ranks.main)
             number = 0
             try:
@@ -201,7 +205,7 @@ class TrainingRun(Prepared):
                     self._evaluate(log)
                 with deferred_stops(patient=ranks.count > 1) as stop:
                     self._speed.restart()
-                    while self.step < self.total_steps:
+                    while not self.finished:
                         if number := int(ranks.largest(stop())):
                             raise STOPS[signal.Signals(number)]
                         self._train_step()
@@ -225,8 +229,16 @@ class TrainingRun(Prepared):
         seconds = time.perf_counter() - begun
         return TrainResult(self.step, self.metrics, log.path, self.step0_max_log_ratio, seconds)
 
+    @property
+    def finished(self) -> bool:
+        """All steps are made, or `early_stop` evaluations in a row found nothing better."""
+        few, every = self.config.early_stop, self.config.eval_every
+        if self.step >= self.total_steps or few is None or every is None or self.best is None:
+            return self.step >= self.total_steps
+        return self.step - self.best["step"] >= few * every
+
     def _is_due(self, every: int | None) -> bool:
-        return self.step == self.total_steps or (every is not None and self.step % every == 0)
+        return self.finished or (every is not None and self.step % every == 0)
 
     def _train_step(self) -> None:
         batches, done = self._batches(self.step), []
@@ -290,6 +302,11 @@ class TrainingRun(Prepared):
         done = min((step - warmup) / max(total - warmup, 1), 1.0)
         left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
         return self.config.learning_rate * left[self.config.lr_schedule]
+
+    def _trackers(self) -> Trackers | None:
+        if not self.ranks.main:
+            return None
+        return Trackers(self.config.report_to, self.folder, self.config.as_dict())
 
     def _announce(self, log: RunLog, resumed: bool) -> None:
         if resumed:

@@ -131,3 +131,30 @@ def test_fit_takes_held_out_data(tmp_path):
     assert len(evaluations(tmp_path)) == 2
     with pytest.raises(ValueError, match="best_by: expected one of 'objective', 'nll'"):
         TrainConfig(tmp_path, best_by="loss")
+
+
+def test_a_run_that_gets_no_better_ends_early(tmp_path):
+    """At a rate that only hurts the first evaluation stays the best."""
+    early = {"learning_rate": 0.5, "lr_schedule": "constant", "max_steps": 8, "early_stop": 2}
+    trainer = run(tmp_path, save_every=100, **early)
+    assert trainer.train().steps == 4 and trainer.best["step"] == 0
+    assert log_of(tmp_path)[-1]["event"] == "end" and len(evaluations(tmp_path)) == 3
+    assert [p.name for p in tmp_path.glob("c*.pt")] == ["checkpoint-0000004.pt"]
+    again = run(tmp_path, save_every=100, **early)
+    assert again.train(resume=True).steps == 4  # it has ended
+    again.load_best()
+    assert all(map(torch.equal, again.model.parameters(), build_model(0).parameters()))
+    longer = run(tmp_path, save_every=100, **{**early, "early_stop": 3})
+    assert longer.train(resume=True).steps > 4
+
+
+def test_a_run_that_gets_better_goes_on(tmp_path):
+    trainer = run(tmp_path, early_stop=1, eval_data=RECORDS[4:])
+    assert trainer.train().steps == 6 and trainer.best["step"] == 6
+
+
+def test_early_stop_needs_evaluations(tmp_path):
+    with pytest.raises(ValueError, match="early_stop: it counts evaluations; give eval_every"):
+        run(tmp_path, eval_every=None, early_stop=1)
+    with pytest.raises(ValueError, match="early_stop: .* on eval_data, and there are none"):
+        run(tmp_path, eval_data=None, early_stop=1)
