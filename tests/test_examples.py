@@ -1,5 +1,6 @@
 """Every example runs as it stands, and the README's Python is cut out of examples."""
 
+import importlib
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 
@@ -106,6 +108,46 @@ def test_hf_trainer(run):
     example = left["rows"][0]
     out = left["model"](**{name: column[None] for name, column in example.items()})
     assert out.loss.isfinite() and example["ref_logp"].shape == example["labels"].shape
+    assert left["trainer"].state.global_step == 2
+
+
+def test_lightning(run):
+    pytest.importorskip("pytorch_lightning", reason="pip install pytorch-lightning runs it")
+    left = run("14_lightning")
+    assert left["trainer"].global_step == 2
+    assert 0 < abs(left["trainer"].callback_metrics["log_ratio"].item()) < 0.1
+
+
+def test_accelerate(run):
+    pytest.importorskip("accelerate")
+    left = run("15_accelerate")
+    assert 0 < left["out"].parts["log_ratio"].abs().max() < 0.1  # the second step has moved
+
+
+def test_axolotl(run, monkeypatch, tmp_path):
+    """The plugin as Axolotl would use it, whose classes are played: it wants a GPU to be installed.
+    Its trainer is one of transformers."""
+    transformers = pytest.importorskip("transformers")
+    played = {
+        "axolotl.core.trainers.base": {"AxolotlTrainer": transformers.Trainer},
+        "axolotl.integrations.base": {"BasePlugin": object},
+    }
+    for name, members in played.items():
+        parents = [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 2)]
+        for parent in parents:
+            module = sys.modules.get(parent) or types.ModuleType(parent)
+            monkeypatch.setitem(sys.modules, parent, module)
+        vars(sys.modules[name]).update(members)
+    left, tiny = run("16_axolotl"), importlib.import_module("tiny")
+    model, tokenizer = tiny.load()
+    arguments = transformers.TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True)
+    cfg, plugin = types.SimpleNamespace(constrained_data=tiny.CHATS * 2), left["Plugin"]()
+    trainer = plugin.get_trainer_cls(cfg)(
+        model, arguments, train_dataset=[{"input_ids": [1]}], processing_class=tokenizer
+    )
+    plugin.post_trainer_create(cfg, trainer)
+    trainer.train()
+    assert trainer.state.global_step == 2 and left["Arguments"](constrained_data="x")
 
 
 def test_trl(run):

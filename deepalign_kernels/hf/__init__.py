@@ -14,6 +14,9 @@ forward: DDP, FSDP, ZeRO-3, PEFT, autocast, activation checkpointing. No code he
 family: what lies between the head and the logits (a scale, a tanh cap, columns cut off) is learned
 by probing.
 
+`hf.collate` and `hf.loss_of` bring batches of `train.constrained_rows` into any loop, Lightning or
+accelerate; `hf.ConstrainedMixin` into transformers' Trainer.
+
 Two smaller ways in, both with whole logits in memory: `dak.constrained_loss(logits, ...)` in any
 PyTorch loop, and `hf.install(model, hf.LogitsLoss(...))` under the Hugging Face Trainer.
 
@@ -39,9 +42,11 @@ from deepalign_kernels.hf.losses import (
     TokenLogp,
     hidden_rows,
 )
+from deepalign_kernels.hf.trainer import ConstrainedMixin, collate, loss_of
 
 __all__ = [
     "ConstrainedLoss",
+    "ConstrainedMixin",
     "Head",
     "HiddenRows",
     "LogitsLoss",
@@ -50,10 +55,12 @@ __all__ = [
     "TokenLogp",
     "attach",
     "attached",
+    "collate",
     "compute_loss",
     "detach",
     "hidden_rows",
     "install",
+    "loss_of",
     "uninstall",
     "verify",
 ]

@@ -20,6 +20,7 @@ from deepalign_kernels.data import (
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.loop import TrainingRun, TrainResult, fit
 from deepalign_kernels.train.renamed import ConstrainedSFTConfig, ConstrainedSFTTrainer
+from deepalign_kernels.train.rows import constrained_rows
 from deepalign_kernels.train.session import Terminated
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainingRun",
+    "constrained_rows",
     "fit",
     "load_chat_data",
     "tokenize_chat",

@@ -13,9 +13,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from deepalign_kernels.data.examples import IGNORE, tokenize_chat
+from deepalign_kernels.hf.trainer import COLUMNS
 from deepalign_kernels.losses import response_positions
 
-COLUMNS = {"response_positions": 0, "ref_logp": 0.0}  # and what padding has there
 TOKENS = ("input_ids", "labels", "response_positions")
 
 

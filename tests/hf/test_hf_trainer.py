@@ -10,10 +10,12 @@ pytest.importorskip("transformers", reason="deepalign_kernels.hf needs transform
 
 import torch
 import transformers
+from tiny_chat import RECORDS, build_model, build_tokenizer
 from tiny_models import batch, build, gradient_error, gradients, plain_logp
 
 import deepalign_kernels as dak
 import deepalign_kernels.hf as hf
+from deepalign_kernels.train import constrained_rows, tokenize_chat
 
 pytestmark = pytest.mark.clean_memory
 UNTRAINED = (1, 8, 4, 6)  # of 10 tokens, per micro-batch
@@ -49,7 +51,7 @@ class Recorder(transformers.TrainerCallback):
         self.found = {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def train(model, folder, kind=transformers.Trainer, **options):
+def train(model, folder, kind=transformers.Trainer, drop=False, **options):
     """One optimiser step over four accumulated rows; (gradients, logged loss)."""
     recorder = Recorder()
     arguments = transformers.TrainingArguments(
@@ -60,15 +62,14 @@ def train(model, folder, kind=transformers.Trainer, **options):
         max_grad_norm=0.0,
         learning_rate=0.0,
         logging_steps=1,
-        remove_unused_columns=False,
+        remove_unused_columns=drop,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = kind(
-        model=model, args=arguments, train_dataset=rows(), callbacks=[recorder], **options
-    )
+    options.setdefault("train_dataset", rows())
+    trainer = kind(model=model, args=arguments, callbacks=[recorder], **options)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     return recorder.found, trainer.state.log_history[0]["loss"]
@@ -83,21 +84,45 @@ def test_loss_function_of_a_model(tmp_path):
     assert logged == pytest.approx(loss, rel=1e-4)
 
 
-def test_attached_model_in_a_trainer(tmp_path):
-    """Fifteen lines are a trainer: what `deepalign_kernels.train` builds on."""
+class Constrained(hf.ConstrainedMixin, transformers.Trainer):
+    pass
 
-    class ConstrainedTrainer(transformers.Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            beta = dak.BetaSchedule()(inputs.pop("response_positions"))
-            loss = hf.ConstrainedLoss(beta=beta, ref_logp=inputs.pop("ref_logp"))
-            out = model(**inputs, dak_loss=loss, num_items_in_batch=num_items_in_batch)
-            return (out.loss, out) if return_outputs else out.loss
 
+@pytest.mark.parametrize("drop", (True, False))
+def test_mixin(tmp_path, drop):
     model = build("gemma2")
     theirs, loss = expected(model)
-    found, logged = train(hf.attach(model), tmp_path, ConstrainedTrainer)
+    found, logged = train(model, tmp_path, Constrained, drop=drop)
     assert gradient_error(found, theirs) <= 1e-5
     assert logged == pytest.approx(loss, rel=1e-4)
+
+
+def test_mixin_refuses_what_would_train_another_loss(tmp_path):
+    model = build("gemma2")
+    with pytest.raises(ValueError, match="compute_loss_func: not with"):
+        train(model, tmp_path, Constrained, compute_loss_func=lambda *_: 0)
+    with pytest.raises(ValueError, match="train_dataset: no column ref_logp; rows come from"):
+        few = [{k: v for k, v in row.items() if k != "ref_logp"} for row in rows()]
+        train(model, tmp_path, Constrained, train_dataset=few)
+
+
+def test_rows_of_a_trainer_are_the_models_own_numbers():
+    model, tokenizer = build_model(0), build_tokenizer()
+    made = constrained_rows(model, tokenizer, RECORDS, batch_size=3)
+    assert "forward" not in vars(model) and model.training  # as it came
+    whole = hf.collate(made)
+    for index, (row, example) in enumerate(
+        zip(made, tokenize_chat(tokenizer, RECORDS), strict=True)
+    ):
+        assert row["response_positions"].tolist() == list(example.positions)
+        ids, labels = row["input_ids"][None], row["labels"][None]
+        gold = plain_logp(model(input_ids=ids).logits, labels)[0]
+        torch.testing.assert_close(row["ref_logp"][1:], gold, rtol=0, atol=1e-5)
+        assert row["ref_logp"][0] == 0
+        length = len(row["input_ids"])
+        for name, filler in (("labels", -100), ("attention_mask", 0), ("ref_logp", 0)):
+            assert (whole[name][index, length:] == filler).all()
+        assert whole["attention_mask"][index, :length].all()
 
 
 def test_compute_loss_func(tmp_path):
