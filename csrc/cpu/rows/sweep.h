@@ -116,8 +116,10 @@ inline float largest(const Scorer<Cap>& score, const T* p, int64_t n) {
   return max_of(top);
 }
 
-// out[i] = fn(in[i]...) for columns [0, n), in blocks from the last to the first: the end of the
-// row is what the sweep before left in the cache. `in` may be `out`. fn takes and gives vectors.
+// out[i] = fn(in[i]...) for columns [0, n), from the first to the last: from the last to the first, in
+// blocks of 8 KiB, took 1.5 to 2 times as long for rows that come from memory, as in a backward of its
+// own, and no less for rows that the sweep before left in the cache (V = 32000 and 128256, Zen 5).
+// `in` may be `out`. fn takes and gives vectors.
 template <bool Stream, class O, class T, class Fn, class... P>
 DAK_INLINE void map_steps(O* out, int64_t begin, int64_t end, const Fn& fn, const T* x, P... rest) {
   for (int64_t i = begin; i < end; i += step) {
@@ -157,10 +159,7 @@ inline void map_row(O* out, int64_t n, const Fn& fn, P... in) {
   }
   int64_t end = head + (n - head) / step * step;
   if (end < n) map_few(out + end, n - end, fn, (in + end)...);
-  for (int64_t stop = end; stop > head; stop -= block) {
-    int64_t start = stop - block > head ? stop - block : head;
-    map_steps<Stream>(out, start, stop, fn, in...);
-  }
+  map_steps<Stream>(out, head, end, fn, in...);
   for (int64_t i = 0; i < head; i += step) {
     map_few(out + i, head - i < step ? head - i : step, fn, (in + i)...);
   }
