@@ -181,7 +181,7 @@ def _table(found: Found, plans: Lines) -> str:
     gpu = found.json("plans.json").get("machine", {}).get("gpu", {})
     arch = "interpreter" if not gpu else _row_of(gpu.get("capability", ""))
     told = [
-        f'    "{k}": Plan({", ".join(map(str, plan[:2] if not plan[2] else plan))}),'
+        f'    "{k}": LaunchPlan({", ".join(map(str, plan[:2] if not plan[2] else plan))}),'
         f"  # {share:.2f} of the time of the entry before"
         for k, (plan, share) in sorted(entries(plans).items())
     ]

@@ -104,7 +104,7 @@ def _log(call: int) -> dict[str, str]:
 
 CONFORMANCE = _split(
     "tests/ops/test_conformance.py"
-    " tests/linear/test_linear_values.py tests/linear/test_linear_kept.py"
+    " tests/linear/test_linear_values.py tests/linear/test_linear_saved.py"
     " tests/ops/test_token_kl.py tests/ops/test_token_logp.py tests/ops/test_token_stats.py"
     " tests/ops/test_constrained_loss.py"
 )

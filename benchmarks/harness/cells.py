@@ -71,7 +71,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What to run.
 
     seconds: clock time per provider and cell; rounds: laps of even the slowest. limit: no cell
@@ -97,7 +97,7 @@ Keep = Callable[[list[Row], list[dict]], None]
 
 
 def run(
-    plan: Plan, ceilings: Ceilings, say: Callable[[str], None], keep: Keep | None = None
+    plan: RunPlan, ceilings: Ceilings, say: Callable[[str], None], keep: Keep | None = None
 ) -> tuple[list[Row], list[dict]]:
     """All cells of the plan; (rows, who was absent and why). `keep` gets both after every cell."""
     rows: list[Row] = []
@@ -135,7 +135,7 @@ def run(
     return rows, missed()
 
 
-def _input_sets(plan: Plan, shape: Shape, dtype: str) -> list[Inputs]:
+def _input_sets(plan: RunPlan, shape: Shape, dtype: str) -> list[Inputs]:
     first = cases.make_inputs(shape, cases.DTYPES[dtype], plan.device, trained=plan.trained)
     # A case may use one of the matrices alone: that one must be out of the cache by its next turn.
     size = max(x.nbytes for x in first.values())
@@ -145,7 +145,7 @@ def _input_sets(plan: Plan, shape: Shape, dtype: str) -> list[Inputs]:
     return [first, *(cases.rotated(first, by) for by in range(1, n))]
 
 
-def _rulers(ceilings: Ceilings, plan: Plan, x: Inputs, dtype: str) -> dict[str, Ruler]:
+def _rulers(ceilings: Ceilings, plan: RunPlan, x: Inputs, dtype: str) -> dict[str, Ruler]:
     """Measure the ceilings again, before and after each group of cells: machines drift."""
     largest = max(v.nbytes for v in x.values())
     smallest = 4 * machine.last_level_cache(plan.device)
@@ -157,7 +157,7 @@ def _rulers(ceilings: Ceilings, plan: Plan, x: Inputs, dtype: str) -> dict[str, 
 
 
 def _cell(
-    plan: Plan,
+    plan: RunPlan,
     case: Case,
     shape: Shape,
     dtype: str,
@@ -202,7 +202,7 @@ def _cached_rate(case: Case, provider: Provider, row: Row, x: Inputs) -> float:
 
 
 def _timed(
-    rows: list[Row], runners: dict[int, measure.Runner], plan: Plan, ruler: Ruler | None
+    rows: list[Row], runners: dict[int, measure.Runner], plan: RunPlan, ruler: Ruler | None
 ) -> None:
     turns = list(runners.values())
     if ruler:

@@ -47,7 +47,7 @@ def parser(kind: str) -> argparse.ArgumentParser:
     return p
 
 
-def plan_of(args: argparse.Namespace) -> cells.Plan:
+def plan_of(args: argparse.Namespace) -> cells.RunPlan:
     linear = args.command == "linear"
     table = select(LINEAR if linear else LOGITS, args.ops)
     if args.quick:
@@ -65,7 +65,7 @@ def plan_of(args: argparse.Namespace) -> cells.Plan:
     if wrong := [s for s in sizes if bool(s.H) != linear]:
         raise ValueError(f"shapes: expected {'TxHxV' if linear else 'TxV'}, got {wrong[0]}")
     gpu = args.device == "cuda"
-    return cells.Plan(
+    return cells.RunPlan(
         table=table,
         shapes=sizes,
         dtypes=dtypes,

@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
     shared: int  # static; the dynamic part is the plan's
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """Blocks per row, bytes of shared memory per block, blocks that these leave room for on a
     multiprocessor, and whether a row stays on the chip."""
 
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
     resident: bool
 
 
-def plan(gpu: Gpu, columns: int, itemsize: int, matrices: int) -> Plan:
+def plan(gpu: Gpu, columns: int, itemsize: int, matrices: int) -> LaunchPlan:
     """How rows of `columns` are laid over blocks, as `make_plan` in csrc/cuda/plan.h does."""
     vec = CHUNK // itemsize
     chunks = (columns + 2 * vec - 2) // vec
@@ -87,11 +87,11 @@ def plan(gpu: Gpu, columns: int, itemsize: int, matrices: int) -> Plan:
     for cluster, blocks in CHOICES:
         size = SCRATCH + -(-chunks // cluster) * matrices * CHUNK
         if (cluster == 1 or gpu.clusters) and size <= each(blocks):
-            return Plan(cluster, size, gpu.sm_shared // (size + 1024), True)
+            return LaunchPlan(cluster, size, gpu.sm_shared // (size + 1024), True)
     cluster = 8 if gpu.clusters else 1
     tile = max(1, (each(3) - SCRATCH) // (matrices * CHUNK) // THREADS) * THREADS
     size = SCRATCH + min(tile, -(-chunks // cluster)) * matrices * CHUNK
-    return Plan(cluster, size, gpu.sm_shared // (size + 1024), False)
+    return LaunchPlan(cluster, size, gpu.sm_shared // (size + 1024), False)
 
 
 def kernels(library: pathlib.Path = LIBRARY) -> list[Kernel] | str:

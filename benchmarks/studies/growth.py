@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.cases.logits import LOGITS, Shape, select
 from benchmarks.harness import machine, report
 from benchmarks.harness.ceilings import Ceilings
-from benchmarks.harness.cells import GIB, Plan, Row, run
+from benchmarks.harness.cells import GIB, Row, RunPlan, run
 
 TOLERANCE = 0.12
 AXES = {  # device -> axis -> (values, the other size)
@@ -38,7 +38,7 @@ def main(
     axes, rulers, everything = QUICK if quick else AXES[device], Ceilings(), []
     for axis, (values, other) in axes.items():
         shapes = [Shape(v, other) if axis == "T" else Shape(other, v) for v in values]
-        plan = Plan(
+        plan = RunPlan(
             select(LOGITS, ops),
             shapes,
             [dtype],

@@ -32,7 +32,7 @@ import triton
 from torch import Tensor
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """Table entry: warps per program; bytes per thread, tensor and tile; register cap (0: none).
 
     The cap (CUDA only) is above what the kernel needs. Its use is that ptxas then no longer spills
@@ -47,28 +47,29 @@ class Plan(NamedTuple):
 # One sweep: 8 warps, several programs per multiprocessor. Two sweeps: 16 warps, so that fewer rows
 # are in flight and more of each is still in L2 when the second sweep begins.
 _DEFAULT = {
-    "token_logp_fwd": Plan(8, 64, 128),
-    "token_logp_bwd": Plan(8, 32),
-    "token_kl_fwd": Plan(8, 32),
-    "token_js_fwd": Plan(16, 32, 128),
-    "token_js_parts": Plan(8, 32, 128),
-    "token_kl_bwd": Plan(8, 32),
-    "constrained_loss": Plan(16, 64, 128),
-    "token_stats": Plan(8, 32, 128),
-    "token_entropy_fwd": Plan(8, 64, 128),
-    "token_entropy_bwd": Plan(8, 32),
-    "scale_grad": Plan(8, 64),
+    "token_logp_fwd": LaunchPlan(8, 64, 128),
+    "token_logp_bwd": LaunchPlan(8, 32),
+    "token_kl_fwd": LaunchPlan(8, 32),
+    "token_js_fwd": LaunchPlan(16, 32, 128),
+    "token_js_parts": LaunchPlan(8, 32, 128),
+    "token_kl_bwd": LaunchPlan(8, 32),
+    "constrained_loss": LaunchPlan(16, 64, 128),
+    "token_stats": LaunchPlan(8, 32, 128),
+    "token_entropy_fwd": LaunchPlan(8, 64, 128),
+    "token_entropy_bwd": LaunchPlan(8, 32),
+    "scale_grad": LaunchPlan(8, 64),
 }
-TABLE: dict[str, dict[str, Plan]] = {
+TABLE: dict[str, dict[str, LaunchPlan]] = {
     "sm_80": _DEFAULT,
     "sm_90": _DEFAULT,
-    "sm_100": _DEFAULT | {"token_js_fwd": Plan(8, 32, 168), "token_stats": Plan(8, 32, 168)},
+    "sm_100": _DEFAULT
+    | {"token_js_fwd": LaunchPlan(8, 32, 168), "token_stats": LaunchPlan(8, 32, 168)},
     # 64 threads per wavefront: half the warps make the same tile. The narrower ones keep the masks
     # of a tile in scalar registers when a softcap's constants need some too.
-    "gfx942": {name: Plan(p.warps // 2, p.size) for name, p in _DEFAULT.items()}
-    | {"constrained_loss": Plan(8, 16), "token_stats": Plan(4, 16)},
+    "gfx942": {name: LaunchPlan(p.warps // 2, p.size) for name, p in _DEFAULT.items()}
+    | {"constrained_loss": LaunchPlan(8, 16), "token_stats": LaunchPlan(4, 16)},
     # Tiles of 1024 (fp32) and 2048 columns: small tests cross tile borders, and none takes long.
-    "interpreter": dict.fromkeys(_DEFAULT, Plan(2, 64)),
+    "interpreter": dict.fromkeys(_DEFAULT, LaunchPlan(2, 64)),
 }
 WAVEFRONT = {"gfx942": 64}
 
@@ -95,7 +96,7 @@ class Tiling(NamedTuple):
     vec: int
     repeats: int
     lanes: int
-    plan: Plan
+    plan: LaunchPlan
     arch: str  # key of TABLE
 
     @property
@@ -228,7 +229,7 @@ def _gpu_arch(index: int | None) -> str:
 
 
 @functools.cache
-def _overrides() -> dict[str, Plan]:
+def _overrides() -> dict[str, LaunchPlan]:
     """DEEPALIGN_TRITON_PLAN="token_kl_fwd=8,64;..." replaces table entries, to measure
     candidates."""
     text = os.environ.get("DEEPALIGN_TRITON_PLAN", "")
@@ -238,7 +239,7 @@ def _overrides() -> dict[str, Plan]:
         if name not in _DEFAULT:
             allowed = ", ".join(_DEFAULT)
             raise ValueError(f"DEEPALIGN_TRITON_PLAN: expected one of {allowed}, got {name!r}")
-        plans[name] = Plan(*map(int, numbers.split(",")))
+        plans[name] = LaunchPlan(*map(int, numbers.split(",")))
     return plans
 
 

@@ -52,7 +52,7 @@ def test_opcheck(name, reduction, only, dtype):
     assert ours
     for op, args in ours:
         args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-        if op == torch_ops._kept:
+        if op == torch_ops._saved:
             args[-1] = True  # as traced: else its shape depends on data
             # else the rows of dropped tokens are never written, and opcheck compares them
             args[torch_ops._K + torch_ops.Options._fields.index("compact")] = False

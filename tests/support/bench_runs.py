@@ -11,7 +11,7 @@ SHAPE = Shape(12, 640)
 
 
 def run(table, wanted="ours,eager", shape=SHAPE, dtypes=("fp32",), **more):
-    plan = cells.Plan(list(table), [shape], list(dtypes), wanted=wanted, seconds=0.002, **more)
+    plan = cells.RunPlan(list(table), [shape], list(dtypes), wanted=wanted, seconds=0.002, **more)
     return cells.run(plan, ceilings.Ceilings(), lambda text: None)
 
 

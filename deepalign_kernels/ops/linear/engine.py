@@ -100,7 +100,7 @@ class Engine:
         phase: Phase = Phase.CHUNKS,
         whole: bool = False,
     ) -> None:
-        """`whole`: a gradient of the scores that is kept has a row for every token."""
+        """`whole`: a gradient of the scores that is saved has a row for every token."""
         self.kind, self.x, self.o, self.upstream = KINDS[kind], x, o, upstream
         self.keep = x.valid.nonzero()[:, 0] if o.compact and x.valid is not None else None
         if self.keep is not None and len(self.keep) == len(x.hidden):
@@ -134,17 +134,17 @@ class Engine:
 
     def _workspace(self, whole: bool) -> None:
         s, p = self.sizes, self.plan
-        kept = s.tokens if whole else p.group
+        grad_rows = s.tokens if whole else p.group
         self.scores = self.dz = self.ref_scores = None
-        if s.phase != Phase.KEPT:
-            rows = p.chunk if s.separate_gradient else kept
+        if s.phase != Phase.SAVED:
+            rows = p.chunk if s.separate_gradient else grad_rows
             together = p.chunk if s.ref_hidden and not s.ref_apart else 0
             self.scores = self._new(rows + together, s.vocab, dtype=s.logits)
             self.dz = self.scores
             if s.ref_apart:
                 self.ref_scores = self._new(p.chunk, s.vocab, dtype=s.logits)
         if s.separate_gradient:
-            self.dz = self._new(kept, s.vocab, dtype=s.grad_dtype)
+            self.dz = self._new(grad_rows, s.vocab, dtype=s.grad_dtype)
         self.rows = self.ref_rows = self.grad_rows = self.wide = None
         if s.gathered:
             both = 2 if s.joined else 1

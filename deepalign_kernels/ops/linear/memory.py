@@ -13,8 +13,8 @@ from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear import options
 from deepalign_kernels.ops.linear.engine import eager_copies, total_dtypes
 from deepalign_kernels.ops.linear.plan import (
+    ChunkPlan,
     Phase,
-    Plan,
     Sizes,
     backward_of,
     by_tiles,
@@ -237,7 +237,7 @@ def _estimate(s: Sizes, made: Sizes, scalar: bool, budget: int | None) -> Memory
 
 def _keeping(made: Sizes, budget: int | None, results: int) -> MemoryEstimate:
     """A forward that keeps the gradient of the scores, with its backward."""
-    keep = made._replace(phase=Phase.KEEP, wanted=(False,) * 5)
+    keep = made._replace(phase=Phase.SAVE, wanted=(False,) * 5)
     forward = _part(keep, make_plan(keep, budget), results)
     then = backward_of(made)
     plan = make_plan(then, budget)._replace(grad_scores=0)  # what was kept
@@ -275,7 +275,7 @@ def _over_vocabulary(
     )
 
 
-def _part(s: Sizes, p: Plan, results: int, late: bool = True) -> MemoryEstimate:
+def _part(s: Sizes, p: ChunkPlan, results: int, late: bool = True) -> MemoryEstimate:
     """One run of the engine. `late`: gradients of fp16 are converted in a later backward."""
     grad_hidden = s.tokens * s.hidden * s.hidden_dtype.itemsize * s.wanted[0]
     grad_head = sum(n * d.itemsize for n, d in _head_gradients(s, p.groups))
@@ -286,7 +286,7 @@ def _part(s: Sizes, p: Plan, results: int, late: bool = True) -> MemoryEstimate:
     converted = 0 if late and s.compute == torch.float16 else _converted(s, p.groups)
     gradients = grad_hidden + grad_head
     # One group has its scores behind it when the gradients are allocated.
-    before = gradients if p.groups > 1 or s.phase == Phase.KEPT else 0
+    before = gradients if p.groups > 1 or s.phase == Phase.SAVED else 0
     products = gradients + p.workspace - p.row_function - released(s, p)
     peak = max(before + p.workspace + copies, products + copies, gradients + converted)
     return MemoryEstimate(

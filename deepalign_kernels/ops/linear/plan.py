@@ -3,7 +3,7 @@
 Scores are made for a chunk of tokens. Their gradient is multiplied with the head and the hidden
 states for a group of chunks: on a CPU a group is one chunk, on a GPU it may be all tokens.
 
-The engine allocates what `Plan` says and `estimate_memory` reports it: one rule for both.
+The engine allocates what `ChunkPlan` says and `estimate_memory` reports it: one rule for both.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Phase(enum.IntEnum):
     """What a run does with the gradient of the scores."""
 
     CHUNKS = 0  # makes it chunk by chunk, if at all, and forgets it
-    KEEP = 1  # makes it for all rows, in one group, and leaves it to the backward
-    KEPT = 2  # is that backward: it makes no scores
+    SAVE = 1  # makes it for all rows, in one group, and leaves it to the backward
+    SAVED = 2  # is that backward: it makes no scores
     TILES = 3  # makes it for all rows, for a tile of the vocabulary at a time: `vocab` is its width
 
 
@@ -87,7 +87,7 @@ class Sizes(NamedTuple):
     @property
     def separate_gradient(self) -> bool:
         """The gradient of the scores needs memory of its own: another dtype than the scores'."""
-        made = self.gradients and self.phase != Phase.KEPT
+        made = self.gradients and self.phase != Phase.SAVED
         return made and self.grad_dtype != self.logits
 
     @property
@@ -97,16 +97,16 @@ class Sizes(NamedTuple):
         That of fp32 operands takes as much memory as the scores, and the gradient of a head in fp32
         is its own accumulator: there one chunk is a group.
         """
-        if not rule_of(self.device).groups or self.phase in (Phase.KEPT, Phase.TILES):
+        if not rule_of(self.device).groups or self.phase in (Phase.SAVED, Phase.TILES):
             return False
         summed = self.gradients and self.wanted[1] and self.grad_dtype.itemsize == 2
-        return self.phase == Phase.KEEP or (summed and self.rows > DEFAULT_CHUNK)
+        return self.phase == Phase.SAVE or (summed and self.rows > DEFAULT_CHUNK)
 
     @property
     def ref_apart(self) -> bool:
         """The reference's scores have a buffer of their own, not the one that holds the policy's
         and may become the gradient that stays."""
-        return self.ref_hidden > 0 and (self.phase == Phase.KEEP or self.grouped)
+        return self.ref_hidden > 0 and (self.phase == Phase.SAVE or self.grouped)
 
     @property
     def joined(self) -> bool:
@@ -120,13 +120,13 @@ class Sizes(NamedTuple):
     @property
     def gathered(self) -> bool:
         """Rows of hidden are copied group by group instead of read in place."""
-        changed = self.joined or self.phase == Phase.KEPT  # there they get the upstream gradient
+        changed = self.joined or self.phase == Phase.SAVED  # there they get the upstream gradient
         return self.dropped or self.hidden_dtype != self.compute or changed
 
     @property
     def widened(self) -> bool:
         """Rows get their upstream gradient in a wide copy, to be rounded once."""
-        return self.phase == Phase.KEPT and self.compute.itemsize == 2
+        return self.phase == Phase.SAVED and self.compute.itemsize == 2
 
     @property
     def scattered(self) -> bool:
@@ -142,7 +142,7 @@ class Sizes(NamedTuple):
         return self.dropped or self.ref_dtypes[0] != self.ref_compute
 
 
-class Plan(NamedTuple):
+class ChunkPlan(NamedTuple):
     """Chunks and groups of one call, and the bytes of every part of its workspace."""
 
     chunk: int  # rows per chunk; the last one of a group may have fewer
@@ -163,7 +163,7 @@ class Plan(NamedTuple):
         return sum(self[5:])
 
 
-def make_plan(s: Sizes, budget: int | None) -> Plan:
+def make_plan(s: Sizes, budget: int | None) -> ChunkPlan:
     """The chunks for `s` within `budget` bytes of workspace.
 
     None: equal chunks of 1024 to 2047 rows; fewer rows are one chunk. Where the sizes are
@@ -182,7 +182,7 @@ def make_plan(s: Sizes, budget: int | None) -> Plan:
             f"chunks of {DEFAULT_CHUNK} rows"
         )
     if not s.rows:
-        return Plan(*(0,) * len(Plan._fields))
+        return ChunkPlan(*(0,) * len(ChunkPlan._fields))
     unbounded = budget is None and not s.grouped
     if s.phase != Phase.CHUNKS:
         groups = 1  # see `keeps`
@@ -201,7 +201,7 @@ def make_plan(s: Sizes, budget: int | None) -> Plan:
         for name, (by_chunk, by_group) in _per_row(s).items()
     }
     whole, rest = divmod(s.rows, group)
-    return Plan(
+    return ChunkPlan(
         chunk=chunk,
         chunks=whole * math.ceil(group / chunk) + math.ceil(rest / chunk),
         group=group,
@@ -221,7 +221,7 @@ def _piece(rows: int, pieces: int, step: int, most: int) -> int:
     return min(math.ceil(each / step) * step, max(each, most))
 
 
-def released(s: Sizes, p: Plan) -> int:
+def released(s: Sizes, p: ChunkPlan) -> int:
     """Bytes of the scores that a run gives back before the products of its last group."""
     return _per_row(s)["scores"][0] * p.chunk if s.separate_gradient or s.ref_apart else 0
 
@@ -237,7 +237,7 @@ def keeps(s: Sizes, budget: int | None) -> bool:
         return s.tokens < 2 * DEFAULT_CHUNK
     # As if rows were dropped and every gradient wanted: then no call needs more than this.
     worst = s._replace(rows=s.tokens, tokens=s.tokens + 1, gradients=True, wanted=(True,) * 5)
-    keep = worst._replace(phase=Phase.KEEP)
+    keep = worst._replace(phase=Phase.SAVE)
     return all(s.tokens <= _room(x, budget).rows for x in (keep, backward_of(keep)))
 
 
@@ -254,8 +254,9 @@ def refuse_late(s: Sizes, budget: int | None) -> None:
 
 
 def backward_of(s: Sizes) -> Sizes:
-    """The backward of a forward that kept: it needs no reference and calls no row function."""
-    return s._replace(phase=Phase.KEPT, ref_hidden=0, shared_head=False, eager_copies=0.0)
+    """The backward of a forward that saved the gradient of the scores: it needs no reference and
+    calls no row function."""
+    return s._replace(phase=Phase.SAVED, ref_hidden=0, shared_head=False, eager_copies=0.0)
 
 
 def by_tiles(s: Sizes, budget: int | None) -> bool:
@@ -325,21 +326,21 @@ def _copied(s: Sizes) -> int:
 
 def _per_row(s: Sizes) -> dict[str, tuple[int, int]]:
     """Bytes of each part of the workspace per row of a chunk and per row of a group."""
-    own, kept = s.compute.itemsize, s.phase == Phase.KEPT
+    own, saved = s.compute.itemsize, s.phase == Phase.SAVED
     one = s.vocab * s.logits.itemsize  # row of scores; in place, that of their gradient
     refs = one * (s.ref_hidden > 0)
     scores = (one + refs, 0) if s.separate_gradient else (refs, one)
     gathered = own * s.hidden * (s.gathered + s.scattered) + 4 * s.hidden * s.widened
-    gathered += own * s.rank * (3 if s.gradients and not kept else 2)
+    gathered += own * s.rank * (3 if s.gradients and not saved else 2)
     ref_gathered = (
         own * s.hidden * s.joined + s.ref_compute.itemsize * s.ref_hidden * s.ref_gathered
     )
     vectors = (VECTORS + s.values * s.logits.itemsize, s.grad_dtype.itemsize * s.grouped)
-    if kept:  # the upstream gradient alone; for fp16 also its share of the largest
+    if saved:  # the upstream gradient alone; for fp16 also its share of the largest
         vectors = (0, max(4, s.logits.itemsize) * (1 + (s.compute == torch.float16)))
-    has_gradient = s.separate_gradient or kept
+    has_gradient = s.separate_gradient or saved
     return {
-        "scores": (0, 0) if kept else scores,
+        "scores": (0, 0) if saved else scores,
         "grad_scores": (0, s.vocab * s.grad_dtype.itemsize * has_gradient),
         "gathered": (ref_gathered, gathered),
         "scratch_rows": (0, 4 * _widened_columns(s)),
@@ -361,6 +362,6 @@ def _tile_columns(s: Sizes) -> int:
 def _widened_columns(s: Sizes) -> int:
     """Columns of the row buffer that tiled products need."""
     own, ref = _tiled(s)
-    scores = s.phase != Phase.KEPT and gemm.tiled(s.device, s.compute, s.logits)
+    scores = s.phase != Phase.SAVED and gemm.tiled(s.device, s.compute, s.logits)
     own = own and (scores or (s.gradients and s.grad_dtype != s.compute))
     return max(own * max(s.hidden * (2 if s.joined else 1), s.rank), ref * s.ref_hidden)

@@ -1,8 +1,8 @@
 """A forward that keeps the gradient of the scores, and the backward that multiplies with it.
 
-    kept[n, V] = d values[0] / d scores, row by row: the row functions with an upstream of 1
-    d hidden   = g[:, None] * (kept @ weight)
-    d weight   = kept.T @ (g[:, None] * hidden)        bias and LoRA alike
+    grad_scores[n, V] = d values[0] / d scores, row by row: the row functions with an upstream of 1
+    d hidden   = g[:, None] * (grad_scores @ weight)
+    d weight   = grad_scores.T @ (g[:, None] * hidden)        bias and LoRA alike
 
 A row's upstream gradient g is a factor of all that the row gives, so the backward needs neither the
 scores nor a row function: two GEMMs. It is done where all tokens are one chunk; a backward that
@@ -30,33 +30,39 @@ def keeps(kind: str, x: Inputs, o: Options) -> bool:
 
 
 def forward(kind: str, x: Inputs, o: Options, whole: bool) -> tuple[Tensor, Tensor]:
-    """(values [K, N], kept): the rows that are not dropped, in front.
+    """(values [K, N], grad_scores): the rows that are not dropped, in front.
 
     Args:
         kind: name of the row function.
         x: the tensors of the call.
         o: its options.
-        whole: kept is [N, V], a shape that does not depend on data, of which the rows beyond are
-            never written; else it has no others.
+        whole: grad_scores is [N, V], a shape that does not depend on data, of which the rows beyond
+            are never written; else it has no others.
     """
     one = x.hidden.new_ones((), dtype=accumulator(o.logits))
-    engine = Engine(kind, x, o, one, _NOTHING, Phase.KEEP, whole)
+    engine = Engine(kind, x, o, one, _NOTHING, Phase.SAVE, whole)
     values = engine.run()
     assert engine.dz is not None
     return values, engine.dz
 
 
 def gradients(
-    kind: str, x: Inputs, o: Options, upstream: Tensor, wanted: tuple[bool, ...], kept: Tensor
+    kind: str,
+    x: Inputs,
+    o: Options,
+    upstream: Tensor,
+    wanted: tuple[bool, ...],
+    grad_scores: Tensor,
 ) -> Engine:
-    """A run whose `grads` are those of sum(upstream * values[0]). `kept` is not written to."""
-    engine = Engine(kind, x, o, None, wanted, Phase.KEPT)
+    """A run whose `grads` are those of sum(upstream * values[0]). It does not write to
+    `grad_scores`."""
+    engine = Engine(kind, x, o, None, wanted, Phase.SAVED)
     n, index = engine.sizes.rows, engine.keep
     if n:
         by, top = _weights(engine, upstream)
         rows = engine.hidden_rows(0, n, index)
         gemm.weigh_rows(rows, by.sums, engine.wide)
-        engine.products(rows, engine.low_rank(rows), kept[:n], 0, n, index, by)
+        engine.products(rows, engine.low_rank(rows), grad_scores[:n], 0, n, index, by)
         for total in engine.grads[1:]:
             if total is not None and top is not None:
                 total.mul_(top)

@@ -2,9 +2,9 @@
 gradient is made.
 
 linear_fwd     values [K, N], without gradients
-linear_kept    values, and d values[0] / d scores by row, where all tokens are one chunk; else an
+linear_saved   values, and d values[0] / d scores by row, where all tokens are one chunk; else an
                empty tensor: see `saved.py`
-linear_kept_bwd  the gradients of sum(upstream * values[0]) from that
+linear_saved_bwd  the gradients of sum(upstream * values[0]) from that
 linear_bwd     the same without it: makes the scores again
 linear_unit    values, and d values[0] / d hidden by row: with a frozen head the backward is then a
                product of [N] with [N, H], no GEMM: linear_row_scale
@@ -115,7 +115,7 @@ def _refuse_late(kind: str, x: Inputs, o: Options) -> None:
     plan.refuse_late(sizes_of(kind, x, o, rows, every, shares_head(x)), o.budget)
 
 
-def _kept_body(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _saved_body(*arguments: Any) -> tuple[Tensor, Tensor]:
     kind, x, o = _call(arguments)
     if saved.keeps(kind, x, o):
         return saved.forward(kind, x, o, arguments[_N])
@@ -123,9 +123,9 @@ def _kept_body(*arguments: Any) -> tuple[Tensor, Tensor]:
     return Engine(kind, x, o).run(), x.hidden.new_empty(0)
 
 
-def _kept_bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
-    upstream, wanted, kept = arguments[_N:]
-    engine = saved.gradients(*_call(arguments), upstream, tuple(wanted), kept)
+def _saved_bwd_body(*arguments: Any) -> tuple[Tensor, ...]:
+    upstream, wanted, grad_scores = arguments[_N:]
+    engine = saved.gradients(*_call(arguments), upstream, tuple(wanted), grad_scores)
     return tuple(_finish(engine, False))
 
 
@@ -154,10 +154,13 @@ def _row_scale_body(unit: Tensor, rows: Tensor) -> Tensor:
 
 _fwd = _define(f"linear_fwd({ARGUMENTS}) -> Tensor", _fwd_body)
 _bwd = _define(f"linear_bwd({ARGUMENTS}, Tensor upstream, bool[] wanted) -> ({_FIVE})", _bwd_body)
-_kept = _define(f"linear_kept({ARGUMENTS}, bool whole) -> (Tensor values, Tensor kept)", _kept_body)
-_kept_bwd = _define(
-    f"linear_kept_bwd({ARGUMENTS}, Tensor upstream, bool[] wanted, Tensor kept) -> ({_FIVE})",
-    _kept_bwd_body,
+_saved = _define(
+    f"linear_saved({ARGUMENTS}, bool whole) -> (Tensor values, Tensor grad_scores)", _saved_body
+)
+_saved_bwd = _define(
+    f"linear_saved_bwd({ARGUMENTS}, Tensor upstream, bool[] wanted, Tensor grad_scores)"
+    f" -> ({_FIVE})",
+    _saved_bwd_body,
 )
 _unit = _define(f"linear_unit({ARGUMENTS}) -> (Tensor values, Tensor unit)", _unit_body)
 _fused = _define(
@@ -167,7 +170,7 @@ _fused = _define(
 )
 _row_scale = _define("linear_row_scale(Tensor unit, Tensor rows) -> Tensor", _row_scale_body)
 no_double_backward("linear_bwd")
-no_double_backward("linear_kept_bwd")
+no_double_backward("linear_saved_bwd")
 no_double_backward("linear_row_scale")
 
 
@@ -196,7 +199,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_fake_grads(arguments, False))
 
 
-@torch.library.register_fake("deepalign::linear_kept")
+@torch.library.register_fake("deepalign::linear_saved")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As with `whole`: per_token asks for that where it is traced."""
     values, (kind, x, o) = _fake_values(arguments), _call(arguments)
@@ -207,7 +210,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     return values, x.hidden.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("deepalign::linear_kept_bwd")
+@torch.library.register_fake("deepalign::linear_saved_bwd")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_fake_grads(arguments, False))
 
@@ -229,19 +232,19 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return values.new_empty(()), values, *grads
 
 
-def _save(ctx: Any, arguments: tuple, x: Inputs, kept: Tensor | None) -> None:
+def _save(ctx: Any, arguments: tuple, x: Inputs, grad_scores: Tensor | None) -> None:
     ctx.kind, ctx.options = arguments[0], arguments[_K:_N]
-    ctx.save_for_backward(*x, kept)
+    ctx.save_for_backward(*x, grad_scores)
     ctx.set_materialize_grads(False)
 
 
-def _setup_kept(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, kept = Inputs(*inputs[1:_K]), None
+def _setup_saved(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, grad_scores = Inputs(*inputs[1:_K]), None
     if output[1].dim() == 2:
-        kept = output[1]
+        grad_scores = output[1]
         only = {**dict.fromkeys(Inputs._fields), **trained(x)._asdict(), "valid": x.valid}
         x = Inputs(**only)
-    _save(ctx, inputs, x, kept)
+    _save(ctx, inputs, x, grad_scores)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -255,17 +258,17 @@ def _from_saved(ctx: Any, grad: Tensor | None) -> dict[str, Tensor | None]:
     """Gradients from `grad` [N]."""
     if grad is None:
         return {}
-    *x, kept = ctx.saved_tensors
+    *x, grad_scores = ctx.saved_tensors
     wanted = list(trained(Inputs(*ctx.needs_input_grad[1:_K])))
     given = ctx.kind, *x, *ctx.options, grad.contiguous(), wanted
-    return _named(_bwd(*given) if kept is None else _kept_bwd(*given, kept), wanted)
+    return _named(_bwd(*given) if grad_scores is None else _saved_bwd(*given, grad_scores), wanted)
 
 
-def _backward_kept(ctx: Any, grad: Tensor | None, _unused: Any) -> dict[str, Tensor | None]:
+def _backward_saved(ctx: Any, grad: Tensor | None, _unused: Any) -> dict[str, Tensor | None]:
     return _from_saved(ctx, None if grad is None else grad[0])
 
 
-autograd("linear_kept", _backward_kept, _setup_kept)
+autograd("linear_saved", _backward_saved, _setup_saved)
 
 
 def _setup_unit(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -317,7 +320,7 @@ autograd("linear_fused", _backward_fused, _setup_fused)
 
 def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
     """Values [K, N]; the first is differentiable: by row scaling with a frozen head, else from the
-    gradient of the scores, kept or made again, over the vocabulary where that is faster."""
+    gradient of the scores, saved or made again, over the vocabulary where that is faster."""
     wanted = [t is not None and t.requires_grad for t in trained(x)]
     if not torch.is_grad_enabled() or not any(wanted):
         return _fwd(kind, *x, *o)
@@ -327,7 +330,7 @@ def per_token(kind: str, x: Inputs, o: Options) -> Tensor:
     whole = torch.compiler.is_compiling() or type(x.hidden) is not Tensor
     if not whole and tiles.takes(kind, x, o, tuple(wanted)) and not saved.keeps(kind, x, o):
         return KNOWN[kind](x, o)
-    return _kept(kind, *x, *o, whole)[0]
+    return _saved(kind, *x, *o, whole)[0]
 
 
 def summed(kind: str, x: Inputs, o: Options, scale: Tensor) -> tuple[Tensor, Tensor]:

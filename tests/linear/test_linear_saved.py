@@ -48,7 +48,7 @@ def calls():
 
     with contextlib.ExitStack() as stack:
         for owner, name, note in (
-            (torch_ops, "_kept", lambda out, *_: seen["kept"].append(tuple(out[1].shape))),
+            (torch_ops, "_saved", lambda out, *_: seen["kept"].append(tuple(out[1].shape))),
             (torch_ops, "_bwd", lambda *_: seen["again"].append(1)),
             (backends, "choose", lambda _, op, *__: seen["rows"].append(op)),
         ):
@@ -342,7 +342,7 @@ def test_compiled_lengths_on_both_sides_of_the_chunk(dtype, compact, gpu):
                 torch.testing.assert_close(a, b)
             graphs.append(counter.frame_count)
     nodes = [n for graph in counter.graphs for n in graph.graph.nodes]
-    whole = [n.args[-1] for n in nodes if n.target == torch.ops.deepalign.linear_kept.default]
+    whole = [n.args[-1] for n in nodes if n.target == torch.ops.deepalign.linear_saved.default]
     assert whole and all(whole)
     assert [n - graphs[0] for n in graphs] == [0, 0, 0, 1, 1]
 
