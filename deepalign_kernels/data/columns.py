@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,22 @@ class Counts(NamedTuple):
     weight: float  # of these tokens in all
 
 
+class Anchors(NamedTuple):
+    """What the reference says about the whole vocabulary, at some trained tokens of a batch."""
+
+    hidden: Tensor  # [N, R], its last hidden states, in the order of the flattened batch
+    weight: Tensor  # [V, R], its output head
+    bias: Tensor | None  # [V]
+
+
+class AnchorsOf(Protocol):
+    """Where a table gets them from."""
+
+    def take(self, rows: Sequence[int], device: torch.device) -> Anchors:
+        """Those of these examples, one example after the other."""
+        ...
+
+
 @dataclass
 class Batch:
     """One forward: rows [B, T], right-padded, or packed one behind the other into a single one;
@@ -52,6 +68,7 @@ class Batch:
     normalizer: float | Tensor  # weight of the trained tokens of the whole optimizer step
     tokens: int = 0  # without padding; what a log counts
     ref_logp: Tensor | None = None  # fp32, of the targets, nats
+    anchors: Anchors | None = None
     # fp32 [B, T] or [B, 1]: where tokens weigh differently, in place of 1 / normalizer.
     scale: Tensor | None = None
     position_ids: Tensor | None = None  # int64, where packed: each row's count from 0
@@ -156,6 +173,7 @@ class TokenTable:
         if len(self.ids) != int(self._lengths.sum()) + 1:
             raise ValueError(f"{len(self.ids)} tokens for rows of {int(self._lengths.sum())}")
         self.ref_logp: Tensor | None = None  # fp32, as long as the others
+        self.anchors: AnchorsOf | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -253,6 +271,7 @@ class TokenTable:
             sum(c.weight for c in counts.values()),
             tokens,
             None if self.ref_logp is None else send(self.ref_logp[slots]),
+            None if self.anchors is None else self.anchors.take(rows, device),
             None if scale is None else send(scale),
             send(torch.cat([torch.arange(n) for n in lengths])[None]) if packed else None,
         )

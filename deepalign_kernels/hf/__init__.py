@@ -40,8 +40,8 @@ from deepalign_kernels.hf.losses import (
     LossOutput,
     TokenKL,
     TokenLogp,
-    hidden_rows,
 )
+from deepalign_kernels.hf.rows import ReferencePass, hidden_rows, reference_pass
 from deepalign_kernels.hf.trainer import ConstrainedMixin, collate, loss_of
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "HiddenRows",
     "LogitsLoss",
     "LossOutput",
+    "ReferencePass",
     "TokenKL",
     "TokenLogp",
     "attach",
@@ -61,6 +62,7 @@ __all__ = [
     "hidden_rows",
     "install",
     "loss_of",
+    "reference_pass",
     "uninstall",
     "verify",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepalign_kernels import check, ops, rules
 from deepalign_kernels.hf.head import IGNORE, Head, gathered
@@ -44,7 +44,7 @@ class HiddenRows(NamedTuple):
 
     hidden: Tensor  # [N, H], detached
     index: Tensor  # [N] int64, their places in the flattened [B * T'] targets
-    source: object  # which attached model they come from
+    source: object  # which attached model they come from; None: from a file
 
 
 class MustRun:
@@ -99,9 +99,10 @@ class TokenLogp(MustRun):
 class ConstrainedLoss(MustRun):
     """`dak.linear_constrained_loss` in the head: the loss of arXiv 2406.05946, equation 3.
 
-    Exactly one reference must be given, except to an `objective` that needs none. Per-token tensors
-    come in the shape of `labels` [B, T], and are shifted like them, or in that of
-    `LossOutput.logp`.
+    Exactly one reference must be given, except to an `objective` that needs none: ref_logp or
+    ref_rows, or both where only some of the trained tokens have a row. Then those alone have a
+    divergence, and ref_logp speaks about the others. Per-token tensors come in the shape of
+    `labels` [B, T], and are shifted like them, or in that of `LossOutput.logp`.
 
     Args:
         beta: >= 0; a number or a per-token float tensor, such as
@@ -141,10 +142,9 @@ class ConstrainedLoss(MustRun):
         normalizer: float | Tensor | None = None,
         **options: Any,
     ):
-        given = (ref_logp is not None) + (ref_rows is not None)
-        if given > 1 or (not given and rules.objective_of(objective).needs_reference):
-            got = "both" if given else "neither"
-            raise ValueError(f"ref_logp, ref_rows: expected exactly one of the two, got {got}")
+        given = ref_logp is not None or ref_rows is not None
+        if not given and rules.objective_of(objective).needs_reference:
+            raise ValueError("ref_logp, ref_rows: expected one of the two, got neither")
         options["objective"] = objective
         self.beta, self.ref_logp, self.ref_rows = beta, ref_logp, ref_rows
         self.ref_weight, self.ref_bias = ref_weight, ref_bias
@@ -164,12 +164,26 @@ class ConstrainedLoss(MustRun):
                 ops.linear_constrained_loss(head.hidden, head.weight, head.target, **options)
             )
 
-        options.update(_reference(head, rows, self.ref_weight, self.ref_bias))
+        others = None if self.ref_logp is None else self._others(head, rows, beta, options)
+        options.update(_reference(head, rows, self.ref_weight, self.ref_bias, others is None))
         if isinstance(beta, Tensor) and beta.dim():
             beta = _take(beta, rows)
         hidden, target = _take(head.hidden, rows), _take(head.target, rows)
         result = ops.linear_constrained_loss(hidden, head.weight, target, beta=beta, **options)
-        return _constrained_output(result, lambda x: _put(x, rows, head.target))
+        own = _constrained_output(result, lambda x: _put(x, rows, head.target))
+        return own if others is None else _added(own, others)
+
+    def _others(self, head: Head, rows: HiddenRows, beta: Any, options: dict[str, Any]) -> Any:
+        """The loss of the trained tokens without a row, which have no divergence."""
+        target = head.target.flatten().index_fill(0, rows.index, IGNORE).view(head.target.shape)
+        more = {name: x for name, x in options.items() if not name.startswith(("kl_", "js_"))}
+        if more["normalizer"] is None and more["reduction"] == "mean":
+            count = (head.target != IGNORE).sum().clamp(min=1)
+            more["normalizer"] = options["normalizer"] = count
+        more["ref_logp"] = head.align("ref_logp", self.ref_logp)
+        return _constrained_output(
+            ops.linear_constrained_loss(head.hidden, head.weight, target, beta=beta, **more)
+        )
 
 
 class TokenKL(MustRun):
@@ -219,36 +233,6 @@ class TokenKL(MustRun):
         return LossOutput(loss=_put(loss, rows, head.target) if loss.dim() else loss)
 
 
-def hidden_rows(model: nn.Module, **batch: Any) -> HiddenRows:
-    """A reference pass: the last hidden states of the trained tokens, instead of logits.
-
-    Args:
-        model: an attached model, as it is called in training (its DDP, FSDP or PEFT wrapper). For
-            LoRA it is the policy itself, inside `with model.disable_adapter():`.
-        batch: what the model's call takes; `labels` or `shift_labels` say which tokens are trained.
-
-    Returns:
-        HiddenRows for `TokenKL` or `ConstrainedLoss` on the same batch: N * H elements, no
-        gradient.
-
-    Raises:
-        ValueError: not attached.
-    """
-    kept: list[HiddenRows] = []
-
-    def keep(head: Head) -> LossOutput:
-        index = (head.target != IGNORE).flatten().nonzero().squeeze(1)
-        hidden = head.hidden.detach().flatten(0, 1).index_select(0, index)
-        kept.append(HiddenRows(hidden, index, head.source))
-        return LossOutput()
-
-    with torch.no_grad():
-        model(**batch, dak_loss=keep)
-    if not kept:
-        raise ValueError("model: not attached; call dak.hf.attach(model) first")
-    return kept[0]
-
-
 def run_loss(loss: Callable[[Head], LossOutput | Tensor], head: Head) -> LossOutput:
     """loss(head) as a LossOutput; TypeError if it is none."""
     out = loss(head)
@@ -272,6 +256,17 @@ def _constrained_output(result: Any, place: Callable[[Tensor], Tensor] = lambda 
     return LossOutput(loss=place(loss) if loss.dim() else loss, logp=logp, parts=named)
 
 
+def _added(a: LossOutput, b: LossOutput) -> LossOutput:
+    """Of two losses that share no token."""
+
+    def both(x: Tensor | None, y: Tensor | None) -> Any:
+        return x if y is None else y if x is None else x + y
+
+    x, y = a.parts or {}, b.parts or {}
+    parts = {name: both(x.get(name), y.get(name)) for name in {**x, **y}}
+    return LossOutput(loss=both(a.loss, b.loss), logp=both(a.logp, b.logp), parts=parts)
+
+
 def _normalizer(
     own: float | Tensor | None, head: Head, reduction: str = "mean"
 ) -> float | Tensor | None:
@@ -281,10 +276,10 @@ def _normalizer(
 
 
 def _reference(
-    head: Head, rows: HiddenRows, weight: Tensor | None, bias: Tensor | None
+    head: Head, rows: HiddenRows, weight: Tensor | None, bias: Tensor | None, all_rows: bool = True
 ) -> dict[str, Any]:
     """The reference's arguments for a linear op. All rows count, so the op need not pick them."""
-    if check.checking():
+    if all_rows and check.checking():
         index = (head.target != IGNORE).flatten().nonzero().squeeze(1)
         if not torch.equal(rows.index, index):
             raise ValueError("ref_rows: taken from a batch with other labels")

@@ -44,6 +44,7 @@ GIVEN_ELSEWHERE = ("output_dir", "beta", "recovery", "tokenizer", "anchors", "se
 ALLOWED = {
     "objective": (*choices.OBJECTIVES, *RULES),
     "reference": choices.REFERENCES,
+    "reference_dtype": choices.CACHED_DTYPES,
     "head": choices.HEADS,
     "kl_direction": choices.KL_DIRECTIONS,
     "optimizer": tuple(OPTIMIZERS),

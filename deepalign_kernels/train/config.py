@@ -21,7 +21,8 @@ from deepalign_kernels.train.trackers import names_of
 
 # Names of this level; any other is a rule of rules.py.
 OBJECTIVES = {"sft": "nll", "constrained": "exact"}
-REFERENCES = ("precomputed", "frozen")
+REFERENCES = ("precomputed", "frozen", "adapter_off", "model")
+CACHED_DTYPES = ("bfloat16", "float32")
 SCHEDULES = ("linear", "cosine", "constant")
 HEADS = ("fused", "logits")
 KL_DIRECTIONS = ("policy_ref", "ref_policy", "js")
@@ -46,16 +47,21 @@ class TrainConfig:
         min_weight: floor of each token's weight, with objective="surrogate" only.
         temperature: divides the logits of policy and reference.
         kl_coef: what the divergence from the reference over the whole vocabulary, nats per trained
-            token, is multiplied by before it is added to the objective; above 0 it needs
-            reference="frozen".
+            token, is multiplied by before it is added to the objective: an anchor, any objective
+            may have it ("sft" with it: fine-tuning without forgetting).
         kl_direction: "policy_ref", "ref_policy" or "js", as in `deepalign_kernels.token_kl`.
+        kl_positions: only tokens at position 1 to this are anchored; None: all that are trained.
         beta: positions [...] -> beta [...], or one number for every position. A rule without a
             reference, such as "sft", does not use it; its `prefix_length` still
             divides the logged positions into groups.
-        reference: "precomputed": one number per trained token, taken before the first step;
-            "frozen": a copy of the model, or `ref_model`, that runs along with every batch. Rules
-            that need no reference get none. "precomputed" keeps the data of all epochs if they
-            differ.
+        reference: "precomputed": one number per trained token, taken before the first step, and
+            with kl_coef the last hidden state of each anchored one, in files; "frozen": a copy of
+            the model, or `ref_model`, that runs along with every batch; "model": `ref_model` runs
+            along; "adapter_off": the model itself without its adapters (PEFT) does. Rules that need
+            no reference get none. "precomputed" keeps the data of all epochs if they differ.
+        reference_cache: folder of what "precomputed" keeps, which runs may share, also at the same
+            time; None: output_dir.
+        reference_dtype: "bfloat16" or "float32", of the hidden states that are kept.
         head: where the losses are computed. "fused": inside the model's own output head
             (`hf.attach`), so the logits are never whole in memory; a model that `attach` does not
             take is refused. "logits": from the model's whole logits, for any module that has them.
@@ -132,8 +138,11 @@ class TrainConfig:
     temperature: float = 1.0
     kl_coef: float = 0.0
     kl_direction: str = "policy_ref"
+    kl_positions: int | None = None
     beta: BetaSchedule | Schedule | float = field(default_factory=BetaSchedule)
     reference: str = "precomputed"
+    reference_cache: str | Path | None = None
+    reference_dtype: str = "bfloat16"
     head: str = "fused"
     position_origin: str = "content"
     train_on: str = "all"
@@ -175,6 +184,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("reference", REFERENCES),
+            ("reference_dtype", CACHED_DTYPES),
             ("lr_schedule", SCHEDULES),
             ("head", HEADS),
             ("parallel", PARALLEL),
@@ -254,15 +264,19 @@ class TrainConfig:
                 f" {self.min_weight} with {self.objective!r}"
             )
         check.number("kl_coef", self.kl_coef, low=0.0)
-        if self.kl_coef > 0 and self.reference != "frozen":
+        if self.kl_positions is not None:
+            _integer("kl_positions", self.kl_positions, 1)
+            if self.kl_coef == 0:
+                raise ValueError("kl_positions: says where kl_coef acts, which is 0")
+        if self.kl_coef > 0 and self.reference == "precomputed" and self.head == "logits":
             raise ValueError(
-                f"kl_coef: the divergence needs all that the reference says of a token, and"
-                f" reference={self.reference!r} keeps its target alone; give reference='frozen'"
+                "kl_coef: what is kept of a reference are hidden states, which head='logits' does"
+                " not see; give head='fused', or reference='frozen'"
             )
-        if self.kl_coef > 0 and self.parallel == "fsdp":
+        if self.kl_coef > 0 and self.parallel == "fsdp" and self.reference in ("frozen", "model"):
             raise ValueError(
-                "kl_coef: the reference's head must be whole, which it is not with parallel='fsdp';"
-                " give 'ddp'"
+                "kl_coef: the reference's head must be whole, which it is not with parallel='fsdp'"
+                f" and reference={self.reference!r}; give 'precomputed' or 'adapter_off'"
             )
 
     def _check_composites(self) -> None:
@@ -334,7 +348,8 @@ class TrainConfig:
         if not isinstance(self.optimizer, str):
             out["optimizer"] = _name_of(self.optimizer)
         out["output_dir"] = str(self.output_dir)
-        out["data_cache"] = self.data_cache and str(self.data_cache)
+        for name in ("data_cache", "reference_cache"):
+            out[name] = getattr(self, name) and str(getattr(self, name))
         out["adam_betas"] = list(self.adam_betas)
         out["autocast_dtype"] = self.autocast_dtype and str(self.autocast_dtype).removeprefix(
             "torch."

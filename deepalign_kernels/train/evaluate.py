@@ -37,12 +37,14 @@ class Evaluation:
     def measure(self, model: nn.Module, ref_model: nn.Module | None) -> dict[str, Any]:
         """Log fields: `objective` (as in training, less its constant), `nll`, and lists by position
         1 to 15 and, last, all other trained tokens: `tokens_at`, `nll_at`; with a reference
-        `log_ratio_at`, with one in memory `kl_at`; None where there is no such token.
+        `log_ratio_at`, with one in memory or with kl_coef `kl_at`; None where there is no such
+        token.
 
         All processes must call.
         """
         config = self._config
-        whole = ref_model is not None and not is_sharded(ref_model)
+        in_memory = ref_model is not None and not is_sharded(ref_model)
+        whole = in_memory or config.kl_coef > 0
         reads = BatchObjective(
             "nll",
             config.beta_at,
@@ -51,8 +53,9 @@ class Evaluation:
             temperature=config.temperature,
             kl_coef=1.0 if whole else 0.0,
             kl_direction=config.kl_direction,
+            kl_positions=config.kl_positions,
         )
-        sums = torch.zeros(POSITIONS + 1, 5, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(POSITIONS + 1, 6, dtype=torch.float64, device=self._device)
         with evaluating(model), torch.no_grad():
             table, limits = self._table, config.limits
             rows = sorted(range(len(table)), key=lambda row: -table.lengths[row])
@@ -86,6 +89,7 @@ class Evaluation:
                 -parts.logp,
                 parts.logp - parts.ref_logp,
                 torch.zeros_like(parts.logp) if parts.kl is None else parts.kl,
+                trained if parts.anchored is None else parts.anchored,
             ],
             dim=-1,
         )
@@ -105,11 +109,11 @@ class Evaluation:
     def _said(
         self, columns: list[list[float]], ref_model: nn.Module | None, whole: bool
     ) -> dict[str, Any]:
-        count, objective, nll, ratio, kl = columns
+        count, objective, nll, ratio, kl, anchored = columns
         total = max(sum(count), 1.0)
 
-        def at(values: list[float]) -> list[float | None]:
-            return [v / n if n else None for v, n in zip(values, count, strict=True)]
+        def at(values: list[float], of: list[float] = count) -> list[float | None]:
+            return [v / n if n else None for v, n in zip(values, of, strict=True)]
 
         out = {
             "objective": sum(objective) / total,
@@ -120,5 +124,5 @@ class Evaluation:
         if ref_model is not None or self._table.ref_logp is not None:
             out["log_ratio_at"] = at(ratio)
         if whole:
-            out["kl_at"] = at(kl)
+            out["kl_at"] = at(kl, anchored)
         return out

@@ -27,15 +27,15 @@ class Meter:
     """Sums over the steps since the last line of the log, kept on the device until somebody reads
     them.
 
-    `sums` [6, 3] fp64: per position group the number of tokens and the sums of log-probability,
-    weight, log-ratio and divergence; the last row holds the objective, the largest gradient norm
-    and the number of steps.
+    `sums` [7, 3] fp64: per position group the number of tokens and the sums of log-probability,
+    weight, log-ratio and divergence, and the number of tokens that have one; the last row holds the
+    objective, the largest gradient norm and the number of steps.
     """
 
     def __init__(self, device: torch.device, prefix_length: int) -> None:
         self.bounds = torch.tensor([1, max(prefix_length, 1)], dtype=torch.int32, device=device)
         self._columns = torch.arange(3, device=device)
-        self.sums = torch.zeros(6, 3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(7, 3, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, parts: TokenParts, targets: Tensor, positions: Tensor) -> None:
         """One micro-batch; `loss` as it is to be logged."""
@@ -47,9 +47,11 @@ class Meter:
         groups = (group[:, None] == self._columns).double()
         logp, ref_logp, weight = (x.reshape(-1) for x in parts[:3])
         kl = torch.zeros_like(logp) if parts.kl is None else parts.kl.reshape(-1)
-        columns = torch.stack([valid.to(logp.dtype), logp, weight, logp - ref_logp, kl])
-        self.sums[:5] += columns.double() @ groups
-        self.sums[5, 0] += loss.detach()
+        anchored = valid if parts.anchored is None else parts.anchored.reshape(-1)
+        counted, anchored = valid.to(logp.dtype), anchored.to(logp.dtype)
+        columns = torch.stack([counted, logp, weight, logp - ref_logp, kl, anchored])
+        self.sums[:-1] += columns.double() @ groups
+        self.sums[-1, 0] += loss.detach()
 
     def add_step(
         self, batches: list[tuple[Tensor, TokenParts, Tensor, Tensor]], norm: Tensor
@@ -58,8 +60,8 @@ class Meter:
         for batch in batches:
             self.add(*batch)
         # A NaN, too, is the largest: none between two lines of the log goes unseen.
-        self.sums[5, 1] = torch.maximum(self.sums[5, 1], norm.double())
-        self.sums[5, 2] += 1
+        self.sums[-1, 1] = torch.maximum(self.sums[-1, 1], norm.double())
+        self.sums[-1, 2] += 1
 
     def total(self, ranks: Ranks) -> Tensor:
         """`sums` of all processes, in all of them."""
@@ -78,7 +80,8 @@ class Meter:
         self, with_reference: bool, with_kl: bool = False, ranks: Ranks = ALONE
     ) -> dict[str, float | int | None]:
         """Means since the last call, in nats; the one place where the loop waits for the device."""
-        count, logp, weight, ratio, kl, (objective, norm, steps) = self.total(ranks).tolist()
+        *columns, (objective, norm, steps) = self.total(ranks).tolist()
+        count, logp, weight, ratio, kl, anchored = columns
         self.sums.zero_()
         out: dict[str, float | int | None] = {
             "objective": objective / max(steps, 1),
@@ -92,7 +95,7 @@ class Meter:
                 out[f"weight_{name}"] = _mean(weight[index], count[index])
                 out[f"log_ratio_{name}"] = _mean(ratio[index], count[index])
             if with_kl:
-                out[f"kl_{name}"] = _mean(kl[index], count[index])
+                out[f"kl_{name}"] = _mean(kl[index], anchored[index])
         return out
 
 

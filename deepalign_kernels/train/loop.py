@@ -120,6 +120,7 @@ class TrainingRun(Prepared):
             min_weight=config.min_weight,
             kl_coef=config.kl_coef,
             kl_direction=config.kl_direction,
+            kl_positions=config.kl_positions,
         )
         self._models = [m for m in (model, ref_model) if m is not None]
         for name, each in zip(("model", "ref_model"), self._models, strict=False):

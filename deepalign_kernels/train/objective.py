@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels import check, rules
-from deepalign_kernels.data.columns import Batch
+from deepalign_kernels.data.columns import Anchors, Batch
 from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.losses import reduce_tokens
 from deepalign_kernels.ops import constrained_loss, token_kl, token_logp
+from deepalign_kernels.train.ranks import is_sharded
 
 
 class TokenParts(NamedTuple):
@@ -28,12 +29,15 @@ class TokenParts(NamedTuple):
     ref_logp: Tensor  # the same under the reference; 0 without one
     weight: Tensor  # what the token's cross-entropy gradient is multiplied by
     kl: Tensor | None  # divergence to the reference, nats, before kl_coef; None without kl_coef
+    anchored: Tensor | None = None  # bool, the tokens that have a divergence
 
 
 def untrained(batch: Batch) -> Batch:
     """The same rows with nothing to train: what a process computes that has no share of a batch."""
     targets = torch.full_like(batch.targets, IGNORE)
-    return replace(batch, targets=targets, positions=torch.zeros_like(batch.positions), tokens=0)
+    anchors = batch.anchors and batch.anchors._replace(hidden=batch.anchors.hidden[:0])
+    positions = torch.zeros_like(batch.positions)
+    return replace(batch, targets=targets, positions=positions, tokens=0, anchors=anchors)
 
 
 class BatchObjective:
@@ -47,8 +51,10 @@ class BatchObjective:
         temperature: divides the logits of policy and reference, > 0.
         min_weight: floor of the weight, with the rule "surrogate" only.
         kl_coef: >= 0, what the divergence of each trained token over the whole vocabulary is
-            multiplied by; above 0 `loss` needs a `ref_model`.
+            multiplied by; above 0 a batch must bring `anchors` (with head="fused"), or `loss` be
+            given a `ref_model`.
         kl_direction: "policy_ref", "ref_policy" or "js", as in `deepalign_kernels.token_kl`.
+        kl_positions: only tokens at position 1 to this have a divergence; None: all.
 
     Attributes:
         needs_reference: whether a batch must bring `ref_logp`, or `loss` be given a `ref_model`.
@@ -68,16 +74,19 @@ class BatchObjective:
         min_weight: float = 0.0,
         kl_coef: float = 0.0,
         kl_direction: str = "policy_ref",
+        kl_positions: int | None = None,
     ) -> None:
         check.one_of("head", head, tuple(HEADS))
         about = rules.objective_of(rule)
         self._asks, self._exact = about.needs_reference, rule == "exact"
         self.needs_reference = about.needs_reference or kl_coef > 0
-        self._beta = beta
+        self._beta, self._positions = beta, kl_positions
+        self._anchors = kl_coef > 0
         options = {"temperature": temperature, "min_weight": min_weight}
         if kl_coef > 0:
             options |= {"kl_coef": kl_coef, "kl_direction": kl_direction}
-        self._head: FusedHead | LogitsHead = HEADS[head](autocast_dtype, rule, options)
+        partly = kl_positions is not None
+        self._head: FusedHead | LogitsHead = HEADS[head](autocast_dtype, rule, options, partly)
 
     def check(self, name: str, model: nn.Module) -> None:
         """Refuse a model that the head cannot work with; `name` is the argument to blame.
@@ -99,7 +108,8 @@ class BatchObjective:
         Args:
             model: the policy.
             batch: with `ref_logp`, if the rule needs a reference and no `ref_model` is there.
-            ref_model: asked for the log-probabilities of the targets, in place of `ref_logp`.
+            ref_model: asked for the log-probabilities of the targets, in place of `ref_logp` and
+                `anchors`.
 
         Returns:
             The loss, 0-d fp32: the sum over the tokens divided by `batch.normalizer`, or, where
@@ -107,8 +117,24 @@ class BatchObjective:
         """
         beta = self._beta(batch.positions) if self._asks else None
         normalizer = batch.normalizer if batch.scale is None else None
-        loss, parts = self._head.loss(model, batch, beta, ref_model, normalizer)
+        anchored = self._anchored(batch) if self._anchors else None
+        loss, parts = self._head.loss(model, batch, beta, ref_model, normalizer, anchored)
+        parts = parts._replace(anchored=anchored)
         return (loss if batch.scale is None else (loss * batch.scale).sum()), parts
+
+    def reference(self, model: Any, batch: Batch) -> tuple[Tensor, Anchors | None]:
+        """What a batch must bring, from the model that is the reference: (`ref_logp` [B, T] in
+        nats, 0 where untrained; `anchors` with kl_coef). No gradient."""
+        if not self._anchors:
+            return self._head.logp(model, batch), None
+        return self._head.anchors(model, batch, self._anchored(batch))
+
+    def _anchored(self, batch: Batch) -> Tensor:
+        """bool [B, T]: the tokens with a divergence."""
+        trained, at = batch.targets != IGNORE, batch.positions
+        if self._positions is None:
+            return trained
+        return trained & (at >= 1) & (at <= self._positions)
 
     def constant(self, batch: Batch) -> Tensor | float:
         """What is in `loss` whatever the model does, and a log leaves out: where policy and
@@ -129,7 +155,7 @@ class BatchObjective:
 
 class FusedHead:
     """Losses through `hf.attach`: of a batch's logits only a chunk exists at a time, and untrained
-    tokens do not reach the head.
+    tokens do not reach the head. `partly`: not every trained token has a divergence.
 
     Raises:
         ImportError: no transformers.
@@ -140,9 +166,11 @@ class FusedHead:
         autocast_dtype: torch.dtype | None,
         rule: str | rules.Rule = "exact",
         options: dict[str, Any] | None = None,
+        partly: bool = False,
     ) -> None:
         from deepalign_kernels import hf
 
+        self._partly = partly
         self._hf, self._dtype, self._rule = hf, autocast_dtype, rule
         self._options: dict[str, Any] = options or {}
 
@@ -173,13 +201,13 @@ class FusedHead:
         beta: Tensor | None,
         ref_model: nn.Module | None,
         normalizer: float | Tensor | None,
+        anchored: Tensor | None,
     ) -> tuple[Tensor, TokenParts]:
         """The rule's loss: (sum over the tokens / normalizer, or each [B, T] where that is None;
-        what the log says about the tokens)."""
+        what the log says about the tokens). `anchored`: the tokens with a divergence."""
         reference: dict[str, Any] = {"ref_logp": batch.ref_logp}
-        if "kl_coef" in self._options:
-            assert ref_model is not None
-            reference = self._rows(ref_model, batch)
+        if anchored is not None:
+            reference = self._rows(ref_model, batch, anchored)
         elif ref_model is not None:
             reference = {"ref_logp": self.logp(ref_model, batch)}
         loss = self._hf.ConstrainedLoss(
@@ -199,16 +227,34 @@ class FusedHead:
         temperature = self._options.get("temperature", 1.0)
         return self._call(model, batch, self._hf.TokenLogp(temperature=temperature)).logp
 
-    def _rows(self, ref_model: Any, batch: Batch) -> dict[str, Any]:
-        """The reference's last hidden states and its head, for the whole distribution."""
+    def anchors(self, model: Any, batch: Batch, anchored: Tensor) -> tuple[Tensor, Anchors | None]:
+        """One forward of a reference: log-probabilities as `logp`, and all it says where
+        `anchored`."""
+        seen = self._seen(model, batch, anchored, copy_head=is_sharded(model))
+        return seen.logp, Anchors(seen.rows.hidden, seen.weight, seen.bias)
+
+    def _seen(self, ref_model: Any, batch: Batch, anchored: Tensor, **options: Any) -> Any:
+        options["temperature"] = self._options.get("temperature", 1.0)
         with _autocast(batch, self._dtype):
-            rows = self._hf.hidden_rows(ref_model, **self._inputs(batch))
-        head = ref_model.get_output_embeddings()
-        return {
-            "ref_rows": rows,
-            "ref_weight": head.weight,
-            "ref_bias": getattr(head, "bias", None),
-        }
+            return self._hf.reference_pass(
+                ref_model, only=anchored, logp=True, **options, **self._inputs(batch)
+            )
+
+    def _rows(self, ref_model: Any, batch: Batch, anchored: Tensor) -> dict[str, Any]:
+        """The reference's last hidden states and its head, for the whole distribution of anchored
+        tokens; of the others what the log, and perhaps the rule, asks for."""
+        if ref_model is None:
+            assert batch.anchors is not None
+            hidden, weight, bias = batch.anchors
+            index = anchored.flatten().nonzero().squeeze(1)
+            rows, logp = self._hf.HiddenRows(hidden, index, None), batch.ref_logp
+        else:
+            rows, weight, bias, logp = self._seen(ref_model, batch, anchored)
+            if is_sharded(ref_model):  # whole inside its own call alone; the policy's is the same
+                weight = bias = None
+        if not self._partly:
+            logp = None
+        return {"ref_rows": rows, "ref_weight": weight, "ref_bias": bias, "ref_logp": logp}
 
     def _call(self, model: nn.Module, batch: Batch, loss: Any) -> Any:
         with _autocast(batch, self._dtype):
@@ -230,6 +276,7 @@ class LogitsHead:
         autocast_dtype: torch.dtype | None,
         rule: str | rules.Rule = "exact",
         options: dict[str, Any] | None = None,
+        partly: bool = False,
     ) -> None:
         options = dict(options or {})
         self._dtype, self._rule = autocast_dtype, rule
@@ -253,6 +300,7 @@ class LogitsHead:
         beta: Tensor | None,
         ref_model: nn.Module | None,
         normalizer: float | Tensor | None,
+        anchored: Tensor | None,
     ) -> tuple[Tensor, TokenParts]:
         kl, ref_logp, ref_logits = None, batch.ref_logp, None
         if ref_model is not None:
@@ -261,12 +309,12 @@ class LogitsHead:
                 ref_logp = token_logp(ref_logits, batch.targets, temperature=self._temperature)
         logits, trained = self._logits(model, batch), batch.targets != IGNORE
         loss, parts = self._rule_loss(logits, batch.targets, beta, ref_logp, normalizer)
-        if self._kl_coef:
+        if anchored is not None:
             assert ref_logits is not None
             kl = token_kl(
                 logits,
                 ref_logits,
-                valid=trained,
+                valid=anchored,
                 direction=cast(Any, self._kl_direction),
                 temperature=self._temperature,
             )
@@ -306,7 +354,10 @@ class LogitsHead:
         logits = self._logits(model, batch)
         return token_logp(logits, batch.targets, temperature=self._temperature)
 
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def anchors(self, model: Any, batch: Batch, anchored: Tensor) -> tuple[Tensor, Anchors | None]:
+        raise NotImplementedError("hidden states are head='fused' only; TrainConfig refuses this")
+
+    def _logits(self, model: Any, batch: Batch) -> Tensor:
         with _autocast(batch, self._dtype):
             return model(**batch.inputs()).logits
 

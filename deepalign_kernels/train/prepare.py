@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Prepared(Resumable):
                 self._called if self._ref_arg is None else self._ref_arg,
                 self.source.epochs_with_own_table(self.epochs),
                 self.device,
-                self.folder,
+                self._reference_folder,
                 None if state is None else state["reference"],
             )
             if state is None:
@@ -109,10 +110,14 @@ class Prepared(Resumable):
                     " cannot be known from a policy that has moved"
                 )
             model = self._called if self._ref_arg is None else self._ref_arg
-            reference.take(model, range(1), self.device, self.folder, keys)
+            reference.take(model, range(1), self.device, self._reference_folder, keys)
             self.eval_reference_keys = reference.keys
         table = self.eval_source.table(0)
         self._evaluation = Evaluation(self.config, table, self.ranks, self.device)
+
+    @property
+    def _reference_folder(self) -> Path:
+        return Path(self.config.reference_cache or self.folder)
 
     def _share_out(self) -> None:
         """With several processes, or one that offloads: what a forward calls from here on, and what
@@ -121,13 +126,15 @@ class Prepared(Resumable):
             return
         way, offload = self._way
         self._called = share_out(self.model, way, offload, self.device)
-        if way == "fsdp" and self.reference.model is not None and self._ref_arg is None:
+        own = self.config.reference == "frozen" and self._ref_arg is None
+        if way == "fsdp" and self.reference.model is not None and own:
             shard(self.reference.model, offload, self.device)
         self.params = trained_of(self.model)
 
     @torch.no_grad()
     def _check_step0(self) -> None:
-        """Before training policy and reference agree, unless another model is the reference.
+        """Before training policy and reference agree, unless another model is the reference, or
+        adapters come trained.
 
         The first batch goes through the very path of training; a reference that is shifted by a
         token, belongs to other data or sees other masks cannot pass.
@@ -137,8 +144,10 @@ class Prepared(Resumable):
             _, parts = self.objective.loss(self._called, batch, self.reference.model)
         gap = self.ranks.largest((parts.logp - parts.ref_logp).abs().max().item())
         low = self.config.autocast_dtype is not None or self.params[0].element_size() < 4
+        low |= batch.anchors is not None and self.config.reference_dtype == "bfloat16"
         allowed = 1.0 if low else 1e-2
-        if self._ref_arg is None and not gap <= allowed:
+        same = self._ref_arg is None and self.config.reference != "adapter_off"
+        if same and not gap <= allowed:
             raise RuntimeError(
                 f"before the first step policy and reference differ by up to {gap:.3g} nats on a"
                 f" target token, more than rounding explains ({allowed:g}): they do not speak about"

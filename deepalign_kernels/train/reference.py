@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels.data.columns import Batch, TokenTable
+from deepalign_kernels.data.columns import Anchors, TokenTable
 from deepalign_kernels.data.examples import IGNORE
-from deepalign_kernels.data.packing import Limits
 from deepalign_kernels.data.source import Source
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating
+from deepalign_kernels.train.adapters import WithoutAdapters
+from deepalign_kernels.train.cache import Entry, Part, ReferenceCache, key_of
 from deepalign_kernels.train.config import TrainConfig
-from deepalign_kernels.train.folder import read, write_atomically
 from deepalign_kernels.train.forwards import forwards
 from deepalign_kernels.train.objective import BatchObjective
-from deepalign_kernels.train.ranks import ALONE, Ranks
+from deepalign_kernels.train.ranks import Ranks
+from deepalign_kernels.train.rowfile import RowFile
 
 BLOCK = 64  # forwards whose rows are chosen together
-LogpOf = Callable[[nn.Module, Batch], Tensor]
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -34,53 +32,85 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def reference_logp(
+def compute(
     model: nn.Module,
     table: TokenTable,
-    logp_of: LogpOf,
+    objective: BatchObjective,
     device: torch.device,
-    limits: Limits,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """Log-probability of every target under `model`: a fp32 column of the table, else 0.
+    config: TrainConfig,
+    ranks: Ranks,
+    part: Part,
+) -> None:
+    """Ask `model` about every trained token of `table`, but for what `part` has already.
 
-    Each process computes its share; the column is whole in all of them.
+    Each process computes its share and writes it.
     """
-    out = torch.zeros(table.ids.shape, dtype=torch.float32)
     order = sorted(range(len(table)), key=lambda row: -table.lengths[row])
+    limits = config.limits
     block, packed = BLOCK * limits.batch_size * ranks.count, limits.packed
+    rounds = [
+        each
+        for at in range(0, len(order), block)
+        for each in forwards(ranks, order[at : at + block], table.lengths, limits)
+    ]
+    done = part.done([each.rows if each.own else [] for each in rounds])
     with evaluating(model):
-        for at in range(0, len(order), block):
-            for rows, own in forwards(ranks, order[at : at + block], table.lengths, limits):
-                batch = table.batch(rows, device, table.count(rows), packed)
-                logp = logp_of(model, batch).float().cpu()
-                if own:  # padding: every write to its slot is a 0
-                    out[table.slots(rows, packed)] = logp
-    return ranks.sum(out)
+        for number, (rows, own) in enumerate(rounds):
+            if number in done:
+                continue
+            batch = table.batch(rows, device, table.count(rows), packed)
+            logp, anchors = objective.reference(model, batch)
+            if anchors is not None:
+                width, dtype = anchors.hidden.shape[1], anchors.hidden.dtype
+                part.begin_hidden(width, dtype, anchors.weight, anchors.bias)
+            hidden = None if anchors is None else anchors.hidden
+            if own:
+                part.put(number, rows, logp[batch.targets != IGNORE], hidden)
+            else:
+                part.put(number, [], logp.new_empty(0), None if hidden is None else hidden[:0])
+    part.finish()
+
+
+class AnchorRows:
+    """The anchors of a table's examples: hidden states from a file, the head from memory."""
+
+    def __init__(
+        self, file: RowFile, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self._file, self._weight, self._bias, self._dtype = file, weight, bias, dtype
+
+    def take(self, rows: Any, device: torch.device) -> Anchors:
+        hidden = self._file.get(rows).to(device).to(self._dtype)
+        return Anchors(hidden, self._weight, self._bias)
 
 
 class Reference:
-    """What the policy is compared with: a column of the data, or a model in memory.
+    """What the policy is compared with: columns of the data, or a model in memory.
 
     Attributes:
         keys: what a checkpoint keeps, so that a resume finds the very same again.
-        model: the frozen one that runs along, else None.
+        model: the one that runs along, else None.
     """
 
     def __init__(
         self, config: TrainConfig, objective: BatchObjective, source: Source, ranks: Ranks
     ) -> None:
         self.keys: list[str] = []
-        self.model: nn.Module | None = None
+        self.model: Any = None
         self._config, self._objective, self._source = config, objective, source
-        self._ranks, self._hash = ranks, ""
+        self._ranks = ranks
+        self._hash: str | None = None  # None: it cannot be known any more
 
     def begin(self, policy: nn.Module, given: nn.Module | None, resumed: bool) -> None:
         """Before the policy is sharded or moves: its copy and its hash, where they are needed."""
-        model = policy if given is None else given
-        if self._config.reference == "frozen":
+        self.model, self._hash = None, None
+        model, how = (policy if given is None else given), self._config.reference
+        if how == "adapter_off":
+            self.model = WithoutAdapters(policy)
+            return
+        if how in ("frozen", "model"):
             self.model = frozen_copy(model) if given is None else model.eval()
-        if self.model is not None or not resumed:
+        if self.model is not None or given is not None or not resumed:
             self._hash = model_hash(model)
 
     def like(self, other: Reference) -> None:
@@ -89,11 +119,15 @@ class Reference:
 
     def must_be(self, keys: list[str]) -> None:
         """Raises ValueError: a frozen model is not the one of a checkpoint, which has `keys`."""
-        if self.model is not None and keys != [self._hash]:
+        if self.model is not None and keys != self._live_keys():
             raise ValueError(
                 "resume: the frozen reference is not the one this run began with; pass that as"
                 " ref_model, or the model as it was before training"
             )
+
+    def _live_keys(self) -> list[str]:
+        """The parameters below adapters are part of a run's identity anyway."""
+        return [self._hash or "adapter_off"]
 
     def take(
         self,
@@ -103,79 +137,86 @@ class Reference:
         folder: Path,
         keys: list[str] | None,
     ) -> None:
-        """Fill the columns of the epochs' tables; `keys`: those of a checkpoint."""
+        """Fill the columns of the epochs' tables.
+
+        Args:
+            model: to ask where nothing is known yet.
+            epochs: with a table of their own.
+            device: of the model.
+            folder: of the cache.
+            keys: those of a checkpoint, whose entries must be there; None: what is not there is
+                computed.
+        """
         if self.model is not None:
-            self.keys = [self._hash]
+            self.keys = self._live_keys()
             return
-        cache, self.keys, ranks = ReferenceCache(folder), [], self._ranks
+        cache, self.keys = ReferenceCache(folder, self._ranks), []
         for epoch in epochs:
             table = self._source.table(epoch)
-            config = self._config
-            key = keys[epoch] if keys is not None else ""
-            if not key:
-                about = (config.autocast_dtype, config.head, config.temperature)
-                key = cache.key(self._hash, table, *about)
-                there = ranks.first(lambda k=key, t=table: cache.load_or_none(k, t) is not None)
-                if not there:
-                    logp_of = self._objective.logp
-                    logp = reference_logp(model, table, logp_of, device, config.limits, ranks)
-                    ranks.first(lambda k=key, t=table, x=logp: cache.save(k, t, x))
-            table.ref_logp = cache.load(key, table)
+            about = self._about(table)
+            key = key_of(about) if keys is None else keys[epoch]
+            if keys is None:
+                self._make(cache, key, table, about, model, device)
+            entry = cache.load(key, table, about)
+            table.ref_logp, table.anchors = entry.logp, self._anchors(entry, model, device)
             self.keys.append(key)
 
+    def _about(self, table: TokenTable) -> dict[str, Any]:
+        config, anchors = self._config, None
+        if config.kl_coef > 0:
+            where = table.positions.contiguous().numpy().tobytes()
+            anchors = {
+                "positions": config.kl_positions,
+                "dtype": config.reference_dtype,
+                "at": config.kl_positions and hashlib.blake2b(where, digest_size=8).hexdigest(),
+            }
+        return {
+            "model": self._hash,
+            "data": table.tokens_hash(),
+            "autocast_dtype": str(config.autocast_dtype),
+            "head": config.head,
+            "temperature": config.temperature,
+            "anchors": anchors,
+        }
 
-class ReferenceCache:
-    """Reference log-probabilities on disk: 4 bytes per trained token, `reference-<key>.pt` in the
-    output folder.
+    def _make(
+        self,
+        cache: ReferenceCache,
+        key: str,
+        table: TokenTable,
+        about: dict[str, Any],
+        model: nn.Module,
+        device: torch.device,
+    ) -> None:
+        """If it is not there: also if another run, or one that was killed, has begun it."""
+        config, ranks = self._config, self._ranks
 
-    The key is a hash of the reference's weights and of the tokens, so a file never fits another
-    model or other data. A run that resumes reads the file that its checkpoint names: by then the
-    policy is not the reference any more, and computing it again would silently lift the constraint.
-    """
+        def there() -> bool:
+            return ranks.first(lambda: cache.whole(key, table, about))
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        if there():
+            return
+        with cache.locked(key):
+            if not there():
+                layout = {"limits": list(config.limits), "processes": ranks.count, "block": BLOCK}
+                part = cache.part(key, table, about, layout)
+                compute(model, table, self._objective, device, config, ranks, part)
 
-    @staticmethod
-    def key(reference: str, table: TokenTable, *details: object) -> str:
-        """`reference`: the hash of the model."""
-        text = repr((reference, table.tokens_hash(), details))
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    def path(self, key: str) -> Path:
-        return self.folder / f"reference-{key}.pt"
-
-    def load(self, key: str, table: TokenTable) -> Tensor:
-        """The column of `table`.
-
-        Raises:
-            ValueError: the file is missing, cannot be read, or was made from other tokens.
-        """
-        path = self.path(key)
-        if not path.is_file():
-            raise ValueError(
-                f"resume: {path} is missing; it holds the reference of this run, which"
-                " cannot be computed again from a policy that has moved"
-            )
-        saved: dict[str, Any] = read(path)
-        logp, data = saved["ref_logp"], saved["data"]
-        trained = table.targets != IGNORE
-        if data != table.tokens_hash() or logp.numel() != int(trained.sum()):
-            raise ValueError(f"{path}: made from other tokens than data gives now")
-        column = torch.zeros(table.targets.shape, dtype=torch.float32)
-        column[trained] = logp
-        return column
-
-    def load_or_none(self, key: str, table: TokenTable) -> Tensor | None:
-        """As `load`, for a reference that can be computed again: None if that is to be done."""
-        if not self.path(key).is_file():
+    def _anchors(self, entry: Entry, policy: nn.Module, device: torch.device) -> AnchorRows | None:
+        """A frozen head of the policy with the same numbers is used in the place of the kept one:
+        one tensor for both, and one product for both models' rows."""
+        if entry.hidden is None:
             return None
-        try:
-            return self.load(key, table)
-        except ValueError as error:
-            warnings.warn(f"{error}; computing the reference again", stacklevel=2)
-            return None
-
-    def save(self, key: str, table: TokenTable, column: Tensor) -> None:
-        logp = column[table.targets != IGNORE]
-        write_atomically(self.path(key), {"ref_logp": logp, "data": table.tokens_hash()})
+        weight, bias, dtype = entry.weight, entry.bias, entry.dtype
+        assert weight is not None and dtype is not None
+        weight = weight.to(device)
+        same = (
+            p.detach()
+            for p in policy.parameters()
+            if type(p) is nn.Parameter
+            and not p.requires_grad
+            and (p.shape, p.dtype) == (weight.shape, weight.dtype)
+            and torch.equal(p, weight)
+        )
+        weight = next(same, weight.to(dtype))
+        return AnchorRows(entry.hidden, weight, None if bias is None else bias.to(device), dtype)

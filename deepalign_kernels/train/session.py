@@ -13,6 +13,7 @@ from torch import nn
 
 from deepalign_kernels.data.packing import derived_seed
 from deepalign_kernels.modes import kept_modes
+from deepalign_kernels.train.adapters import WithoutAdapters
 from deepalign_kernels.train.config import TrainConfig
 
 
@@ -40,8 +41,14 @@ def check_models(
         raise ValueError(
             "model: fp16 weights cannot be trained without a loss scaler; load it in fp32 or bf16"
         )
+    if config.reference == "adapter_off" and config.needs_reference:
+        WithoutAdapters(model)
     if ref_model is None:
+        if config.reference == "model" and config.needs_reference:
+            raise ValueError("reference: 'model' needs a ref_model, which runs along")
         return
+    if config.reference == "adapter_off":
+        raise ValueError("ref_model: reference='adapter_off' is the model itself; leave it out")
     if ref_model is model:
         raise ValueError("ref_model: this is `model` itself, which moves; leave ref_model out")
     there = next(ref_model.parameters()).device

@@ -266,7 +266,7 @@ def test_calls_that_are_refused():
         model(**data, dak_loss=5)
     with pytest.raises(ValueError, match="ref_logp"):
         model(**data, dak_loss=hf.ConstrainedLoss(beta=1.0, ref_logp=torch.zeros(2, 3)))
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(ValueError, match="expected one of the two"):
         hf.ConstrainedLoss(beta=1.0)
     rows = hf.hidden_rows(model, **data)
     with pytest.raises(ValueError, match="the policy's head is trained"):

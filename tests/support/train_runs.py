@@ -1,6 +1,8 @@
 """Short training runs, and what they leave behind."""
 
 import json
+import os
+import traceback
 from types import SimpleNamespace
 
 import torch
@@ -63,3 +65,25 @@ def relative(ours, gold):
     assert ours.keys() == gold.keys()
     top = max(g.abs().max().item() for g in gold.values())
     return max((ours[n].double() - gold[n].double()).abs().max().item() for n in gold) / top
+
+
+def in_child(act):
+    """Begins `act` in a process of its own; the result waits for its exit status, as a negative
+    number if a signal ended it."""
+    pid = os.fork()
+    if pid:
+        return lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        act()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def same_weights(a, b):
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)

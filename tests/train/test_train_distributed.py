@@ -49,6 +49,16 @@ CASES = {
         "parallel": "fsdp", "reference": "frozen", "cpu_offload": True,
     },
     "fsdp, LoRA": {"parallel": "fsdp", "lora": True},
+    "ddp, kept anchors": {"parallel": "ddp", "kl_coef": 0.3, "kl_positions": 3},
+    "fsdp, kept anchors, a process without a row": {
+        "parallel": "fsdp", "kl_coef": 0.3, "batch_size": 3, "max_steps": 3,
+    },
+    "ddp, LoRA, adapters off": {
+        "parallel": "ddp", "lora": True, "reference": "adapter_off", "kl_coef": 0.3,
+    },
+    "fsdp, LoRA, adapters off": {
+        "parallel": "fsdp", "lora": True, "reference": "adapter_off", "kl_coef": 0.3,
+    },
 }  # fmt: skip
 
 

@@ -108,7 +108,11 @@ def test_the_constant_of_mixed_parts_is_mixed_as_they_are(tmp_path):
     (
         ({"min_weight": 0.1}, "min_weight: a floor belongs to objective='surrogate'"),
         ({"min_weight": -1.0, "objective": "surrogate"}, "min_weight: expected"),
-        ({"kl_coef": 0.5}, "kl_coef: .* reference='precomputed' keeps its target alone"),
+        ({"kl_coef": 0.5, "head": "logits"}, "kl_coef: what is kept of a reference are hidden"),
+        ({"kl_positions": 3}, "kl_positions: says where kl_coef acts, which is 0"),
+        ({"kl_positions": 0, "kl_coef": 1.0}, "kl_positions: expected an integer >= 1, got 0"),
+        ({"kl_coef": 1.0, "parallel": "fsdp", "reference": "model"}, "give 'precomputed' or"),
+        ({"reference_dtype": "float16"}, "reference_dtype: expected one of 'bfloat16'"),
         ({"kl_coef": -0.5, "reference": "frozen"}, "kl_coef: expected a finite number >= 0"),
         ({"kl_direction": "reverse"}, "kl_direction: expected one of 'policy_ref'"),
         ({"temperature": 0.0}, "temperature: expected a finite number > 0"),

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
-from train_runs import log_of
+from train_runs import log_of, same_weights
 
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.train import Example, TrainConfig, TrainingRun
@@ -25,11 +25,6 @@ def make(out, data=RECORDS, model=None, ref_model=None, callbacks=(), **options)
     return TrainingRun(
         model, build_tokenizer(), config, data, ref_model=ref_model, callbacks=callbacks
     )
-
-
-def same_weights(a, b):
-    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
-    return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
 
 
 def steps_of(out):
@@ -82,9 +77,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, how, log_every):
     stopped = interrupted(tmp_path / "parts", how, log_every=log_every)
     # Ctrl-C lets the step end; what is raised inside it undoes it.
     assert stopped.step == (3 if how == "in a forward" else 4)
-    assert [p.name for p in sorted((tmp_path / "parts").glob("*.pt"))] == [
+    assert [p.name for p in sorted((tmp_path / "parts").glob("[!.]*[!l]"))] == [
         f"checkpoint-{stopped.step:07d}.pt",
-        f"reference-{stopped.reference.keys[0]}.pt",
+        f"reference-{stopped.reference.keys[0]}",
     ]
     again = make(tmp_path / "parts", log_every=log_every)
     more = again.train(resume=True)
@@ -202,13 +197,15 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path):
             tmp_path / "out", log_every=2, save_every=5, callbacks=[stop_after(6, raise_interrupt)]
         ).train(resume=True)
 
-    (kept,) = (tmp_path / "out").glob("reference-*.pt")
-    content = kept.read_bytes()
-    kept.write_bytes(content[:100])
-    refused("is not a readable file of a run")
-    kept.unlink()
+    (kept,) = (tmp_path / "out").glob("reference-*")
+    content = (kept / "logp.bin").read_bytes()
+    (kept / "logp.bin").write_bytes(content[:-4])
+    refused(f"logp.bin: expected {len(content)} bytes, found {len(content) - 4}")
+    (kept / "logp.bin").write_bytes(content[:-1] + b"x")
+    refused("logp.bin is damaged: its checksum is wrong")
+    (kept / "logp.bin").write_bytes(content)
+    kept.rename(tmp_path / "elsewhere")
     refused("is missing; it holds the reference of this run")
-    kept.write_bytes(content)
 
 
 def test_a_new_run_does_not_overwrite_another(tmp_path):
@@ -233,32 +230,28 @@ def test_a_frozen_reference_must_be_the_one_the_run_began_with(tmp_path):
 
 def test_the_reference_is_computed_once_and_kept_small(tmp_path, monkeypatch):
     calls = []
-    real = reference_module.reference_logp
-    monkeypatch.setattr(
-        reference_module, "reference_logp", lambda *a, **k: calls.append(1) or real(*a, **k)
-    )
+    real = reference_module.compute
+    monkeypatch.setattr(reference_module, "compute", lambda *a: calls.append(1) or real(*a))
     data = [Example([1] * 200, [-100] + [1] * 199, [0, *range(1, 200)]) for _ in range(40)]
-    options = {"data": data, "max_steps": 2}
+    options = {"data": data, "max_steps": 1}
     make(tmp_path, **options).train()
     assert calls
-    (path,) = tmp_path.glob("reference-*.pt")
-    size = path.stat().st_size
-    assert 40 * 199 * 4 <= size <= 40 * 199 * 4 + 4096  # 4 bytes per trained token, and a header
+    (path,) = tmp_path.glob("reference-*")
+    assert {p.name for p in path.iterdir()} == {"about.json", "logp.bin"}
+    assert (path / "logp.bin").stat().st_size == 40 * 199 * 4  # 4 bytes per trained token
 
-    calls.clear()
-    make(tmp_path, **options).train()  # the same model and data: read, not computed
-    assert not calls
+    def again(entries, computed=True, **changed):
+        calls.clear()
+        make(tmp_path, **{**options, **changed}).train()
+        assert bool(calls) == computed and len(list(tmp_path.glob("reference-*"))) == entries
+
+    again(1, computed=False)  # the same model and data: read, not computed
     other = build_model(0, attention_dropout=0.2)
     with torch.no_grad():
         other.model.norm.weight[3] += 0.5
-    make(tmp_path, model=other, **options).train()
-    assert calls and len(list(tmp_path.glob("reference-*.pt"))) == 2
-    calls.clear()
-    make(tmp_path, data=data[1:], max_steps=2).train()
-    assert calls and len(list(tmp_path.glob("reference-*.pt"))) == 3
-    calls.clear()
-    make(tmp_path, head="logits", **options).train()  # it rounds otherwise
-    assert calls and len(list(tmp_path.glob("reference-*.pt"))) == 4
+    again(2, model=other)
+    again(3, data=data[1:])
+    again(4, head="logits")  # it rounds otherwise
 
 
 def test_the_hash_sees_weights_names_and_the_computation():
