@@ -113,7 +113,7 @@ def test_a_stop_says_what_is_saved(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepalign_kernels.train.reference.reference_logp", stop)
+        patch.setattr("deepalign_kernels.train.reference.compute", stop)
         assert main(arguments) == 130
     assert "nothing was saved yet" in capsys.readouterr().err
     real = TrainingRun._report

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 import deepalign_kernels as dak
 from deepalign_kernels.train import TrainConfig, TrainingRun
-from deepalign_kernels.train import reference as reference_module
+from deepalign_kernels.train.cache import ReferenceCache
 
 
 def by_hand(model, ref_model, objective, first=0.5, prefix=2.0, rest=0.1, length=5):
@@ -234,8 +234,13 @@ def test_policy_and_reference_agree_before_the_first_step(tmp_path, reference, t
 
 
 def test_a_reference_that_slipped_by_a_token_stops_the_run(tmp_path, monkeypatch):
-    real = reference_module.reference_logp
-    monkeypatch.setattr(reference_module, "reference_logp", lambda *a: real(*a).roll(1))
+    real = ReferenceCache.load
+
+    def slipped(*args):
+        entry = real(*args)
+        return entry._replace(logp=entry.logp.roll(1))
+
+    monkeypatch.setattr(ReferenceCache, "load", slipped)
     with pytest.raises(RuntimeError, match="they do not speak about the same tokens"):
         train(build_model(0), tmp_path)
     # Another reference model may differ: that is what it is for.

@@ -95,27 +95,6 @@ def test_warm_up_and_the_schedule_reach_each_optimizer(tmp_path, name):
     assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_each_optimizer_resumes_bit_for_bit(tmp_path, name):
-    """With bf16 weights, where they are not refused: there the states are more than moments."""
-    needs(name)
-    dtype = torch.bfloat16 if name in KEEP_SMALL_STEPS else torch.float32
-
-    def stop(run, record):
-        if record["step"] == 2:
-            raise KeyboardInterrupt
-
-    whole = run(tmp_path / "whole", dtype, optimizer=name)
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", dtype, [stop], optimizer=name).train()
-    again = run(tmp_path / "parts", dtype, optimizer=name)
-    again.train(resume=True)
-    pairs = zip(again.model.named_parameters(), whole.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for (_, a), b in pairs)
-
-
 def test_a_share_rounded_away_is_what_rounding_does():
     torch.manual_seed(1)
     weights = (0.03 * torch.randn(100_000)).bfloat16()
