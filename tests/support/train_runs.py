@@ -1,16 +1,20 @@
 """Short training runs, and what they leave behind."""
 
+import importlib.util
 import json
 import os
 import traceback
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tiny_chat import RECORDS, build_tokenizer
 from torch import nn
 
 from deepalign_kernels.train import TrainConfig, TrainingRun
+from deepalign_kernels.train.optimizers import OPTIMIZERS
 
+MODULES = {"torchao": "torchao", "torch-optimi": "optimi", "bitsandbytes": "bitsandbytes"}
 RUN = {
     "max_steps": 1, "batch_size": 7, "gradient_accumulation_steps": 1, "warmup_steps": 0,
     "save_every": None, "progress": False,
@@ -87,3 +91,10 @@ def in_child(act):
 def same_weights(a, b):
     pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
     return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
+
+
+def needs_optimizer(name):
+    """Skips a test of an optimizer whose package is not here."""
+    package = OPTIMIZERS[name].package
+    if package and importlib.util.find_spec(MODULES[package]) is None:
+        pytest.skip(f"needs {package}")

@@ -6,9 +6,8 @@ import signal
 
 import pytest
 import torch
-from test_train_optimizers import KEEP_SMALL_STEPS, needs
 from tiny_chat import RECORDS, build_model, build_tokenizer
-from train_runs import RUN, in_child, same_weights
+from train_runs import RUN, in_child, needs_optimizer, same_weights
 
 from deepalign_kernels.train import TrainConfig, TrainingRun
 from deepalign_kernels.train import folder as folders
@@ -17,9 +16,9 @@ from deepalign_kernels.train.optimizers import OPTIMIZERS
 
 RECIPES = [
     (name, dtype, {})
-    for name in OPTIMIZERS
+    for name, kind in OPTIMIZERS.items()
     for dtype in (torch.float32, torch.bfloat16)
-    if dtype == torch.float32 or name in KEEP_SMALL_STEPS
+    if dtype == torch.float32 or kind.keeps_small_steps
 ]
 RECIPES += [
     ("adamw", torch.float32, {"release_gradients": True}),
@@ -92,7 +91,7 @@ def test_a_recipe_that_is_killed_anywhere_ends_as_one_that_was_not(
     tmp_path, one_thread, name, dtype, options
 ):
     """SIGKILL in a forward, an update, a checkpoint and behind one; each resumes the one before."""
-    needs(name)
+    needs_optimizer(name)
 
     def make(out):
         config = {**RUN, "objective": "sft", "optimizer": name, **STEPS, **options}

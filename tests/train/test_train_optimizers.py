@@ -1,12 +1,10 @@
 """Optimizers by name: the method's numbers reach them, they resume; what is wrong is refused."""
 
-import importlib.util
-
 import pytest
 import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from torch import nn
-from train_runs import RUN, log_of
+from train_runs import RUN, log_of, needs_optimizer
 
 from deepalign_kernels.train import TrainConfig, TrainingRun, prepare
 from deepalign_kernels.train.optimizers import (
@@ -16,7 +14,6 @@ from deepalign_kernels.train.optimizers import (
     share_rounded_away,
 )
 
-MODULES = {"torchao": "torchao", "torch-optimi": "optimi", "bitsandbytes": "bitsandbytes"}
 KEEP_SMALL_STEPS = [name for name, kind in OPTIMIZERS.items() if kind.keeps_small_steps]
 METHOD = {"learning_rate": 1e-3, "betas": (0.5, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -26,12 +23,6 @@ def eager():
     """torchao compiles its step for every shape, for seconds each."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def needs(name):
-    package = OPTIMIZERS[name].package
-    if package and importlib.util.find_spec(MODULES[package]) is None:
-        pytest.skip(f"needs {package}")
 
 
 def run(out, dtype=torch.float32, callbacks=(), **options):
@@ -60,7 +51,7 @@ def played(optimizer, params, steps):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_methods_numbers_reach_each_optimizer(name):
     """Against torch's own AdamW: near it with the same betas, far from it with the usual 0.9."""
-    needs(name)
+    needs_optimizer(name)
     ends = {}
     for beta in (0.5, 0.9):
         params, steps = problem(torch.float32)
@@ -80,7 +71,7 @@ def test_the_methods_numbers_reach_each_optimizer(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_warm_up_and_the_schedule_reach_each_optimizer(tmp_path, name):
     """The first update has rate 0 and moves nothing, the others do; the log says the rates."""
-    needs(name)
+    needs_optimizer(name)
     before, moved = build_model(0).state_dict(), []
 
     def look(run, record):
@@ -118,7 +109,7 @@ def test_bf16_weights_that_would_not_move_are_refused(tmp_path):
 @pytest.mark.parametrize("name", (*KEEP_SMALL_STEPS, "adamw"))
 def test_how_much_of_small_steps_bf16_weights_keep(name):
     """Of the way that fp32 weights go in 50 steps at 2e-5, the part that bf16 weights go."""
-    needs(name)
+    needs_optimizer(name)
     torch.manual_seed(0)
     start, ways = 0.05 * torch.randn(256, 64), {}
     direction = torch.randn(256, 64)
@@ -140,7 +131,7 @@ def test_how_much_of_small_steps_bf16_weights_keep(name):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_documented_bytes_are_those_of_the_states(name, dtype):
-    needs(name)
+    needs_optimizer(name)
     params, steps = problem(dtype, size=4096)
     optimizer = OPTIMIZERS[name].make([{"params": params[:1]}], lr=1e-3, betas=(0.5, 0.999))
     played(optimizer, params, steps[:1])
