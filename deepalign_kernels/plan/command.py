@@ -122,6 +122,7 @@ def command(options: Options, recipe: Recipe) -> str:
     ]
     words += ["--autocast-dtype bfloat16" * s.autocast, f"--optimizer {s.optimizer}"]
     words += ["--gradient-checkpointing" * s.gradient_checkpointing]
+    words += ["--offload-activations" * s.offload_activations]
     words += ["--release-gradients --gradient-accumulation-steps 1" * s.release_gradients]
     words += ["--parallel fsdp" * (many or s.cpu_offload), "--cpu-offload" * s.cpu_offload]
     return " ".join(word for word in words if word)

@@ -29,6 +29,7 @@ class Setting:
         optimizer: a name of `TrainConfig.optimizer`.
         release_gradients: each is used and freed inside the backward.
         gradient_checkpointing: layers are computed again in the backward.
+        offload_activations: the inputs of the layers in host memory, two of them on the device.
         cpu_offload: weights, gradients and states in host memory, a layer at a time on the device.
         frozen_reference: a second model, which does not train, beside the first.
     """
@@ -38,6 +39,7 @@ class Setting:
     optimizer: str = "adamw"
     release_gradients: bool = False
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
     cpu_offload: bool = False
     frozen_reference: bool = False
 
@@ -131,9 +133,13 @@ def estimate(
     else:
         activations, layer = kept.outside + shape.layers * kept.layer, 0
 
-    host = gathered = 0
+    kind, gathered = OPTIMIZERS[setting.optimizer], 0
+    host = int(shape.parameters * (kind.host or {}).get(dtype, 0)) // gpus
     if setting.cpu_offload:
-        host, weights, gradients, states = weights + gradients + states, 0, 0, 0
+        host, weights, gradients, states = host + weights + gradients + states, 0, 0, 0
+    if setting.gradient_checkpointing and setting.offload_activations:
+        away = max(shape.layers - 2, 0) * kept.inputs
+        host, activations = host + away, activations - away
     if setting.cpu_offload or gpus > 1:  # this layer and the next, and the head
         gathered = (2 * shape.layer + shape.head) * compute.itemsize
     rows = max(int(batch * length * trained_share), 1)

@@ -47,6 +47,11 @@ RECIPES = (
         "the same with states of 4 bits",
     ),
     Recipe(
+        "bf16-offload-release",
+        Setting(optimizer="adamw_offload", release_gradients=True, **_BF16),
+        "bf16 weights rounded stochastically, states and update on the CPU: slow",
+    ),
+    Recipe(
         "fp32-offload",
         Setting(autocast=True, gradient_checkpointing=True, cpu_offload=True),
         "fp32 weights, gradients and states in host memory: exact, slow",

@@ -93,9 +93,10 @@ class TrainConfig:
         epochs: rounds through the data; without this and max_steps, 3. Not both.
         max_steps: optimizer steps, instead of epochs.
         optimizer: "adamw"; with bf16 weights "adamw_bf16_sr" (stochastic rounding), "adamw_kahan"
-            (compensated sums); with either dtype "adamw_8bit" or "adamw_4bit" states, or
-            "adamw_8bit_paged"; or a function of (groups, lr=, betas=, eps=) that gives an
-            optimizer. What each takes of memory: docs, "A training run".
+            (compensated sums); with either dtype "adamw_8bit" or "adamw_4bit" states,
+            "adamw_8bit_paged", or "adamw_offload" with states and update on the CPU; or a function
+            of (groups, lr=, betas=, eps=) that gives an optimizer. What each takes of memory: docs,
+            "A training run".
         release_gradients: use and free each gradient inside the backward, so that there is never
             more than one; not with accumulation, clipping or several processes.
         adam_betas: of AdamW; the paper has 0.5 and 0.999.
@@ -109,6 +110,8 @@ class TrainConfig:
         autocast_dtype: "bfloat16" runs the forward in it. Keep the weights in fp32: a step at a
             rate of 2e-5 is mostly below the resolution of bf16 weights.
         gradient_checkpointing: recompute activations in the backward.
+        offload_activations: with that, what is kept of each layer, its input, waits on the CPU.
+        compile_layers: torch.compile of each decoder layer; not with "fsdp".
         parallel: with several processes, what they share. "ddp": each has the whole model; "fsdp":
             parameters, gradients and optimizer states are sharded (FSDP2), those of `model` for
             good; "auto": what `accelerate launch` is configured for, else "ddp".
@@ -169,6 +172,8 @@ class TrainConfig:
     on_too_long: str = "error"
     autocast_dtype: Any = None
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    compile_layers: bool = False
     parallel: str = "auto"
     cpu_offload: bool = False
     seed: int = 0
@@ -237,6 +242,18 @@ class TrainConfig:
             )
         if self.release_gradients:
             self._check_release()
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_activations: without gradient_checkpointing every layer keeps about thirty"
+                " times its input, some of it more than once; give both"
+            )
+        if self.compile_layers and self.parallel == "fsdp":
+            raise ValueError("compile_layers: not known to work with parallel='fsdp'; give 'ddp'")
+        if self.optimizer == "adamw_offload" and self.max_grad_norm is not None:
+            raise ValueError(
+                "max_grad_norm: 'adamw_offload' takes gradients to the CPU before they are clipped;"
+                " give max_grad_norm=None, as in the paper"
+            )
 
     def _check_release(self) -> None:
         """A gradient that is used at once can neither wait for others nor be scaled by them."""

@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "gradient_accumulation_steps",
     "parallel",
     "cpu_offload",
+    "offload_activations",
     "output_dir",
     "eval_every",
     "best_by",

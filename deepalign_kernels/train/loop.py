@@ -20,10 +20,11 @@ from deepalign_kernels.data.packing import steps_per_epoch
 from deepalign_kernels.modes import kept_modes
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.economy import activations_on_host
 from deepalign_kernels.train.forwards import check_isolation, check_limits, forwards
 from deepalign_kernels.train.log import Meter, Progress, RunLog, Speed
 from deepalign_kernels.train.objective import BatchObjective, untrained
-from deepalign_kernels.train.optimizers import set_rate
+from deepalign_kernels.train.optimizers import let_go, set_rate
 from deepalign_kernels.train.prepare import Prepared, check_several, trained_of
 from deepalign_kernels.train.ranks import Ranks, accumulating, device_of, way_of, whole
 from deepalign_kernels.train.reference import Reference
@@ -156,7 +157,7 @@ class TrainingRun(Prepared):
         self.best: dict[str, Any] | None = None  # the best evaluation: step and its numbers
         self.step0_max_log_ratio: float | None = None
         self.metrics: dict[str, Any] = {}
-        self._make_optimizer()
+        self._make_optimizer(trial=True)
         self._meter = Meter(self.device, config.prefix_length)
         self._speed = Speed()
         self._rng = ckpt.rng_state(self.device)  # after the last complete step
@@ -224,6 +225,7 @@ class TrainingRun(Prepared):
                 raise
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
+                let_go(self.optimizer)
                 progress.close()
                 log.close()
                 self._called = self.model
@@ -246,7 +248,8 @@ class TrainingRun(Prepared):
         set_rate(self.optimizer, self.lr_at(self.step))
         for number, batch in enumerate(batches, 1):
             with accumulating(self._called, last=number == len(batches)):
-                loss, parts = self.objective.loss(self._called, batch, self.reference.model)
+                with self._kept_where():
+                    loss, parts = self.objective.loss(self._called, batch, self.reference.model)
                 self._backward(loss)
             shown = loss.detach() - self.objective.constant(batch)
             done.append((shown, parts, batch.targets, batch.positions))
@@ -256,6 +259,11 @@ class TrainingRun(Prepared):
         self._rng = ckpt.rng_state(self.device)
         self._speed.add(sum(batch.tokens for batch in batches) * self.ranks.count)
         self._consistent = True
+
+    def _kept_where(self) -> contextlib.AbstractContextManager[None]:
+        """Of a forward in the block: whether what it keeps waits on the CPU."""
+        on_host = self.config.offload_activations
+        return activations_on_host(self.model) if on_host else contextlib.nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
         """DDP and FSDP take the mean over the processes; the shares of a step are to add up."""

@@ -52,6 +52,32 @@ def _paged(groups: Groups, **options: Any) -> Optimizer:
     return PagedAdamW8bit(groups, **options)
 
 
+def _offloaded(groups: Groups, **options: Any) -> Optimizer:
+    from torchao.optim import CPUOffloadOptimizer, _AdamW
+
+    first = groups[0]["params"][0]
+    if first.is_meta:  # a run that is only looked at
+        return torch.optim.AdamW(groups, **options)
+    if first.device.type not in GPUS:
+        raise ValueError(
+            "optimizer: 'adamw_offload' moves states off a GPU; this model is on the"
+            f" {first.device.type}, where 'adamw' keeps them too"
+        )
+    if first.dtype == torch.bfloat16:
+        return CPUOffloadOptimizer(groups, _AdamW, bf16_stochastic_round=True, **options)
+    return CPUOffloadOptimizer(groups, torch.optim.AdamW, **options)
+
+
+def let_go(optimizer: Optimizer) -> None:
+    """Take back what the optimizer has put on the parameters: torchao's, which updates on the CPU,
+    leaves its hooks there."""
+    for p in getattr(optimizer, "param_d2h_map", ()):
+        hooks = p._post_accumulate_grad_hooks
+        for key, hook in list(hooks.items()):
+            if hook.__module__ == type(optimizer).__module__:
+                del hooks[key]
+
+
 class Kind(NamedTuple):
     """One name of `TrainConfig.optimizer`."""
 
@@ -59,8 +85,10 @@ class Kind(NamedTuple):
     package: str | None  # what has to be installed
     keeps_small_steps: bool  # with bf16 weights
     states: dict[torch.dtype, float]  # bytes per parameter, by the dtype of the weights
+    host: dict[torch.dtype, float] | None = None  # the same in host memory
 
 
+GPUS = ("cuda", "xpu")
 BF16, FP32 = torch.bfloat16, torch.float32
 OPTIMIZERS = {
     "adamw": Kind(_adamw, None, False, {FP32: 8, BF16: 4}),
@@ -69,6 +97,8 @@ OPTIMIZERS = {
     "adamw_8bit": Kind(_eight_bits, "torchao", True, {FP32: 2, BF16: 2}),
     "adamw_4bit": Kind(_four_bits, "torchao", True, {FP32: 1, BF16: 1}),
     "adamw_8bit_paged": Kind(_paged, "bitsandbytes", False, {FP32: 2, BF16: 2}),
+    # A copy of weights and gradients is there as well.
+    "adamw_offload": Kind(_offloaded, "torchao", True, {FP32: 0, BF16: 0}, {FP32: 16, BF16: 8}),
 }
 TOO_MANY_LOST = 0.05
 

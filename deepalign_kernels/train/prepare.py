@@ -155,11 +155,16 @@ class Prepared(Resumable):
             )
         self.step0_max_log_ratio = gap
 
-    def _make_optimizer(self) -> None:
-        config = self.config
+    def _make_optimizer(self, trial: bool = False) -> None:
+        """`trial`: only to know that it can be made; where it would copy all weights to the CPU, of
+        one weight."""
+        config, params = self.config, self.params
+        if trial and config.optimizer == "adamw_offload":
+            like = params[0]
+            params = [nn.Parameter(torch.zeros(1, 1, dtype=like.dtype, device=like.device))]
         self.optimizer = make_optimizer(
             config.optimizer,
-            self.params,
+            params,
             learning_rate=config.learning_rate,
             betas=config.adam_betas,
             eps=config.adam_eps,
@@ -180,6 +185,11 @@ def check_several(config: TrainConfig, way: str) -> None:
             " keeps a share of them in each"
         )
     named = config.optimizer if isinstance(config.optimizer, str) else "adamw"
+    if named == "adamw_offload":
+        raise ValueError(
+            "optimizer: 'adamw_offload' takes gradients to the CPU before other processes have"
+            " added theirs; give 'adamw' with parallel='fsdp' and cpu_offload"
+        )
     if way == "fsdp" and named != "adamw":
         raise ValueError(
             f"optimizer: {named!r} is not known to shard and to be put together again; give"

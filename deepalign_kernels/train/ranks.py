@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from deepalign_kernels.train.economy import layers_of
+
 T = TypeVar("T")
 
 
@@ -230,10 +232,9 @@ def shard(
 
 
 def _units(model: Any) -> list[nn.Module]:
-    """What is gathered and let go as one: transformers names the classes of its layers."""
+    """What is gathered and let go as one."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = set(getattr(base, "_no_split_modules", None) or ())
-    units = [m for m in model.modules() if type(m).__name__ in layers]
+    units = layers_of(model)
     if hasattr(base, "get_output_embeddings"):
         head, inputs = base.get_output_embeddings(), base.get_input_embeddings()
         tied = head is None or getattr(head, "weight", 0) is getattr(inputs, "weight", 1)

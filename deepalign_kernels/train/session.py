@@ -15,6 +15,7 @@ from deepalign_kernels.data.packing import derived_seed
 from deepalign_kernels.modes import kept_modes
 from deepalign_kernels.train.adapters import WithoutAdapters
 from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.economy import compiled_layers, layers_of
 
 
 def check_models(
@@ -37,6 +38,8 @@ def check_models(
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable"
         )
+    if config.compile_layers and not layers_of(model):
+        raise ValueError(f"compile_layers: {type(model).__name__} does not name its layers")
     if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
         raise ValueError(
             "model: fp16 weights cannot be trained without a loss scaler; load it in fp32 or bf16"
@@ -92,6 +95,8 @@ def training_session(
         stack.enter_context(_own_random_numbers(seed_of(config.seed, rank), device))
         if config.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
             stack.enter_context(_checkpointed(model))
+        if config.compile_layers:
+            stack.enter_context(compiled_layers(model))
         if not model.training:
             model.train()
         yield

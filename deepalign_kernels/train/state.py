@@ -61,6 +61,8 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_optimizer_state_dict(model, optimizer, options=options)
     state = optimizer.state_dict()
+    if hasattr(optimizer, "param_d2h_map"):  # torchao's, on the CPU: its own order, no numbers
+        return {"on the CPU": state}
     names = list(_names(optimizer, model))
     return {
         "state": {names[number]: values for number, values in state["state"].items()},
@@ -81,6 +83,15 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]
 
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(model, optimizer, state, options=options)
+        return
+    if hasattr(optimizer, "param_d2h_map"):
+        copies: Any = optimizer.param_d2h_map  # of the weights, made before these were loaded
+        for p, copy in copies.items():
+            copy.detach().copy_(p.detach())
+        away: Any = optimizer
+        away.load_state_dict(state["on the CPU"])
+        if away.d_opt is not None:  # else rates would be set in groups that nobody reads any more
+            away.d_param_groups = away.d_opt.param_groups
         return
     numbers = {name: number for number, name in enumerate(_names(optimizer, model))}
     optimizer.load_state_dict(
