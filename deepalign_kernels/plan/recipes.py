@@ -47,9 +47,9 @@ RECIPES = (
         "the same with states of 4 bits",
     ),
     Recipe(
-        "bf16-offload-release",
+        "bf16-offload",
         Setting(optimizer="adamw_offload", release_gradients=True, **_BF16),
-        "bf16 weights rounded stochastically, states and update on the CPU: slow",
+        "bf16 weights rounded stochastically, states and update on the CPU, slow",
     ),
     Recipe(
         "fp32-offload",

@@ -18,7 +18,7 @@ RECIPES = [
     (name, dtype, {})
     for name, kind in OPTIMIZERS.items()
     for dtype in (torch.float32, torch.bfloat16)
-    if dtype == torch.float32 or kind.keeps_small_steps
+    if not kind.host and (dtype == torch.float32 or kind.keeps_small_steps)
 ]
 RECIPES += [
     ("adamw", torch.float32, {"release_gradients": True}),
