@@ -85,10 +85,9 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]
         set_optimizer_state_dict(model, optimizer, state, options=options)
         return
     if hasattr(optimizer, "param_d2h_map"):
-        copies: Any = optimizer.param_d2h_map  # of the weights, made before these were loaded
-        for p, copy in copies.items():
-            copy.detach().copy_(p.detach())
         away: Any = optimizer
+        for p, copy in away.param_d2h_map.items():  # of the weights before these were loaded
+            copy.detach().copy_(p.detach())
         away.load_state_dict(state["on the CPU"])
         if away.d_opt is not None:  # else rates would be set in groups that nobody reads any more
             away.d_param_groups = away.d_opt.param_groups
