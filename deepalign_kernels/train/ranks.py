@@ -236,10 +236,9 @@ def _units(model: Any) -> list[nn.Module]:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     units = layers_of(model)
     if hasattr(base, "get_output_embeddings"):
-        head: Any = base.get_output_embeddings()
-        inputs = base.get_input_embeddings()
-        tied = head is None or getattr(head, "weight", 0) is getattr(inputs, "weight", 1)
-        if not tied and all(head is not m for unit in units for m in unit.modules()):
+        head, inputs = base.get_output_embeddings(), base.get_input_embeddings()
+        tied = getattr(head, "weight", 0) is getattr(inputs, "weight", 1)
+        if head is not None and not tied and all(head is not m for unit in units for m in unit.modules()):
             units.append(head)
     return units
 
