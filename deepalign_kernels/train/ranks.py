@@ -238,7 +238,8 @@ def _units(model: Any) -> list[nn.Module]:
     if hasattr(base, "get_output_embeddings"):
         head, inputs = base.get_output_embeddings(), base.get_input_embeddings()
         tied = getattr(head, "weight", 0) is getattr(inputs, "weight", 1)
-        if head is not None and not tied and all(head is not m for unit in units for m in unit.modules()):
+        inside = any(head is m for unit in units for m in unit.modules())
+        if head is not None and not tied and not inside:
             units.append(head)
     return units
 
