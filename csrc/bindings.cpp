@@ -12,6 +12,8 @@ DAK_LIBRARY(DAK_NAMESPACE, m) { dak::define(m); }
 
 DAK_LIBRARY_IMPL(DAK_NAMESPACE, CPU, m) {
   dak::implement(m);
+  m.impl("token_entropy_fwd", TORCH_BOX(&dak::token_entropy_fwd));
+  m.impl("token_entropy_bwd", TORCH_BOX(&dak::token_entropy_bwd));
   m.impl("large_pages", TORCH_BOX(&dak::large_pages));
   m.impl("mm", TORCH_BOX(&dak::mm));
 }

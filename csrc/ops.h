@@ -21,6 +21,12 @@ Tensor token_logp_fused(
     Tensor grad, Tensor logits, Tensor target, int64_t ignore_index, double temperature,
     double softcap, Tensor out);
 
+std::tuple<Tensor, Tensor> token_entropy_fwd(
+    Tensor logits, MaybeTensor valid, double temperature, double softcap);
+void token_entropy_bwd(
+    Tensor grad, Tensor logits, MaybeTensor valid, Tensor norm, Tensor entropy, double temperature,
+    double softcap, Tensor out);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_kl_fwd(
     Tensor policy, Tensor ref, MaybeTensor valid, int64_t direction, double js_beta,
     double temperature, double softcap);

@@ -49,6 +49,12 @@ void define(Library& m) {
       " Tensor norm_ref, float js_beta, float temperature, float softcap)"
       " -> (Tensor policy_part, Tensor ref_part)");
   // On the CPU alone.
+  m.def(
+      "token_entropy_fwd(Tensor logits, Tensor? valid, float temperature, float softcap)"
+      " -> (Tensor entropy, Tensor norm)");
+  m.def(
+      "token_entropy_bwd(Tensor grad, Tensor logits, Tensor? valid, Tensor norm, Tensor entropy,"
+      " float temperature, float softcap, Tensor(a!) out) -> ()");
   m.def("use_isa(int level) -> int");
   m.def("large_pages(Tensor fresh) -> ()");
   m.def("has_gemm() -> bool");

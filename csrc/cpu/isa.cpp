@@ -11,17 +11,19 @@
 namespace dak {
 namespace {
 
-#define DAK_TABLE(isa)                \
-  [] {                                \
-    Kernels table{};                  \
-    isa::fill_token_logp(table);      \
-    isa::fill_token_logp_grad(table); \
-    isa::fill_token_kl(table);        \
-    isa::fill_token_kl_grad(table);   \
-    isa::fill_token_stats(table);     \
-    isa::fill_scale_grad(table);      \
-    isa::fill_tiles(table);           \
-    return table;                     \
+#define DAK_TABLE(isa)                   \
+  [] {                                   \
+    Kernels table{};                     \
+    isa::fill_token_logp(table);         \
+    isa::fill_token_logp_grad(table);    \
+    isa::fill_token_entropy(table);      \
+    isa::fill_token_entropy_grad(table); \
+    isa::fill_token_kl(table);           \
+    isa::fill_token_kl_grad(table);      \
+    isa::fill_token_stats(table);        \
+    isa::fill_scale_grad(table);         \
+    isa::fill_tiles(table);              \
+    return table;                        \
   }()
 
 enum Level : int64_t { portable_level, avx2_level, avx512_level };

@@ -3,15 +3,17 @@
 
 #include "cpu/rows/rows.h"
 
-#define DAK_DECLARE(isa)                 \
-  namespace dak::isa {                   \
-  void fill_token_logp(Kernels&);        \
-  void fill_token_logp_grad(Kernels&);   \
-  void fill_token_kl(Kernels&);          \
-  void fill_token_kl_grad(Kernels&);     \
-  void fill_token_stats(Kernels&);       \
-  void fill_scale_grad(Kernels&);        \
-  void fill_tiles(Kernels&);             \
+#define DAK_DECLARE(isa)                  \
+  namespace dak::isa {                    \
+  void fill_token_logp(Kernels&);         \
+  void fill_token_logp_grad(Kernels&);    \
+  void fill_token_entropy(Kernels&);      \
+  void fill_token_entropy_grad(Kernels&); \
+  void fill_token_kl(Kernels&);           \
+  void fill_token_kl_grad(Kernels&);      \
+  void fill_token_stats(Kernels&);        \
+  void fill_scale_grad(Kernels&);         \
+  void fill_tiles(Kernels&);              \
   }
 
 DAK_DECLARE(portable)

@@ -40,6 +40,11 @@ struct LogpRow {
   double logp;  // in double, for the difference of two that may both be -500
 };
 
+struct EntropyRow {
+  Norm norm;
+  float entropy;
+};
+
 struct KlRow {
   Norm policy, ref;
   float kl, center;
@@ -70,6 +75,8 @@ struct Tiles;  // cpu/gemm/gemm.h
 struct Kernels {
   LogpRow (*logp)(Row x, int64_t y, Score score);
   void (*logp_grad)(Row x, int64_t y, Score score, Norm norm, double grad, OutRow out);
+  EntropyRow (*entropy)(Row x, Score score);
+  void (*entropy_grad)(Row x, Score score, Norm norm, float entropy, double grad, OutRow out);
   KlRow (*kl)(Row policy, Row ref, int64_t direction, double js_beta, Score score);
   JsParts (*js_parts)(Row policy, Row ref, Norm norm_policy, Norm norm_ref, double js_beta,
                       Score score);

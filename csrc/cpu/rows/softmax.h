@@ -17,6 +17,7 @@ struct RunningSoftmax {
   float top = -inf;    // the exact maximum
   int64_t top_from = 0;  // first column of the block that has its first occurrence
   double sum = 0.0;    // of 2^((score - shift) * exponent)
+  double self = 0.0;   // where asked for: of that times its power of two, for the entropy
 
   float from() const { return shift == -inf ? 0.0f : shift; }
   bool too_low_for(float new_top, float exponent) const {
@@ -27,6 +28,7 @@ struct RunningSoftmax {
     if (!(new_shift > shift)) return 1.0;
     double by = shift == -inf ? 0.0 : double(shift) - double(new_shift);
     double sunk = ::exp2(by * exponent);
+    self = (self + by * exponent * sum) * sunk;
     sum *= sunk;
     shift = new_shift;
     return sunk;
@@ -40,6 +42,8 @@ struct RunningSoftmax {
 
   double log_sum() const { return ::log(sum); }  // above shift * inverse
   double lse(double inverse) const { return double(from()) * inverse + log_sum(); }
+  // Of numbers that do not depend on the size of the scores, so that nothing large cancels.
+  double entropy() const { return log_sum() - self / sum * ln2; }
   // NaN for a row of only -inf: log(0) - log(0).
   double log_prob(float score, double inverse) const {
     double logp = (double(score) - double(from())) * inverse - log_sum();
@@ -85,55 +89,68 @@ struct LogRatio {
   }
 };
 
-// sum of 2^((score - shift) * exponent) and the largest score over whole steps.
-template <class T, bool Cap>
-inline double exp_sum(const Scorer<Cap>& score, const T* p, int64_t n, float shift, float& top) {
+// The power t of a column, where 2^t is 0: a finite one, since 0 times -inf is NaN.
+DAK_INLINE F finite_power(F t) { return max(t, set(-200.0f)); }
+
+// What a block adds to a RunningSoftmax.
+struct ExpSums {
+  double sum, self;
+  float top;
+};
+
+// Over whole steps.
+template <bool Self, class T, bool Cap>
+inline ExpSums exp_sums(const Scorer<Cap>& score, const T* p, int64_t n, float shift) {
   F a, b, zero = set(0.0f), sum_a = zero, sum_b = zero, top_a = set(-inf), top_b = set(-inf);
-  F m = set(shift), c = set(score.exponent);
-  Sum sum;
+  F m = set(shift), c = set(score.exponent), self_a = zero, self_b = zero;
+  Sum sum, self;
   auto add = [&](int64_t i) __attribute__((always_inline)) {
     load_scores(score, p + i, a, b);
     top_a = max(a, top_a);
     top_b = max(b, top_b);
-    sum_a = sum_a + exp2((a - m) * c);
-    sum_b = sum_b + exp2((b - m) * c);
+    F power_a = (a - m) * c, power_b = (b - m) * c, exp_a = exp2(power_a), exp_b = exp2(power_b);
+    sum_a = sum_a + exp_a;
+    sum_b = sum_b + exp_b;
+    if constexpr (Self) {
+      self_a = fma(exp_a, finite_power(power_a), self_a);
+      self_b = fma(exp_b, finite_power(power_b), self_b);
+    }
   };
   in_groups(n, add, [&]() __attribute__((always_inline)) {
     sum.add(sum_a + sum_b);
     sum_a = sum_b = zero;
+    if constexpr (Self) {
+      self.add(self_a + self_b);
+      self_a = self_b = zero;
+    }
   });
-  top = max_of(max(top_a, top_b));
-  return sum.total();
+  return {sum.total(), Self ? self.total() : 0.0, max_of(max(top_a, top_b))};
 }
 
-template <class T, bool Cap>
-inline double exp_sum_rest(
-    const Scorer<Cap>& score, const T* p, int64_t n, float shift, float& top) {
-  F a, b, m = set(shift), c = set(score.exponent);
+template <bool Self, class T, bool Cap>
+inline ExpSums exp_sums_rest(const Scorer<Cap>& score, const T* p, int64_t n, float shift) {
+  F a, b, m = set(shift), c = set(score.exponent), self = set(0.0f);
   load_rest(score, p, n, a, b);
-  top = max_of(max(a, b));
-  return sum_of(exp2((a - m) * c) + exp2((b - m) * c));
+  F power_a = (a - m) * c, power_b = (b - m) * c, exp_a = exp2(power_a), exp_b = exp2(power_b);
+  if constexpr (Self) self = fma(exp_a, finite_power(power_a), exp_b * finite_power(power_b));
+  return {sum_of(exp_a + exp_b), Self ? sum_of(self) : 0.0, max_of(max(a, b))};
 }
 
-template <class T, bool Cap>
+template <bool Self = false, class T, bool Cap>
 inline RunningSoftmax sum_row(const Scorer<Cap>& score, const T* p, int64_t n) {
   RunningSoftmax softmax;
   softmax.raise(largest(score, p, n < peek ? n : peek), score.exponent);
   for (int64_t i = 0; i < n;) {
     int64_t columns = n - i >= block ? block : n - i >= step ? (n - i) / step * step : n - i;
     for (;;) {
-      float top;
-      double sum;
-      if (columns < step) {
-        sum = exp_sum_rest(score, p + i, columns, softmax.from(), top);
-      } else {
-        sum = exp_sum(score, p + i, columns, softmax.from(), top);
-      }
-      if (softmax.too_low_for(top, score.exponent)) {
-        softmax.raise(top, score.exponent);
+      ExpSums part = columns < step ? exp_sums_rest<Self>(score, p + i, columns, softmax.from())
+                                    : exp_sums<Self>(score, p + i, columns, softmax.from());
+      if (softmax.too_low_for(part.top, score.exponent)) {
+        softmax.raise(part.top, score.exponent);
         continue;
       }
-      softmax.add(sum, top, i);
+      softmax.self += part.self;
+      softmax.add(part.sum, part.top, i);
       if (softmax.should_follow(score.exponent)) softmax.raise(softmax.top, score.exponent);
       break;
     }

@@ -8,6 +8,7 @@ namespace dak::DAK_ISA {
 DAK_INLINE F factor(double x) { return set(x == x ? float(x) : __builtin_nanf("")); }
 
 inline constexpr float log2e = 1.44269504f;
+inline constexpr double ln2 = 0.69314718055994531;
 
 // 2^t within 2 ulp (the polynomial: 9.3e-8) over the whole range: exactly 1 at 0, denormal results
 // rounded once, 0 at -inf, NaN at NaN.
