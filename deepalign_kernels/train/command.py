@@ -6,6 +6,7 @@ with the texts that those have: nothing is said twice.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -122,8 +123,9 @@ def options_of() -> list[Option]:
 
 def described(docstring: str | None) -> dict[str, str]:
     """{argument: what the section Args of a docstring says of it}."""
-    body = re.split(r"\n\s*(?:Raises|Returns|Attributes):\n", (docstring or "").split("Args:\n")[1])
-    found = re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", body[0], re.MULTILINE)
+    doc = inspect.cleandoc(docstring or "")  # Python 3.13 has done that, those before have not
+    body = re.split(r"\n\s*(?:Raises|Returns|Attributes):\n", doc.split("Args:\n")[1])
+    found = re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", body[0], re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 
