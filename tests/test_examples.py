@@ -156,6 +156,12 @@ def test_trl(run):
     assert left["trainer"].state.log_history[0]["weight"] == pytest.approx(1, abs=1e-4)
 
 
+def test_anchored(run):
+    said = run("17_anchored")["result"].metrics
+    assert 0 < said["kl_first"] < 0.1 and said["nll"] > 1  # it has moved, a little
+    assert len([*pathlib.Path("references").glob("reference-*/hidden.bin")]) == 2
+
+
 def test_custom_rule(run):
     left = run("10_custom_rule")
     weight = left["parts"].weight
