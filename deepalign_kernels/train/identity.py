@@ -35,16 +35,21 @@ FREE_TO_CHANGE = (
     "progress",
     "report_to",
 )
+LENGTH = ("epochs", "max_steps")
 # Functions are compared by what they compute, since a name says little and an address nothing.
 BY_VALUE = ("beta", "objective")
 
 
-def identity(config: TrainConfig, table: TokenTable, frozen: str, processes: int) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, table: TokenTable, frozen: str, processes: int, warmup: int
+) -> dict[str, Any]:
     """Plain values and tensors that two runs share exactly if they train the same.
 
-    `table`: the first epoch's. `frozen`: see `frozen_hash`.
+    `table`: the first epoch's. `frozen`: see `frozen_hash`. `warmup`: steps of it.
     """
     plain = {k: v for k, v in config.as_dict().items() if k not in (*FREE_TO_CHANGE, *BY_VALUE)}
+    if config.lr_schedule == "constant":  # no rate depends on the end
+        plain = {k: v for k, v in plain.items() if k not in LENGTH} | {"warmup_steps": warmup}
     every = torch.arange(int(table.positions.max()) + 1)
     return {
         "config": plain | {"step_size": config.step_size * processes},
@@ -54,6 +59,13 @@ def identity(config: TrainConfig, table: TokenTable, frozen: str, processes: int
         "data": _data_of(table),
         "frozen": frozen,
     }
+
+
+LONGER = (
+    ". The steps that are done would have had other learning rates, as these fall towards the end;"
+    " lr_schedule='constant' can go on for longer. Otherwise begin a new run in another folder, from"
+    " the model that this one made"
+)
 
 
 def frozen_hash(model: nn.Module) -> str:
@@ -77,7 +89,9 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     elif not _same(then["rule"], now["rule"]):
         changed.append(f"objective: {now['objective']} computes other values than it did")
     if changed:
-        return f"another configuration: {', '.join(changed)}"
+        odd = f"another configuration: {', '.join(changed)}"
+        longer = any(a.get(k) != b.get(k) for k in LENGTH)
+        return odd + (LONGER if longer else "")
     # The data before beta, which is compared as far as its positions go.
     named = [name for name, value in now["data"].items() if then["data"].get(name) != value]
     if named:

@@ -150,6 +150,11 @@ class Reference:
         if self.model is not None:
             self.keys = self._live_keys()
             return
+        if keys is not None and len(keys) < len(epochs):
+            raise ValueError(
+                f"epochs: this run began with {len(keys)}; its data change with the epoch, and what"
+                " the reference says about later ones cannot be known from a policy that has moved"
+            )
         cache, self.keys = ReferenceCache(folder, self._ranks), []
         for epoch in epochs:
             table = self._source.table(epoch)

@@ -42,6 +42,7 @@ class Resumable:
     source: Source
     reference: Reference
     optimizer: torch.optim.Optimizer
+    warmup_steps: int
     step: int
     metrics: dict[str, Any]
     step0_max_log_ratio: float | None
@@ -79,7 +80,8 @@ class Resumable:
     def _identity(self) -> dict[str, Any]:
         if self._frozen is None:
             self._frozen = frozen_hash(self.model)
-        return identity(self.config, self.source.table(0), self._frozen, self.ranks.count)
+        parts = self.config, self.source.table(0), self._frozen, self.ranks.count
+        return identity(*parts, self.warmup_steps)
 
     def _rng_of(self, states: list[Any]) -> Any:
         """This process's of a checkpoint; with another number of processes new ones."""

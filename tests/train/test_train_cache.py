@@ -259,3 +259,7 @@ def test_columns_change_with_the_epochs(tmp_path, one_thread):
         warnings.simplefilter("error")
         make(tmp_path / "b", moved, reference_cache=tmp_path).train()  # other positions, other rows
     assert len(list(tmp_path.glob("reference-*"))) == 4
+    longer = {"batch_size": 7, "lr_schedule": "constant"}
+    make(tmp_path / "c", Turning(), **longer).train()
+    with pytest.raises(ValueError, match="epochs: this run began with 3; its data change"):
+        make(tmp_path / "c", Turning(), **longer | {"max_steps": 4}).train(resume=True)

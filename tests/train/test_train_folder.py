@@ -265,6 +265,25 @@ def test_a_run_that_is_killed_anywhere_goes_on(tmp_path):
     assert not [n for n in names(out, ".*") if n != ".lock"]
 
 
+def test_a_finished_run_goes_on_for_longer(tmp_path):
+    """With rates that do not depend on the end; others say so."""
+    options = {"lr_schedule": "constant", "warmup_steps": None, "save_every": 100}
+    whole = bigram_run(tmp_path / "whole", max_steps=40, **options)
+    whole.train()
+    for steps in (15, 25, 40):
+        run = bigram_run(tmp_path / "parts", max_steps=steps, **options | {"warmup_steps": 8})
+        assert run.train(resume="auto").steps == steps
+    assert torch.equal(run.model.table, whole.model.table) and whole.warmup_steps == 8
+    assert [r["step"] for r in log_of(tmp_path / "parts") if r["event"] == "step"] == [
+        *range(1, 41)
+    ]
+    with pytest.raises(ValueError, match="warmup_steps was 8, is 10"):
+        bigram_run(tmp_path / "parts", max_steps=50, **options).train(resume=True)
+    bigram_run(tmp_path / "linear", max_steps=3, save_every=3).train()
+    with pytest.raises(ValueError, match="max_steps was 3, is 4.* lr_schedule='constant' can go"):
+        bigram_run(tmp_path / "linear", max_steps=4).train(resume=True)
+
+
 def test_changed_data_are_refused_by_name(tmp_path):
     stopped(tmp_path)
 
