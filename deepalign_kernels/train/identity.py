@@ -63,8 +63,8 @@ def identity(
 
 LONGER = (
     ". The steps that are done would have had other learning rates, as these fall towards the end;"
-    " lr_schedule='constant' can go on for longer. Otherwise begin a new run in another folder, from"
-    " the model that this one made"
+    " lr_schedule='constant' can go on for longer. Otherwise begin a new run in another folder,"
+    " from the model that this one made"
 )
 
 

@@ -84,6 +84,29 @@ class AnchorRows:
         return Anchors(hidden, self._weight, self._bias)
 
 
+def anchor_rows(entry: Entry, policy: nn.Module, device: torch.device) -> AnchorRows | None:
+    """Those of an entry of the cache, None if it has none.
+
+    A frozen head of the policy with the same numbers is used in the place of the kept one: one
+    tensor for both, and one product for both models' rows.
+    """
+    if entry.hidden is None:
+        return None
+    weight, bias, dtype = entry.weight, entry.bias, entry.dtype
+    assert weight is not None and dtype is not None
+    weight = weight.to(device)
+    same = (
+        p.detach()
+        for p in policy.parameters()
+        if type(p) is nn.Parameter
+        and not p.requires_grad
+        and (p.shape, p.dtype) == (weight.shape, weight.dtype)
+        and torch.equal(p, weight)
+    )
+    weight = next(same, weight.to(dtype))
+    return AnchorRows(entry.hidden, weight, None if bias is None else bias.to(device), dtype)
+
+
 class Reference:
     """What the policy is compared with: columns of the data, or a model in memory.
 
@@ -163,7 +186,7 @@ class Reference:
             if keys is None:
                 self._make(cache, key, table, about, model, device)
             entry = cache.load(key, table, about)
-            table.ref_logp, table.anchors = entry.logp, self._anchors(entry, model, device)
+            table.ref_logp, table.anchors = entry.logp, anchor_rows(entry, model, device)
             self.keys.append(key)
 
     def _about(self, table: TokenTable) -> dict[str, Any]:
@@ -206,22 +229,3 @@ class Reference:
                 layout = {"limits": list(config.limits), "processes": ranks.count, "block": BLOCK}
                 part = cache.part(key, table, about, layout)
                 compute(model, table, self._objective, device, config, ranks, part)
-
-    def _anchors(self, entry: Entry, policy: nn.Module, device: torch.device) -> AnchorRows | None:
-        """A frozen head of the policy with the same numbers is used in the place of the kept one:
-        one tensor for both, and one product for both models' rows."""
-        if entry.hidden is None:
-            return None
-        weight, bias, dtype = entry.weight, entry.bias, entry.dtype
-        assert weight is not None and dtype is not None
-        weight = weight.to(device)
-        same = (
-            p.detach()
-            for p in policy.parameters()
-            if type(p) is nn.Parameter
-            and not p.requires_grad
-            and (p.shape, p.dtype) == (weight.shape, weight.dtype)
-            and torch.equal(p, weight)
-        )
-        weight = next(same, weight.to(dtype))
-        return AnchorRows(entry.hidden, weight, None if bias is None else bias.to(device), dtype)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from deepalign_kernels.data.examples import IGNORE, tokenize_chat
-from deepalign_kernels.hf.trainer import COLUMNS
+from deepalign_kernels.hf import trainer
 from deepalign_kernels.losses import response_positions
 
+COLUMNS = {**trainer.COLUMNS, "token_weights": 0.0}  # of each token, and what padding has there
+OURS = (*COLUMNS, "ref_row")  # the last: a number for each row, under which its anchors are kept
 TOKENS = ("input_ids", "labels", "response_positions")
 
 
@@ -37,11 +36,19 @@ class ConstrainedCollator(DataCollatorForLanguageModeling):
                 padding_side="right",
                 pad_to_multiple_of=self.pad_to_multiple_of,
             )
+        if "ref_row" in examples[0]:
+            out["ref_row"] = torch.tensor([example["ref_row"] for example in examples])
         return out
 
 
+def weighted(record: dict[str, Any]) -> bool:
+    """Whether messages of a dataset have weights; of Arrow's, one row tells it of all."""
+    parts = (record.get(name) for name in ("messages", "prompt", "completion"))
+    return any("weight" in m for part in parts if isinstance(part, list) for m in part)
+
+
 def tokenized(
-    batch: dict[str, list[Any]], tokenizer: Any, options: dict[str, Any]
+    batch: dict[str, list[Any]], tokenizer: Any, options: dict[str, Any], weights: bool
 ) -> dict[str, list[Any]]:
     names = [n for n in ("messages", "prompt", "completion", "tools") if n in batch]
     records = [
@@ -49,17 +56,22 @@ def tokenized(
         for row in zip(*(batch[n] for n in names), strict=True)
     ]
     examples = tokenize_chat(tokenizer, records, **options)
-    for example in examples:
-        if example.weights is not None:
-            raise ValueError(
-                f"{example.where}: weights of messages are for `deepalign_kernels.train`; under trl"
-                " every trained token weighs the same"
-            )
-    return {
+    columns: dict[str, list[Any]] = {
         "input_ids": [list(e.input_ids) for e in examples],
         "labels": [list(e.labels) for e in examples],
         "response_positions": [list(e.positions) for e in examples],
     }
+    if weights:
+        every = [e.weights or [1.0] * len(e.input_ids) for e in examples]
+        columns["token_weights"] = [list(map(float, row)) for row in every]
+        return columns
+    for example in examples:
+        if example.weights is not None:
+            raise ValueError(
+                f"{example.where}: a message has a weight and those of the first conversation have"
+                " none; in a stream the first one tells whether there are weights: give it one"
+            )
+    return columns
 
 
 def _plain(value: Any) -> Any:
@@ -81,12 +93,3 @@ def truncated(row: dict[str, Any], limit: int) -> dict[str, Any]:
 def fits(row: dict[str, Any], limit: int) -> bool:
     """Whether the row is short enough, and has a token to train that another one comes before."""
     return len(row["input_ids"]) <= limit and any(x != IGNORE for x in row["labels"][1:])
-
-
-def hashed(dataset: Iterable[dict[str, Any]], *more: object) -> str:
-    """A name for the tokens and labels of `dataset`, whoever made it."""
-    digest = hashlib.blake2b(repr(more).encode(), digest_size=8)
-    for row in dataset:
-        for name in ("input_ids", "labels", "seq_lengths"):
-            digest.update(np.asarray(row.get(name, ()), dtype=np.int64).tobytes() + b"|")
-    return digest.hexdigest()

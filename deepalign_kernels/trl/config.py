@@ -10,7 +10,7 @@ from trl import SFTConfig
 from deepalign_kernels import check, rules
 from deepalign_kernels.data.examples import ORIGINS, TOO_LONG, TRAIN_ON
 from deepalign_kernels.losses import BetaSchedule
-from deepalign_kernels.train.config import KL_DIRECTIONS, OBJECTIVES
+from deepalign_kernels.train.config import CACHED_DTYPES, KL_DIRECTIONS, OBJECTIVES
 
 REFERENCES = ("precomputed", "adapter_off", "model")
 
@@ -29,12 +29,15 @@ class ConstrainedSFTConfig(SFTConfig):
         min_weight: floor of a token's weight, with objective="surrogate" only.
         temperature: divides the logits of policy and reference.
         kl_coef: what the divergence from the reference over the whole vocabulary, nats per trained
-            token, is multiplied by before it is added; above 0 it needs the reference "adapter_off"
-            or "model".
+            token, is multiplied by before it is added.
         kl_direction: "policy_ref", "ref_policy" or "js".
-        reference: "precomputed": log-probabilities of the data under the model before training, one
-            number a token, cached in the output folder; "adapter_off": the model without its
-            adapters (PEFT), at every step; "model": the trainer's `ref_model`, at every step.
+        kl_positions: only tokens at position 1 to this are anchored; None: all that are trained.
+        reference: "precomputed": what the model before training says about the data, one number a
+            trained token and, with kl_coef, a hidden state of each anchored one; "adapter_off": the
+            model without its adapters (PEFT), at every step; "model": the trainer's `ref_model`, at
+            every step.
+        reference_cache: folder of what "precomputed" keeps; None: the output folder.
+        reference_dtype: "bfloat16" or "float32", of the hidden states that are kept.
         train_on: "all" assistant turns, or the "last" of a conversation.
         position_origin: as in `deepalign_kernels.train.TrainConfig`.
         on_too_long: what to do with more than max_length tokens: "error", "drop" or "truncate".
@@ -49,7 +52,10 @@ class ConstrainedSFTConfig(SFTConfig):
     temperature: float = 1.0
     kl_coef: float = 0.0
     kl_direction: str = "policy_ref"
+    kl_positions: int | None = None
     reference: str = "precomputed"
+    reference_cache: str | None = None
+    reference_dtype: str = "bfloat16"
     train_on: str = "all"
     position_origin: str = "content"
     on_too_long: str = "error"
@@ -71,10 +77,11 @@ class ConstrainedSFTConfig(SFTConfig):
         for name, other in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if getattr(self, name) != other:
                 raise ValueError(f"{name}: trl's own loss is not used here; choose an objective")
-        if self.kl_coef > 0 and self.reference == "precomputed":
+        check.one_of("reference_dtype", self.reference_dtype, CACHED_DTYPES)
+        if self.kl_positions is not None and (self.kl_positions < 1 or self.kl_coef == 0):
             raise ValueError(
-                "kl_coef: the divergence needs all that the reference says of a token; give"
-                " reference='adapter_off' (PEFT) or 'model'"
+                f"kl_positions: expected an integer >= 1, with kl_coef > 0, got {self.kl_positions}"
+                f" with {self.kl_coef}"
             )
         if self.min_weight > 0 and self.objective != "surrogate":
             raise ValueError("min_weight: a floor belongs to objective='surrogate'")

@@ -5,29 +5,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from deepalign_kernels import hf, rules
+from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.modes import evaluating
 from deepalign_kernels.trl.columns import (
-    COLUMNS,
+    OURS,
     TOKENS,
     ConstrainedCollator,
     counted,
     fits,
-    hashed,
     tokenized,
     truncated,
+    weighted,
 )
 from deepalign_kernels.trl.config import ConstrainedSFTConfig
+from deepalign_kernels.trl.reference import KeptReference, anchored
 
 
 class ConstrainedSFTTrainer(SFTTrainer):
@@ -36,8 +36,9 @@ class ConstrainedSFTTrainer(SFTTrainer):
     Takes what SFTTrainer takes, with these differences. Datasets hold conversations (`messages`, or
     `prompt` and `completion`), or `input_ids`, `labels` and `response_positions` (without the last
     they are counted from the labels). Logged beside trl's metrics: `nll`, the mean negative
-    log-probability of the trained tokens; `weight`, what a token's gradient is multiplied by; and
-    `log_ratio`, the mean of log policy - log reference, all in nats. Data that are given to
+    log-probability of the trained tokens; `weight`, what a token's gradient is multiplied by;
+    `log_ratio`, the mean of log policy - log reference, and with kl_coef `kl`, the mean divergence
+    of the anchored tokens, all in nats. Weights of messages reach the loss. Data that are given to
     `evaluate` alone need a reference at every step, since the policy has moved by then.
 
     Args:
@@ -83,6 +84,7 @@ class ConstrainedSFTTrainer(SFTTrainer):
             self.data_collator = ConstrainedCollator(**known)
         hf.attach(self.model)  # pyright: ignore[reportArgumentType]
         self.ref_model = None
+        self._kept: KeptReference | None = None
         if ref_model is not None:
             self.ref_model = hf.attach(ref_model.to(self.args.device).eval().requires_grad_(False))
         if args.needs_reference and args.reference == "precomputed":
@@ -109,18 +111,17 @@ class ConstrainedSFTTrainer(SFTTrainer):
                     f" completion), got columns {sorted(first)}; plain text has no response"
                 )
             chosen = {"position_origin": args.position_origin, "train_on": args.train_on}
+            how = {"tokenizer": processing_class, "options": chosen, "weights": weighted(first)}
             dataset = dataset.map(
-                tokenized,
-                batched=True,
-                remove_columns=list(first),
-                fn_kwargs={"tokenizer": processing_class, "options": chosen},
-                **keys,
+                tokenized, batched=True, remove_columns=list(first), fn_kwargs=how, **keys
             )
         elif "labels" not in first:
             raise ValueError(f"{dataset_name} dataset: input_ids without labels")
         elif "response_positions" not in first:
             dataset = dataset.map(counted, **keys)
-        dataset = dataset.select_columns([*TOKENS, *(c for c in ("ref_logp",) if c in first)])
+        there = next(iter(dataset))
+        more = [c for c in ("ref_logp", "token_weights") if c in there]
+        dataset = dataset.select_columns([*TOKENS, *more])
         if args.max_length is not None:
             dataset = self._limited(dataset, args, dataset_name, keys)
         if args.shuffle_dataset:
@@ -147,70 +148,47 @@ class ConstrainedSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*{*(self._signature_columns or ()), *COLUMNS}]
+        self._signature_columns = [*{*(self._signature_columns or ()), *OURS}]
 
     # ------------------------------------------------------------------ reference
 
     def _take_reference(self) -> None:
-        """The column ref_logp of all data, from the model as it is now: before training."""
-        digest = model_hash(self.model)  # pyright: ignore[reportArgumentType]
+        """The columns of all data, from the model as it is now: before training."""
+        assert self.model is not None
+        device = self.accelerator.device
+        self._kept = KeptReference(self.args, model_hash(self.model), self.model, device)
         if self.train_dataset is not None:
-            self.train_dataset = self._with_reference(self.train_dataset, digest)
+            self.train_dataset = self._with_reference(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {
-                k: self._with_reference(x, digest) for k, x in self.eval_dataset.items()
-            }
+            self.eval_dataset = {k: self._with_reference(x) for k, x in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
-            self.eval_dataset = self._with_reference(self.eval_dataset, digest)
+            self.eval_dataset = self._with_reference(self.eval_dataset)
 
-    def _with_reference(self, dataset: Any, model: str) -> Any:
+    def _with_reference(self, dataset: Any) -> Any:
         if not hasattr(dataset, "num_rows"):
             raise ValueError(
                 "train_dataset: a stream cannot be gone through before training; give"
                 " reference='model' or 'adapter_off', or a dataset that is not streamed"
             )
         if "ref_logp" in dataset.column_names:
+            if self.args.kl_coef > 0:
+                raise ValueError("train_dataset: its ref_logp says too little for kl_coef")
             return dataset
-        data = hashed(dataset, self.args.temperature)
-        file = Path(self.args.output_dir or ".") / f"reference-{data}.npz"
-        with self.accelerator.main_process_first():
-            if file.exists():
-                with np.load(file) as saved:
-                    if str(saved["model"]) != model:
-                        raise ValueError(
-                            f"model: {file} holds the reference of these data under other weights."
-                            " A run that goes on must start from the model it began with (its"
-                            " checkpoint is loaded by train(resume_from_checkpoint=...)); for a new"
-                            " reference remove the file"
-                        )
-                    flat = saved["ref_logp"]
-            else:
-                flat = self._reference_of(dataset)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                part = file.with_suffix(".part.npz")
-                np.savez(part, ref_logp=flat, model=np.array(model))
-                part.replace(file)
-        ends = np.cumsum([len(ids) for ids in dataset["input_ids"]])[:-1]
-        return dataset.add_column("ref_logp", [row.tolist() for row in np.split(flat, ends)])
+        columns = [c for c in dataset.column_names if c in (*TOKENS, "seq_lengths")]
+        rows = dataset.select_columns(columns)
 
-    @torch.no_grad()
-    def _reference_of(self, dataset: Any) -> np.ndarray:
-        """Log-probabilities [tokens of all rows] fp32 of the labels, nats; 0 where untrained."""
-        columns = [c for c in dataset.column_names if c in ("input_ids", "labels", "seq_lengths")]
-        rows, model, out = dataset.select_columns(columns), self.model, []
-        size = self.args.per_device_eval_batch_size
-        assert model is not None
-        with evaluating(model), self.compute_loss_context_manager():
-            for at in range(0, len(rows), size):
-                few = [rows[i] for i in range(at, min(at + size, len(rows)))]
-                inputs: Any = self._prepare_inputs(self.data_collator(few))
-                logp = self._logp(model, inputs).float().cpu().numpy()
-                lengths = [len(row["input_ids"]) for row in few]
-                if self.padding_free:
-                    out.append(logp[0, : sum(lengths)])
-                else:
-                    out += [row[:n] for row, n in zip(logp, lengths, strict=True)]
-        return np.concatenate(out)
+        def batch_of(numbers: list[int]) -> tuple[dict[str, Any], Tensor]:
+            inputs: Any = self.data_collator([rows[i] for i in numbers])
+            inputs = self._prepare_inputs(inputs)
+            return _for_the_model(inputs), inputs["response_positions"]
+
+        assert self.model is not None and self._kept is not None
+        with (
+            self.accelerator.main_process_first(),
+            evaluating(self.model),
+            self.compute_loss_context_manager(),
+        ):
+            return self._kept.added(dataset, batch_of, self.args.per_device_eval_batch_size)
 
     def _logp(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """[B, T], that of the label at each place; the first has none."""
@@ -224,13 +202,35 @@ class ConstrainedSFTTrainer(SFTTrainer):
         reference, off = self.ref_model, contextlib.nullcontext()
         if reference is None:
             reference, off = model, self.accelerator.unwrap_model(model).disable_adapter()
+        only = anchored(self.args, inputs["labels"], inputs["response_positions"])
         with torch.no_grad(), off, evaluating(reference):
             if self.args.kl_coef == 0:
                 return {"ref_logp": self._logp(reference, inputs)}
-            rows = hf.hidden_rows(reference, **_for_the_model(inputs))
-        head = self.accelerator.unwrap_model(reference).get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        return {"ref_rows": rows, "ref_weight": head.weight, "ref_bias": bias}
+            temperature = self.args.temperature
+            rows, weight, bias, logp = hf.reference_pass(
+                reference, only=only, logp=True, temperature=temperature, **_for_the_model(inputs)
+            )
+        return {"ref_rows": rows, "ref_weight": weight, "ref_bias": bias, **self._others(logp)}
+
+    def _others(self, logp: Tensor | None) -> dict[str, Any]:
+        """Of tokens without a row, if there are any."""
+        return {} if self.args.kl_positions is None else {"ref_logp": logp}
+
+    def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The reference's arguments of the loss, from what was kept."""
+        if "ref_logp" not in inputs:
+            raise ValueError(
+                "eval_dataset: data that come after training has begun have no reference; give"
+                " them to the trainer at the start, or reference='adapter_off' or 'model'"
+            )
+        if self.args.kl_coef == 0:
+            return {"ref_logp": inputs["ref_logp"]}
+        assert self._kept is not None
+        hidden, weight, bias = self._kept.take(inputs["ref_row"].tolist())
+        chosen = anchored(self.args, inputs["labels"], inputs["response_positions"])
+        rows = hf.HiddenRows(hidden, chosen.flatten().nonzero().squeeze(1), None)
+        more = self._others(inputs["ref_logp"])
+        return {"ref_rows": rows, "ref_weight": weight, "ref_bias": bias, **more}
 
     # ------------------------------------------------------------------ loss
 
@@ -248,19 +248,15 @@ class ConstrainedSFTTrainer(SFTTrainer):
         if args.kl_coef > 0:
             options |= {"kl_coef": args.kl_coef, "kl_direction": args.kl_direction}
         if args.needs_reference:
-            if args.reference != "precomputed":
-                options |= self._live(model, inputs)
-            elif "ref_logp" not in inputs:
-                raise ValueError(
-                    "eval_dataset: data that come after training has begun have no reference; give"
-                    " them to the trainer at the start, or reference='adapter_off' or 'model'"
-                )
-            else:
-                options["ref_logp"] = inputs["ref_logp"]
+            live = args.reference != "precomputed"
+            options |= self._live(model, inputs) if live else self._read(inputs)
         if rules.objective_of(args.rule).needs_reference:
             options["beta"] = args.beta(positions)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
+        weights = inputs.get("token_weights")
+        if weights is not None:
+            options["reduction"] = "none"
         out = hf.compute_loss(
             model,
             hf.ConstrainedLoss(**options),
@@ -269,6 +265,10 @@ class ConstrainedSFTTrainer(SFTTrainer):
         )
         loss = out.loss
         assert loss is not None
+        if weights is not None:
+            total = num_items_in_batch
+            total = _weight_of(inputs).clamp(min=1e-9) if total is None else total
+            loss = (loss * weights[:, 1:]).sum() / total
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled and out.aux_loss is not None:
@@ -282,6 +282,19 @@ class ConstrainedSFTTrainer(SFTTrainer):
                 return loss, model(**_for_the_model(inputs))
         return loss
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Of a step, with what the sum of its losses is divided by: transformers counts tokens,
+        which is right where each weighs 1."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if count is None or not batches or "token_weights" not in batches[0]:
+            return batches, count
+        total = torch.stack([_weight_of(batch) for batch in batches]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = torch.as_tensor(self.accelerator.gather(total)).sum()
+        return batches, total
+
     def _record(self, inputs: dict[str, Any], out: hf.LossOutput) -> None:
         assert self.model is not None and out.mask is not None and out.logp is not None
         mode, parts, seen = "train" if self.model.training else "eval", out.parts or {}, out.mask
@@ -290,6 +303,10 @@ class ConstrainedSFTTrainer(SFTTrainer):
         if "log_ratio" in parts:
             names.append("log_ratio")
             sums.append(parts["log_ratio"].detach().sum())
+        if "kl" in parts:
+            names += ["kl", "anchored"]
+            at = inputs["response_positions"]
+            sums += [parts["kl"].sum(), anchored(self.args, inputs["labels"], at).sum()]
         if mode == "train":
             mask = inputs.get("attention_mask")
             sums.append(
@@ -298,12 +315,20 @@ class ConstrainedSFTTrainer(SFTTrainer):
         mine = torch.stack([x.double().to(out.logp.device) for x in sums])[None]
         gathered = torch.as_tensor(self.accelerator.gather_for_metrics(mine)).sum(0)
         count = max(gathered[0].item(), 1.0)
-        for name, total in zip(names, gathered[1:].tolist(), strict=False):
-            self._metrics[mode][name].append(total / count)
+        means = dict(zip(names, (gathered[1:] / count).tolist(), strict=False))
+        if "kl" in means:  # per token that has one
+            means["kl"] /= means.pop("anchored") or 1.0
+        for name, mean in means.items():
+            self._metrics[mode][name].append(mean)
         if mode == "train":
             self._total_train_tokens += int(gathered[-1].item()) // (self._tp_size or 1)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
 def _for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in inputs.items() if k not in COLUMNS} | {"use_cache": False}
+    return {k: v for k, v in inputs.items() if k not in OURS} | {"use_cache": False}
+
+
+def _weight_of(batch: dict[str, Any]) -> Tensor:
+    """Of the trained tokens in all."""
+    return (batch["token_weights"][:, 1:] * (batch["labels"][:, 1:] != IGNORE)).sum()

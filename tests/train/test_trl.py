@@ -16,8 +16,11 @@ from train_runs import train
 
 import deepalign_kernels as dak
 from deepalign_kernels.trl import ConstrainedSFTConfig, ConstrainedSFTTrainer
+from deepalign_kernels.trl.columns import tokenized
 
 CHATS = [r for r in RECORDS if "messages" in r]
+HALF = [{**m, "weight": 0.3} if m["role"] == "assistant" else m for m in CHATS[0]["messages"]]
+WEIGHTED = [{"messages": HALF}, *CHATS[1:]]
 STEPS, EPS = 4, 1e-2  # Adam's: with less, what rounding leaves of a gradient of 0 moves weights
 PLAIN = {
     "max_steps": STEPS, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 0,
@@ -47,13 +50,17 @@ def trained(folder, model=None, data=CHATS, resume=None, ref_model=None, lora=No
 def loop(tmp_path_factory):
     """The thin loop's parameters and nll after the same steps, of a rule and of plain SFT."""
     out = {}
-    for objective in ("constrained", "sft"):
+    for name, data, more in (
+        ("constrained", CHATS, {}),
+        ("sft", CHATS, {"objective": "sft"}),
+        ("weighted", WEIGHTED, {}),
+        ("anchored", CHATS, {"kl_coef": 0.5, "kl_positions": 3, "reference_dtype": "float32"}),
+    ):
         run, result = train(
-            build_model(), tmp_path_factory.mktemp("loop"), CHATS, objective=objective,
-            max_steps=STEPS, batch_size=6, learning_rate=1e-2, max_grad_norm=None,
-            adam_eps=EPS,
+            build_model(), tmp_path_factory.mktemp("loop"), data, max_steps=STEPS, batch_size=6,
+            learning_rate=1e-2, max_grad_norm=None, adam_eps=EPS, **more,
         )  # fmt: skip
-        out[objective] = dict(run.model.named_parameters()), result.metrics["nll"]
+        out[name] = dict(run.model.named_parameters()), result.metrics["nll"]
     return out
 
 
@@ -65,26 +72,38 @@ def distance(model, expected):
     return max((ours[n] - p).abs().max() for n, p in expected.items()) / moved
 
 
+ANCHORED = {"kl_coef": 0.5, "kl_positions": 3, "reference_dtype": "float32"}
+PACKED = {"packing": True, "max_length": 256, "per_device_train_batch_size": 2}
+PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+
+
 @pytest.mark.parametrize(
-    "options",
+    "like, options",
     [
-        {},
-        {"objective": "sft"},
-        {"padding_free": True, "max_length": None},
-        {"packing": True, "max_length": 256, "per_device_train_batch_size": 2},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
-        {"reference": "model"},
+        ("constrained", {}),
+        ("sft", {"objective": "sft"}),
+        ("constrained", {"padding_free": True, "max_length": None}),
+        ("constrained", PACKED),
+        ("constrained", PARTS),
+        ("constrained", {"reference": "model"}),
+        ("weighted", PARTS),
+        ("weighted", PACKED),
+        ("anchored", {**ANCHORED, **PARTS}),
+        ("anchored", {**ANCHORED, **PACKED}),
+        ("anchored", {**ANCHORED, "reference": "model"}),
     ],
-    ids=lambda o: "-".join(o) or "plain",
+    ids=lambda o: o if isinstance(o, str) else "-".join(o) or "plain",
 )
-def test_numbers_of_the_thin_loop(options, loop, tmp_path):
-    objective = options.get("objective", "constrained")
-    ref_model = build_model() if "reference" in options else None
-    trainer, log = trained(tmp_path, ref_model=ref_model, **options)
-    parameters, nll = loop[objective]
+def test_numbers_of_the_thin_loop(like, options, loop, tmp_path):
+    ref_model = build_model() if options.get("reference") == "model" else None
+    data = WEIGHTED if like == "weighted" else CHATS
+    trainer, log = trained(tmp_path, data=data, ref_model=ref_model, **options)
+    parameters, nll = loop[like]
     assert distance(trainer.model, parameters) <= 2e-5  # fp32 rounding: 5e-6 to 1e-5 seen
     if "gradient_accumulation_steps" not in options:  # trl averages its metrics by micro-batch
         assert log[-1]["nll"] == pytest.approx(nll, rel=1e-6)
+    if like == "anchored":
+        assert log[0]["kl"] == pytest.approx(0, abs=1e-5) and log[-1]["kl"] > 1e-3
 
 
 def test_the_first_loss_is_that_of_a_plain_formula(tmp_path):
@@ -149,7 +168,7 @@ def test_evaluation(tmp_path):
     [
         ({"objective": "constraind"}, "objective: expected one of"),
         ({"reference": "none"}, "reference: expected one of"),
-        ({"kl_coef": 1.0}, "kl_coef: the divergence needs"),
+        ({"kl_positions": 3}, "kl_positions: expected an integer >= 1, with kl_coef > 0, got 3"),
         ({"loss_type": "dft"}, "loss_type: trl's own loss is not used"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy: 'wrapped' cuts"),
         ({"beta_first": -1.0}, "first: "),
@@ -166,8 +185,10 @@ def test_what_a_trainer_refuses(tmp_path):
             trained(tmp_path, **options)
 
     refused("plain text has no response", data=[{"text": "hello"}])
-    half = [{**m, "weight": 0.5} if m["role"] == "assistant" else m for m in CHATS[0]["messages"]]
-    refused("weights of messages are for", data=[{"messages": half}])
+    with pytest.raises(
+        ValueError, match="in a stream the first one tells whether there are weights"
+    ):
+        tokenized({"messages": [HALF]}, build_tokenizer(), {}, weights=False)
     refused("'adapter_off' needs a PEFT model", reference="adapter_off")
     refused("ref_model: belongs to reference='model'", reference="model")
     refused("train dataset: conversation 0 has", max_length=20)
