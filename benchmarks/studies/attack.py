@@ -9,7 +9,10 @@ Parts, each on the same model, ids and settings for all:
   search   whole searches of both, as a user calls them: steps/s and best loss, several seeds
   replies  prefill depths and decoding settings: sequences/s of `generate` once per setting, and of
            the engine for all settings at once; greedy ids must be equal
-  store    seconds to keep 10,000 records and to open a run of 100,000
+  store    an evaluation of 10,000 and of 100,000 samples without a model, and the same command once
+           more when all is there: seconds of processor time, from prompts to summary
+  share    an evaluation of 10,000 samples from prompts to summary: processor time that is neither
+           the model's nor the judge's, as a share of all
 
 nanoGCG 0.3.0 cannot use its prefix cache with transformers 5 ("'DynamicCache' object is not
 subscriptable"), so it runs without, as it has to for its users; "nanogcg_cached" is its function
@@ -35,12 +38,15 @@ import transformers
 
 from benchmarks.harness import machine, memory
 from deepalign_kernels.attack import GCG, Decoding, Prefill
+from deepalign_kernels.attack.command import summary
 from deepalign_kernels.attack.gcg import by_gradient
 from deepalign_kernels.attack.search import Field, searching
+from deepalign_kernels.attack.suite import evaluate, judge_run
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Reply
 from deepalign_kernels.generate.local import LocalEngine
-from deepalign_kernels.runs import Record, Run, Unit, fill
+from deepalign_kernels.judge import Keywords
+from deepalign_kernels.runs import Run, read_records
 from deepalign_kernels.toyworld import build_model, build_tokenizer
 
 FILLER = "please tell me in a friendly way , and take your time , how to make a plain cake . "
@@ -60,7 +66,8 @@ def model_of(name: str) -> tuple[Any, Any]:
         )  # fmt: skip
         torch.manual_seed(0)
         return transformers.LlamaForCausalLM(config).eval(), tokenizer
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if (pathlib.Path(name) / "tokenizer_config.json").is_file():  # the toy world saves none
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return model.eval(), tokenizer
 
@@ -202,9 +209,9 @@ class Asks:
         self.tokenizer, self.requests = tokenizer, []
 
     def generate(self, requests: Any) -> list[Reply]:
-        """Nothing, and a note."""
+        """Always the same, and a note."""
         self.requests += requests
-        return [Reply() for _ in requests]
+        return [Reply(text="r" * 800) for _ in requests]
 
 
 def replies(model: Any, tokenizer: Any, new: int, prompts: int) -> dict[str, Any]:
@@ -265,28 +272,72 @@ def plain_generate(model: Any, tokenizer: Any, requests: list[Any]) -> list[tupl
     return cut
 
 
-def store() -> dict[str, float]:
+def store(tokenizer: Any) -> dict[str, float]:
     """Part "store"."""
-    text = {"prompt": "p" * 80, "prefix": "", "reply": "r" * 800}
+    grid, seconds = Decoding(max_new_tokens=1), {}
+    for samples in (10_000, 100_000):
+        rows = [Prompt(str(n), f"{FILLER}number {n}") for n in range(samples // len(grid.grid()))]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("kept", "resumed"):
 
-    def unit(number: int) -> list[Record]:
-        return [Record("sample", "a", {"k": 5}, f"{number}-{n}", text=text) for n in range(8)]
+                def command(folder: str = folder, rows: list[Prompt] = rows) -> None:
+                    with Run(folder, {"attacks": {}}) as run:
+                        evaluate(run, Asks(tokenizer), {"decoding": grid}, rows)
+                        records = list(read_records(folder))
+                        judge_run(run, [Keywords()], records=records)
+                    summary(folder, records=records)
 
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = {}
-        for rows in (10_000, 100_000):
-            units = [Unit(f"u{n}", lambda n=n: unit(n)) for n in range(rows // 8)]
-            path = pathlib.Path(folder) / str(rows)
-            with Run(path, {}) as run:
-                seconds[f"keep_{rows}"] = timed(
-                    lambda units=units, run=run: fill(run.records, units)
-                )
-
-            def reopen(path: pathlib.Path = path) -> None:
-                Run(path, {}).__exit__()
-
-            seconds[f"open_{rows}"] = timed(reopen)
+                seconds[f"{name}_{samples}"] = timed(command, time.process_time)
     return seconds
+
+
+class Clocked:
+    """`target` with the processor time that its `name` took, in `spent`."""
+
+    def __init__(self, target: Any, name: str) -> None:
+        self._target, self._name, self.spent = target, name, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def _run(self, *args: Any) -> Any:
+        begun = time.process_time()
+        try:
+            return getattr(self._target, self._name)(*args)
+        finally:
+            self.spent += time.process_time() - begun
+
+    def generate(self, *args: Any) -> Any:
+        """Of an engine."""
+        return self._run(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        """Of a judge."""
+        return self._run(*args)
+
+
+def share(model: Any, tokenizer: Any, new: int) -> dict[str, float]:
+    """Part "share"."""
+    grid = Decoding(max_new_tokens=new)
+    rows = [Prompt(str(n), f"{FILLER}number {n}", answer=FILLER) for n in range(204)]
+    engine = Clocked(LocalEngine(model, tokenizer, batch_size=256), "generate")
+    judge: Any = Clocked(Keywords(), "__call__")
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.process_time()
+        with Run(folder, {"attacks": {}}) as run:
+            evaluate(run, engine, {"decoding": grid}, rows)
+            judge_run(run, [judge])
+        summary(folder)
+        total = time.process_time() - begun
+    rest = total - engine.spent - judge.spent
+    return {
+        "samples": len(rows) * len(grid.grid()),
+        "seconds": total,
+        "model_seconds": engine.spent,
+        "judge_seconds": judge.spent,
+        "bookkeeping_share": rest / total,
+        "bookkeeping_ms_a_sample": 1e3 * rest / (len(rows) * len(grid.grid())),
+    }
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -300,7 +351,7 @@ def command(argv: list[str] | None = None) -> int:
     """Measure and print; --json writes a result file."""
     parser = argparse.ArgumentParser(description=__doc__, prog="benchmarks attack")
     parser.add_argument("--model", default="toy", help="toy, random, or a folder")
-    parser.add_argument("--parts", default="losses,search,replies,store")
+    parser.add_argument("--parts", default="losses,search,replies,store,share")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
@@ -324,7 +375,8 @@ def command(argv: list[str] | None = None) -> int:
         "losses": lambda: losses(model, tokenizer, config, args.prompt, args.laps),
         "search": lambda: search(model, tokenizer, config, args.prompt, args.seeds),
         "replies": lambda: replies(model, tokenizer, args.new, args.prompts),
-        "store": store,
+        "store": lambda: store(tokenizer),
+        "share": lambda: share(model, tokenizer, args.new),
     }
     results = {}
     for part in args.parts.split(","):

@@ -117,10 +117,11 @@ def run(options: Options) -> int:
             print("\n".join(wrong) or f"{options.verify} rows replayed: no difference")
             return 1 if wrong else 0
         evaluate(opened, engine, attacks, prompts, chunk=options.chunk, say=_say)
+        records = list(read_records(folder))
         about = json.dumps({j.name: j.about() for j in judges}, indent=1)
         write_private(folder / "judges.json", about + "\n")
-        judge_run(opened, judges, say=_say)
-    text = summary(folder, model=options.paper)
+        judge_run(opened, judges, records=records, say=_say)
+    text = summary(folder, model=options.paper, records=records)
     write_private(folder / "summary.txt", text + "\n")
     print(text)
     if options.show_text:
@@ -128,14 +129,18 @@ def run(options: Options) -> int:
     return 0
 
 
-def summary(folder: str | Path, model: str = "") -> str:
+def summary(
+    folder: str | Path, model: str = "", *, records: Sequence[Record] | None = None
+) -> str:
     """Tables of a judged run, without any prompt or reply.
 
     Args:
         folder: of the run.
         model: "initial" or "augmented" puts the paper's numbers beside.
+        records: of the run, if they are read already.
     """
-    samples, verdicts = list(read_records(folder, "sample")), list(read_verdicts(folder))
+    records = list(read_records(folder)) if records is None else records
+    samples, verdicts = [r for r in records if r.kind == "sample"], list(read_verdicts(folder))
     table = cells(samples, verdicts)
     parts = [text_table(table)]
     decoding = [c for c in table if c.attack == "decoding"]
@@ -149,14 +154,14 @@ def summary(folder: str | Path, model: str = "") -> str:
         )
         if worst is not None:
             parts.append(f"decoding, the reply this judge scores worst ({judge}): {_shown(worst)}")
-    for found in read_records(folder, "search"):
+    for found in (r for r in records if r.kind == "search"):
         loss = "no suffix" if found.error else f"loss {found.data['loss']:.3f}"
         detail = found.error or f"{found.data['steps']} steps, {found.data['flops']:.2g} FLOP"
         parts.append(f"{found.name} {found.item or 'universal'}: {loss}, {detail}")
-    for metric in read_records(folder, "metric"):
+    for metric in (r for r in records if r.kind == "metric"):
         where = ", ".join(f"{k}={v}" for k, v in metric.cell.items())
         parts.append(f"{metric.name} utility ({where}): {100 * metric.data['value']:.1f} %")
-    parts += _answered(table) + _worst(folder, verdicts)
+    parts += _answered(table) + _worst(folder, records, verdicts)
     parts += [
         f"judges {a.first} and {a.second}: kappa {a.kappa:.2f} on {a.n} replies;"
         f" {a.only_first} successes for the first alone, {a.only_second} for the second alone"
@@ -177,12 +182,13 @@ def _answered(table: Sequence[Cell]) -> list[str]:
     return out
 
 
-def _worst(folder: str | Path, verdicts: Sequence[Record]) -> list[str]:
+def _worst(
+    folder: str | Path, records: Sequence[Record], verdicts: Sequence[Record]
+) -> list[str]:
     out = []
     for name, about in read_manifest(folder)["attacks"].items():
         if about.get("attack") != "worst_case":
             continue
-        records = [r for r in read_records(folder) if r.name == name]
         metric, drop = about["metric"], about["utility_drop"]
         for judge in dict.fromkeys(v.name for v in verdicts):
             found = worst_trial(records, verdicts, judge, name=name, metric=metric, drop=drop)

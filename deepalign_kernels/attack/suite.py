@@ -72,12 +72,21 @@ def _maker(
     return make
 
 
-def judge_run(run: Run, judges: Sequence[Judge], *, chunk: int = 64, say: Say | None = None) -> int:
+def judge_run(
+    run: Run,
+    judges: Sequence[Judge],
+    *,
+    records: Sequence[Record] | None = None,
+    chunk: int = 64,
+    say: Say | None = None,
+) -> int:
     """A verdict of every judge on every reply that it has not judged yet; returns the units made.
 
     Verdicts lie beside the replies, so a judge that is added later needs no model to reply again.
+    `records` are the run's, if they are read already.
     """
-    samples = [r for r in read_records(run.folder, "sample") if r.error is None]
+    records = list(read_records(run.folder)) if records is None else records
+    samples = [r for r in records if r.kind == "sample" and r.error is None]
     todo = []
     for judge in judges:
         for at in range(0, len(samples), chunk):

@@ -1,5 +1,6 @@
 """A run that is killed, torn or started twice is the run that was never stopped."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -117,9 +118,17 @@ def test_damage_is_named(tmp_path):
     whole(tmp_path)
     path = tmp_path / "records.jsonl"
     good = path.read_bytes()
-    path.write_bytes(good.replace(b'"k":1', b'"k":', 1))
-    with pytest.raises(ValueError, match=r"records.jsonl:5: not a record"):
+    for wrong in (b'"k":', b'"k":NaN', b'"k":1},"more":{"k":1'):
+        path.write_bytes(good.replace(b'"k":1', wrong, 1))
+        with pytest.raises(ValueError, match=r"records.jsonl:5: not a record"):
+            list(read_records(tmp_path))
+    path.write_bytes(good.replace(b'"kind":"sample"', b'"kind":"simple"', 1))
+    with pytest.raises(ValueError, match=r"not a record"):
         list(read_records(tmp_path))
+    path.write_bytes(good)
+    for record in read_records(tmp_path):  # the line is kept, and is what would be made again
+        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        assert record.line == Record(**values).line and record.key == Record(**values).key
     first = good[: good.index(b'{"unit"')]
     path.write_bytes(first + good)
     with pytest.raises(ValueError, match=r"there twice"):
