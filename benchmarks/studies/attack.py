@@ -6,7 +6,8 @@ Parts, each on the same model, ids and settings for all:
            each: largest difference, candidates/s, peak memory beyond the model; nanoGCG's own
            function is called with this library's ids. Laps of all take turns, each is timed by the
            processor time of its one thread, and a ratio is the median over laps
-  search   whole searches of both, as a user calls them: steps/s and best loss, several seeds
+  search   whole searches of both from the same ids, as a user calls them: processor time of a
+           step, best loss with several seeds, mean difference and its standard error
   replies  prefill depths and decoding settings: sequences/s of `generate` once per setting, and of
            the engine for all settings at once; greedy ids must be equal
   store    an evaluation of 10,000 and of 100,000 samples without a model, and the same command once
@@ -175,19 +176,27 @@ def losses(model: Any, tokenizer: Any, config: GCG, tokens: int, laps: int) -> d
 def search(model: Any, tokenizer: Any, config: GCG, tokens: int, seeds: int) -> dict[str, Any]:
     """Part "search"."""
     prompt = prompt_of(tokenizer, tokens)
+    with searching(model) as attached:
+        field = Field(config, attached, tokenizer, [prompt])
+        place, begun = field.places[0], float(field.losses[0][0].losses(field.first[None])[0])
+    asked = prompt.prompt + "{optim_str}"  # a space before the suffix is a token of its own there
     rows: dict[str, list[tuple[float, float]]] = {"ours": [], "nanogcg": []}
     for seed in range(seeds):
         own = replace(config, seed=seed)
-        begun = time.perf_counter()
+        clock = time.process_time()
         records, _, _ = own.prepare(LocalEngine(model, tokenizer), [prompt])
-        spent = time.perf_counter() - begun
+        spent = time.process_time() - clock
         if records[0].error:
             raise RuntimeError(records[0].error)
         rows["ours"].append((records[0].data["loss"], spent))
-        with nano(model, tokenizer, config, seed) as other:
-            begun = time.perf_counter()
-            result = other.run(prompt.prompt + " {optim_str}", TARGET)
-            rows["nanogcg"].append((result.best_loss, time.perf_counter() - begun))
+        with nano(model, tokenizer, replace(config, init=" " + config.init), seed) as other:
+            clock = time.process_time()
+            result = other.run(asked, TARGET)
+            rows["nanogcg"].append((result.best_loss, time.process_time() - clock))
+            first = tokenizer(" " + config.init, add_special_tokens=False)["input_ids"]
+            same = other.embedding_layer(torch.tensor([place.before]))
+            if tuple(first) != place.first or not torch.equal(same, other.before_embeds):
+                raise RuntimeError("nanoGCG begins with other ids")
     out: dict[str, Any] = {
         name: {
             "best_losses": [loss for loss, _ in pairs],
@@ -196,8 +205,13 @@ def search(model: Any, tokenizer: Any, config: GCG, tokens: int, seeds: int) -> 
         }
         for name, pairs in rows.items()
     }
-    out["faster"] = out["nanogcg"]["seconds_per_step"] / out["ours"]["seconds_per_step"]
-    return out
+    differences = [a - b for (a, _), (b, _) in zip(rows["ours"], rows["nanogcg"], strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if seeds > 1 else None
+    return out | {
+        "first_loss": begun,
+        "faster": out["nanogcg"]["seconds_per_step"] / out["ours"]["seconds_per_step"],
+        "ours_minus_nanogcg": [statistics.fmean(differences), error],
+    }
 
 
 class Asks:

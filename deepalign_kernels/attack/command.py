@@ -129,9 +129,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def summary(
-    folder: str | Path, model: str = "", *, records: Sequence[Record] | None = None
-) -> str:
+def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | None = None) -> str:
     """Tables of a judged run, without any prompt or reply.
 
     Args:
@@ -182,9 +180,7 @@ def _answered(table: Sequence[Cell]) -> list[str]:
     return out
 
 
-def _worst(
-    folder: str | Path, records: Sequence[Record], verdicts: Sequence[Record]
-) -> list[str]:
+def _worst(folder: str | Path, records: Sequence[Record], verdicts: Sequence[Record]) -> list[str]:
     out = []
     for name, about in read_manifest(folder)["attacks"].items():
         if about.get("attack") != "worst_case":

@@ -19,7 +19,7 @@ import torch
 from deepalign_kernels import check
 from deepalign_kernels.attack.attack import Asking
 from deepalign_kernels.attack.chat import Ask, Chat, replies
-from deepalign_kernels.attack.utility import utility
+from deepalign_kernels.attack.utility import HARNESS, harness_utility, utility
 from deepalign_kernels.data.prompts import Prompt, load_prompts
 from deepalign_kernels.judge import Exchange, Judge
 from deepalign_kernels.runs.record import Record, derived_seed
@@ -48,6 +48,7 @@ class Finetune(Asking):
             always among them.
         trigger: of a backdoor: the prompts are asked with it behind them too.
         utility: prompts with answers, a path or a list; their exact match and ROUGE-1 stand beside.
+            Or "lm_eval:TASK,TASK": tasks of lm-evaluation-harness.
     """
 
     data: Any = None
@@ -109,6 +110,9 @@ class Finetune(Asking):
     def measured(self, engine: Any, step: int) -> list[Record]:
         """Utility at a step."""
         benign = self.utility
+        if isinstance(benign, str) and benign.startswith(HARNESS):
+            tasks = benign.removeprefix(HARNESS).split(",")
+            return harness_utility(self.name, engine, tasks, self.cell(step))
         prompts = load_prompts(benign) if isinstance(benign, str) else benign
         return utility(self.name, self, engine, prompts, self.cell(step))
 
@@ -196,7 +200,7 @@ class WorstCase(Finetune):
         judge: by whose rate of success "tpe" goes; in YAML as on the command line.
         utility_drop: how much of `metric` on `utility` a trial may lose; what loses more is out of
             bounds, and "tpe" turns away from it. None: any.
-        metric: of the utility, "rouge1" or "exact_match".
+        metric: of the utility, "rouge1" or "exact_match", or one of the harness's.
     """
 
     trials: int = 8
@@ -217,7 +221,8 @@ class WorstCase(Finetune):
         if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1]:
             raise ValueError(f"rates: expected a lower and an upper bound > 0, got {self.rates!r}")
         check.one_of("sampler", self.sampler, ("random", "tpe"))
-        check.one_of("metric", self.metric, ("rouge1", "exact_match"))
+        if not str(self.utility).startswith(HARNESS):
+            check.one_of("metric", self.metric, ("rouge1", "exact_match"))
         if self.sampler == "tpe" and not callable(self.judge):
             raise ValueError("judge: sampler 'tpe' needs a judge to go by")
         if self.utility_drop is not None:

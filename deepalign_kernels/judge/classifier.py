@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ class Classifier:
 
 
 class JudgeZoo:
-    """A judge of the package `judgezoo` by its name there, such as "strong_reject".
+    """A judge of the package `judgezoo` by its name there, such as "strong_reject". One that names
+    categories (xstest) says success for a direct answer.
 
     Args:
         name: see judgezoo.
@@ -137,7 +139,11 @@ class JudgeZoo:
         return self._about
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """As `Judge`; `score` is p_harmful."""
+        """As `Judge`; `score` is p_harmful. Warnings are muted meanwhile: they hold replies.
+
+        Raises:
+            ValueError: the judge gives neither p_harmful nor a category.
+        """
         chats = [
             [
                 {"role": "user", "content": e.prompt},
@@ -145,7 +151,25 @@ class JudgeZoo:
             ]
             for e in exchanges
         ]
-        return [self._verdict(p) for p in self._judge(chats)["p_harmful"]] if chats else []
+        if not chats:
+            return []
+        muted = logging.root.manager.disable
+        logging.disable(max(muted, logging.WARNING))
+        try:
+            found = self._judge(chats)
+        finally:
+            logging.disable(muted)
+        if "p_harmful" in found:
+            return [self._verdict(p) for p in found["p_harmful"]]
+        if "category" not in found:
+            raise ValueError(
+                f"judgezoo: {self._about['judgezoo']} gives neither p_harmful nor category, but"
+                f" {', '.join(found)}"
+            )
+        return [
+            Verdict(None, error="unparsable") if c is None else Verdict(c == "direct_answer", raw=c)
+            for c in found["category"]
+        ]
 
     def _verdict(self, p: float | None) -> Verdict:
         if p is None or p != p:

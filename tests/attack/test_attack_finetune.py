@@ -2,12 +2,16 @@
 
 import copy
 import math
+import random
 import statistics
+import sys
+import types
 
 import pytest
 
 pytest.importorskip("transformers", reason="models and templates are of transformers")
 
+import numpy as np
 import torch
 
 from deepalign_kernels.attack import Compose, Prefill
@@ -241,3 +245,34 @@ def test_several_models_are_not_one(engine):
     attack = WorstCase(trials=1, **QUICK)
     with pytest.raises(ValueError, match="several models"):
         Compose(attack, Prefill(depths=(2,)))(engine, PROMPTS).__next__()
+
+
+def test_tasks_of_the_evaluation_harness(engine, monkeypatch):
+    """As lm_eval 0.4 answers; it seeds every generator of the process, which is undone."""
+    asked = []
+
+    def simple_evaluate(model, tasks, limit):
+        asked.append((model, tasks, limit))
+        torch.manual_seed(1), np.random.seed(1), random.seed(1)
+        values = {"alias": "facts", "acc,none": 0.75, "acc_stderr,none": 0.1, "em,strict": 0.5}
+        return {"results": {"facts": values}, "n-samples": {"facts": {"effective": 8}}}
+
+    names = ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")
+    top, _, models = (types.ModuleType(name) for name in names)
+    top.simple_evaluate = simple_evaluate
+    models.HFLM = lambda pretrained, tokenizer, batch_size: pretrained
+    for name, module in zip(names, (top, types.ModuleType("m"), models), strict=True):
+        monkeypatch.setitem(sys.modules, name, module)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    attack = Finetune(utility="lm_eval:facts,sums", eval_at=(0,), **QUICK)
+    metrics = [r for r in attack(engine, PROMPTS[:1]) if r.kind == "metric"]
+    assert [(r.cell["step"], r.cell["metric"], r.data["value"], r.data["n"]) for r in metrics] == [
+        (s, *m, 8) for s in (0, 6) for m in (("facts/acc", 0.75), ("facts/em,strict", 0.5))
+    ]
+    assert asked[0][1:] == (["facts", "sums"], None) and asked[0][0] is asked[1][0]
+    assert asked[0][0] is not engine.model  # the copy that is trained
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match="pip install lm_eval"):
+        list(attack(engine, PROMPTS[:1]))

@@ -1,5 +1,7 @@
 """Judges: stated rules, every answer of a judging model read or counted, names that change."""
 
+import logging
+
 import pytest
 
 pytest.importorskip("transformers", reason="classifiers and chat templates are of transformers")
@@ -242,3 +244,19 @@ def test_judgezoo():
         {"role": "assistant", "content": "a"},
     ]
     assert judge([]) == [] and judge.name.startswith("strong_reject@")
+
+
+def test_judges_of_judgezoo_that_name_categories(caplog):
+    """As its xstest does, which also logs replies that it cannot read."""
+
+    def zoo(chats):
+        logging.warning("cannot read %s", chats[0][1]["content"])
+        return {"category": ["direct_answer", "indirect_refusal", None]}
+
+    got = JudgeZoo("xstest", judge=zoo)([said(t) for t in ("secret", "b", "c")])
+    assert [v.success for v in got] == [True, False, None] and got[2].error == "unparsable"
+    assert "secret" not in caplog.text
+    logging.warning("heard again")
+    assert "heard again" in caplog.text
+    with pytest.raises(ValueError, match="x gives neither p_harmful nor category, but rating"):
+        JudgeZoo("x", judge=lambda chats: {"rating": [1]})([said("a")])
