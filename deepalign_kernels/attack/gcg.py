@@ -96,8 +96,12 @@ class GCG(Search):
             return super().prepare(engine, prompts)
         if not hasattr(engine, "model"):
             raise ValueError("engine: gcg needs a local model, got a server")
-        with searching(engine.model) as model:
-            record = self._searched(model, engine.tokenizer, prompts[: self.train or None])
+        try:
+            with searching(engine.model) as model:
+                record = self._searched(model, engine.tokenizer, prompts[: self.train or None])
+        except ValueError as error:
+            record = Record("search", self.name, self.cell(), error=str(error))
+            return [record], engine, list(prompts)
         return [record], engine, [replace(p, suffix=record.text["suffix"]) for p in prompts]
 
     def _searched(self, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Record:

@@ -184,21 +184,30 @@ class RankAssisted(Asking):
             tuple(engine.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in self.refusals
         ]
         for prompt in prompts:
+            ids = chat.ids(prompt)
             for r in self.ranks:
-                ids, placed = chat.ids(prompt), ()
+                placed, why = (), None
                 for k in range(max(self.depths)):
-                    candidates = next_ids(ids + placed, r)
-                    rows = [ids + placed + (c,) for c in candidates for _ in phrases]
-                    scores = engine.score(rows, phrases * len(candidates))
-                    likely = [sum(s) / len(s) for s in scores]
-                    worst = [
-                        max(likely[i : i + len(phrases)])
-                        for i in range(0, len(likely), len(phrases))
-                    ]
-                    placed += (candidates[worst.index(min(worst))],)
+                    try:
+                        if why is None:
+                            placed += (self._least(engine, ids + placed, next_ids, r, phrases),)
+                    except (
+                        ValueError
+                    ) as error:  # it is too long, or the model's logits are not finite
+                        why = str(error)
                     if k + 1 in self.depths:
                         asks += [
-                            Ask(prompt, ids + placed, {"r": r, "k": k + 1}, s, placed)
+                            Ask(prompt, ids + placed, {"r": r, "k": k + 1}, s, placed, error=why)
                             for s in range(self.samples)
                         ]
         return replies(self.name, self, chat, engine, asks)
+
+    @staticmethod
+    def _least(engine: Engine, ids: Ids, next_ids: Any, r: int, phrases: list[Ids]) -> int:
+        """Of the r most probable next tokens, the one after which no phrase is probable."""
+        candidates = next_ids(ids, r)
+        rows = [ids + (c,) for c in candidates for _ in phrases]
+        scores = engine.score(rows, phrases * len(candidates))
+        likely = [sum(s) / len(s) for s in scores]
+        worst = [max(likely[i : i + len(phrases)]) for i in range(0, len(likely), len(phrases))]
+        return candidates[worst.index(min(worst))]

@@ -134,6 +134,16 @@ class Field:
         self.places = [Place(self.chat, p) for p in first]
         if len({p.first for p in self.places}) > 1:
             raise ValueError("init: other token ids behind other prompts")
+        whole = max(
+            len(p.before) + len(p.first) + len(p.after) + len(t)
+            for p, t in zip(self.places, self.targets, strict=True)
+        )
+        for m in self._models:
+            room = getattr(m.config, "max_position_embeddings", None) or whole
+            if whole > room:
+                raise ValueError(
+                    f"{whole} tokens with the target do not fit into a context of {room}"
+                )
         self.losses = [
             [TargetLoss(m, p.before, p.after, t, search.batch) for m in (model, *also)]
             for p, t in zip(self.places, self.targets, strict=True)

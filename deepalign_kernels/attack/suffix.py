@@ -36,7 +36,10 @@ class Place:
         begin = text.index(prompt.suffix)
         end = begin + len(prompt.suffix)
         plain = not chat.templated
-        coded = chat.tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
+        try:
+            coded = chat.tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
+        except NotImplementedError as error:  # tokenizers in Python
+            raise ValueError(f"tokenizer: it does not say where tokens stand ({error})") from error
         ids, spans = coded["input_ids"], coded["offset_mapping"]
         inside = [n for n, (a, b) in enumerate(spans) if a < end and b > begin and a < b]
         start, stop = inside[0], inside[-1] + 1

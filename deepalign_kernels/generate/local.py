@@ -74,7 +74,7 @@ class LocalEngine:
         wrong = {i: why for i, r in enumerate(requests) if (why := self._wrong(r.prompt))}
         good = [i for i in range(len(requests)) if i not in wrong]
         good.sort(key=lambda i: (len(requests[i].prompt), requests[i].prompt))
-        replies = self._in_batches([requests[i] for i in good], self._generate)
+        replies = self._in_batches([requests[i] for i in good], self._generate, _no_memory)
         self._kept = None
         found = dict(zip(good, replies, strict=True))
         return [found.get(i) or Reply(finish="error", error=wrong[i]) for i in range(len(requests))]
@@ -99,9 +99,13 @@ class LocalEngine:
 
     def next_ids(self, prompt: Sequence[int], n: int) -> tuple[int, ...]:
         """The n most probable next ids behind one prompt, the most probable first."""
+        if why := self._wrong(prompt):
+            raise ValueError(f"prompt: {why}")
         with evaluating(self.model), torch.inference_mode():
             ids = torch.tensor([list(prompt)])
             logits = self._forward(ids, None, None, [len(prompt) - 1]).logits[0, 0]
+        if not logits.logsumexp(-1).isfinite():
+            raise ValueError("the model's logits are not finite")
         return tuple(logits.float().topk(n).indices.tolist())
 
     def self_check(self, requests: Sequence[Request]) -> dict[str, int]:
@@ -122,8 +126,14 @@ class LocalEngine:
             return f"a prompt of {len(prompt)} tokens does not fit into a context of {self.context}"
         return None
 
-    def _in_batches(self, rows: list[Any], run: Callable[[list[Any]], list[T]]) -> list[T]:
-        """`run` of pieces of `rows`, smaller ones after an out-of-memory error."""
+    def _in_batches(
+        self,
+        rows: list[Any],
+        run: Callable[[list[Any]], list[T]],
+        alone: Callable[[Exception], T] | None = None,
+    ) -> list[T]:
+        """`run` of pieces of `rows`, smaller ones after an out-of-memory error; `alone` of the
+        error is what a row gives that does not fit in a piece of its own."""
         out: list[T] = []
         with evaluating(self.model), torch.inference_mode():
             while len(out) < len(rows):
@@ -133,10 +143,13 @@ class LocalEngine:
                     piece = [r for r in piece if _length(r) == _length(piece[0])]
                 try:
                     out += run(piece)
-                except torch.OutOfMemoryError:
-                    if len(piece) == 1:
+                except torch.OutOfMemoryError as error:
+                    if len(piece) > 1:
+                        self.batch_size = max(1, len(piece) // 2)
+                    elif alone is None:
                         raise
-                    self.batch_size = max(1, len(piece) // 2)
+                    else:
+                        out.append(alone(error))
         return out
 
     def _can_pad(self) -> bool:
@@ -219,7 +232,7 @@ class LocalEngine:
                 if not over:
                     ids[row].append(token)
                     logps[row].append(value)
-            done |= torch.isin(new, ends) | (limit[rows] <= step + 1)
+            done |= torch.isin(new, ends) | (limit[rows] <= step + 1) | logp.isnan()
             if done.all():
                 break
             if done.sum() >= 0.25 * len(rows):  # finished rows leave, but not one by one
@@ -232,6 +245,9 @@ class LocalEngine:
         return [self._reply(i, p) for i, p in zip(ids, logps, strict=True)]
 
     def _reply(self, ids: list[int], logps: list[float]) -> Reply:
+        if logps and logps[-1] != logps[-1]:
+            why = f"the model's logits are not finite at token {len(ids)} of the reply"
+            return Reply(finish="error", error=why)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         finish = "stop" if ids and ids[-1] in self.end_ids else "length"
         return Reply(tuple(ids), tuple(logps), text, finish)
@@ -248,6 +264,11 @@ class LocalEngine:
             logp[n, most - len(t) :].gather(1, torch.tensor(t)[:, None])[:, 0].tolist()
             for n, (_, t) in enumerate(pairs)
         ]
+
+
+def _no_memory(error: Exception) -> Reply:
+    first = str(error).split("\n", 1)[0]
+    return Reply(finish="error", error=f"out of memory in a batch of one: {first}")
 
 
 def _end_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -38,13 +38,16 @@ class Picker:
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """(ids [b], their log-probs [b] in nats) from logits [b, V] of the rows [b] of the batch.
 
-        Of equal logits the first counts as the more probable.
+        Of equal logits the first counts as the more probable. Where logits are NaN or infinite,
+        the log-prob is NaN and the id means nothing.
         """
         logits = logits.float()
+        total = logits.logsumexp(-1)
+        logits = torch.where(total.isfinite()[:, None], logits, 0.0)
         best = logits.argmax(-1)
         ids = best if self.greedy else self._draw(logits, best, rows, step)
-        logp = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-        return ids, logp
+        logp = logits.gather(1, ids[:, None])[:, 0] - total
+        return ids, torch.where(logp.isfinite(), logp, torch.nan)
 
     def _draw(self, logits: Tensor, best: Tensor, rows: Tensor, step: int) -> Tensor:
         temperature = self._temperature[rows]

@@ -154,6 +154,54 @@ def test_prompts_without_an_answer_fail_alone(engine):
     assert records[1].text["reply"]
 
 
+class Broken:
+    """A model whose logits become NaN at the third token of a reply, or that needs more memory
+    than there is for long prompts."""
+
+    def __init__(self, engine, nan=False):
+        self.engine, self.nan, self.plain = engine, nan, engine._forward
+
+    def __call__(self, ids, mask, cache, keep):
+        if not self.nan and ids.shape[1] > 60:
+            raise torch.OutOfMemoryError("planted\nwith details")
+        out = self.plain(ids, mask, cache, keep)
+        if self.nan and (mask is not None and mask.shape[1] >= 20):
+            out.logits[mask.sum(1) >= 20] = torch.nan
+        return out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_logits_that_are_not_finite_fail_alone(engine, monkeypatch, temperature):
+    """The reply that meets them is a failure; others in its batch are what they were."""
+    config = Direct(temperature=temperature, max_new_tokens=12)
+    wanted = {r.item: r.line for r in config(engine, PROMPTS)}
+    monkeypatch.setattr(engine, "_forward", Broken(engine, nan=True))
+    got = {r.item: r for r in config(engine, PROMPTS)}
+    failed = {item for item, r in got.items() if r.error}
+    assert failed and all("not finite at token" in got[i].error for i in failed)
+    assert all(got[i].line == wanted[i] for i in got.keys() - failed)
+    spared = Direct(temperature=temperature, max_new_tokens=1)
+    assert not any(r.error for r in spared(engine, PROMPTS))
+
+
+def test_what_does_not_fit_into_memory_fails_alone(engine, monkeypatch):
+    long = Prompt("long", "bake " * 70)
+    monkeypatch.setattr(engine, "_forward", Broken(engine))
+    records = list(Direct(**SHORT)(engine, [PROMPTS[0], long, PROMPTS[1]]))
+    assert [r.error for r in records] == [None, "out of memory in a batch of one: planted", None]
+
+
+def test_prompts_longer_than_the_context_fail_alone(engine):
+    long = Prompt("long", "bake " * 300, answer="mix it")
+    for attack in (
+        Direct(**SHORT), Prefill(depths=(1,), **SHORT), Insertion(**SHORT),
+        RankAssisted(depths=(1,), ranks=(2,), **SHORT),
+    ):  # fmt: skip
+        records = list(attack(engine, [long, PROMPTS[0]]))
+        assert {r.item for r in records if r.error} == {"long"}, attack.name
+        assert "does not fit into a context of 128" in records[0].error
+
+
 def test_the_decoding_grid():
     engine = Recording()
     records = list(Decoding(**SHORT)(engine, PROMPTS[:2]))

@@ -382,6 +382,20 @@ def test_a_prefill_behind_a_suffix(engine):
         assert record.cell["k"] == 2 and record.text["suffix"] and record.text["prefix"]
 
 
+@pytest.mark.parametrize("universal", [False, True])
+def test_a_search_that_cannot_begin_is_a_record(universal):
+    """A model that knows only so many places: its own error would end the run."""
+    model = tiny_models.build("gpt2").eval()
+    model.resize_token_embeddings(len(TOKENIZER))
+    config = GCG(steps=1, width=8, topk=4, universal=universal, **QUICK)
+    long = Prompt("long", "bake " * (model.config.n_positions + 1))
+    records = list(config(LocalEngine(model, TOKENIZER), [long, PROMPTS[0]]))
+    assert "do not fit into a context" in records[0].error and records[0].kind == "search"
+    samples = [r for r in records if r.kind == "sample"]
+    failed = [r.item for r in samples if r.error == "no suffix was found"]
+    assert failed == (["long", "p0"] if universal else ["long"])
+
+
 def test_everything_is_left_as_it_was(engine):
     model = copy.deepcopy(engine.model).train()
     model.model.layers[0].eval()
