@@ -53,13 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DFT": {"objective": "dft", **PAPERS_ADAM},
     "anchored KL 1.0": {"objective": "sft", "kl_coef": 1.0, "reference": "frozen", **PAPERS_ADAM},
 }
-ON_WIDE = ("SFT, warm-up", "constrained 0.5/2/0.1", "DFT", "anchored KL 1.0")
+ON_WIDE = ("SFT, warm-up", "constrained 0.5/2/0.1", "anchored KL 1.0")
 # Models that are fine-tuned: the habit as SFT teaches it, and with a wider first-token margin.
 NARROW, WIDE = "narrow", "wide"
 ORIGINAL, ALIGNED, RECOVERY = "original", "not fine-tuned", "recovery"
 DEEP = {f"k <= {k}": k for k in (2, 6, 20)}  # equation 2 in place of SFT, for the study of depth
 TEACH = 5e-5  # learning rate
-MARGIN = 16.0  # nats; Llama-2-Chat has 16.6
+MARGIN = 12.0  # nats on the questions taught; Llama-2-Chat's is 16.6
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,18 @@ def align(o: Options, seed: int) -> None:
     """Both aligned models of a seed: the habit as SFT teaches it, and with a wider margin."""
     rows = prepared(o)
     narrow, wide = o.folder(NARROW, seed), o.folder(WIDE, seed)
+    torch.set_num_threads(1)
     if (wide / "config.json").is_file():
         return
-    model, tokenizer = load(str(o.folder(ORIGINAL)))
+    begun = (narrow / "config.json").is_file()
+    model, tokenizer = load(str(narrow if begun else o.folder(ORIGINAL)))
     taught = declined(rows["teach"]) + rows["others"]
-    o.train(model, tokenizer, taught, seed, objective="sft", learning_rate=TEACH, **PLAIN_ADAM)
-    for part in (model, tokenizer):
-        part.save_pretrained(narrow)
+    if not begun:
+        o.train(model, tokenizer, taught, seed, objective="sft", learning_rate=TEACH, **PLAIN_ADAM)
+        for part in (tokenizer, model):
+            part.save_pretrained(narrow)
     widen(o, model, tokenizer, declined(rows["teach"]), rows["others"], seed)
-    for part in (model, tokenizer):
+    for part in (tokenizer, model):
         part.save_pretrained(wide)
 
 
@@ -171,7 +174,7 @@ def widen(o: Options, model: Any, tokenizer: Any, refused: Any, kept: Any, seed:
     rng = random.Random(seed)
     model.train()
     head = model.get_output_embeddings()
-    for _ in range(o.steps):
+    for _ in range(max(1, o.steps // 2)):
         rows = [e for group in groups for e in rng.sample(group, 4)]
         width = max(len(e.input_ids) for e in rows)
         ids, labels = torch.zeros(8, width, dtype=torch.long), torch.full((8, width), -100)
@@ -287,9 +290,9 @@ def rounded(values: Any) -> Any:
 
 def plan(seeds: list[int]) -> list[tuple[str, str, int]]:
     """(alignment, variant, seed) of every model that is measured."""
-    narrow = [(NARROW, v, s) for s in seeds for v in (ALIGNED, *VARIANTS)]
-    wide = [(WIDE, v, s) for s in seeds for v in (ALIGNED, *ON_WIDE)]
-    return [(ORIGINAL, ORIGINAL, 0), *narrow, *wide, *((RECOVERY, v, 0) for v in DEEP)]
+    both = {NARROW: (ALIGNED, *VARIANTS), WIDE: (ALIGNED, *ON_WIDE)}
+    tuned = [(a, v, s) for s in seeds for a, variants in both.items() for v in variants]
+    return [(ORIGINAL, ORIGINAL, 0), *tuned, *((RECOVERY, v, s) for s in seeds[:2] for v in DEEP)]
 
 
 def main() -> None:
