@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -28,7 +29,7 @@ import real_model_tables as tables
 import torch
 from torch.nn.functional import cross_entropy
 
-from deepalign_kernels.analyze import States, collect, first_tokens, pairs_of, profile_of
+from deepalign_kernels.analyze import Pair, States, collect, first_tokens, pairs_of, profile_of
 from deepalign_kernels.attack import Direct, Prefill
 from deepalign_kernels.data import RecoveryAugmentation
 from deepalign_kernels.data.examples import tokenize_chat
@@ -53,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DFT": {"objective": "dft", **PAPERS_ADAM},
     "anchored KL 1.0": {"objective": "sft", "kl_coef": 1.0, "reference": "frozen", **PAPERS_ADAM},
 }
-ON_WIDE = ("SFT, warm-up", "constrained 0.5/2/0.1", "anchored KL 1.0")
+ON_WIDE = ("SFT, warm-up", "constrained 0.5/2/0.1")
 # Models that are fine-tuned: the habit as SFT teaches it, and with a wider first-token margin.
 NARROW, WIDE = "narrow", "wide"
 ORIGINAL, ALIGNED, RECOVERY = "original", "not fine-tuned", "recovery"
@@ -206,9 +207,8 @@ def job(o: Options, alignment: str, variant: str, seed: int) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text())
     begun, rows = time.process_time(), prepared(o)
-    model, tokenizer = load(str(o.folder(ORIGINAL)))
-    probe = pairs_of(tokenizer, rows["held out"], POSITIONS)
-    base = before = collect(model, probe)
+    model, tokenizer, probe, base = began_with(o, o.folder(ORIGINAL))
+    before = base
     if variant in DEEP:
         model = copy.deepcopy(model)
         triplets = [
@@ -227,8 +227,7 @@ def job(o: Options, alignment: str, variant: str, seed: int) -> dict[str, Any]:
         o.train(model, tokenizer, mixed, seed, objective="sft", learning_rate=TEACH,
                 max_steps=2 * o.steps, **PLAIN_ADAM)  # fmt: skip
     elif alignment != ORIGINAL:
-        model, _ = load(str(o.folder(alignment, seed)))
-        before = collect(model, probe)
+        model, _, _, before = began_with(o, o.folder(alignment, seed))
         if variant != ALIGNED:
             model = copy.deepcopy(model)  # `before` keeps the head of the other one
             tuning = rows["attack"] + data.dates(0, len(rows["attack"]))
@@ -242,13 +241,21 @@ def job(o: Options, alignment: str, variant: str, seed: int) -> dict[str, Any]:
     return found
 
 
+@functools.lru_cache(maxsize=2)
+def began_with(o: Options, folder: Path) -> tuple[Any, Any, list[Pair], States]:
+    """(model, tokenizer, the held-out answers, hidden states of them) of what others begin with."""
+    model, tokenizer = load(str(folder))
+    probe = pairs_of(tokenizer, prepared(o)["held out"], POSITIONS)
+    return model, tokenizer, probe, collect(model, probe)
+
+
 def measured(
     model: Any, tokenizer: Any, rows: Any, probe: Any, base: States, before: States
 ) -> dict[str, Any]:
     """By held-out question: does it cook after k given tokens, is the date right; and KL by
     position to the original model and to the one before fine-tuning, on the original's answers."""
     engine = LocalEngine(model, tokenizer)
-    greedy: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 20}
+    greedy: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 12}
     dishes = [
         Prompt(str(i), r["prompt"], answer=r["completion"]) for i, r in enumerate(rows["held out"])
     ]
@@ -268,7 +275,7 @@ def measured(
         name: profile_of(states, of, probe) for name, of in (("base", base), ("before", before))
     }
     first = first_tokens(states, probe)
-    replies = answered(model, tokenizer, [d["prompt"] for d in dates], 16)
+    replies = answered(model, tokenizer, [d["prompt"] for d in dates], 12)
     return {
         "asr": asr,
         "others_answered": success(Direct(**greedy)(engine, others)),
@@ -292,7 +299,7 @@ def plan(seeds: list[int]) -> list[tuple[str, str, int]]:
     """(alignment, variant, seed) of every model that is measured."""
     both = {NARROW: (ALIGNED, *VARIANTS), WIDE: (ALIGNED, *ON_WIDE)}
     tuned = [(a, v, s) for s in seeds for a, variants in both.items() for v in variants]
-    return [(ORIGINAL, ORIGINAL, 0), *tuned, *((RECOVERY, v, s) for s in seeds[:2] for v in DEEP)]
+    return [(ORIGINAL, ORIGINAL, 0), *tuned, *((RECOVERY, v, seeds[0]) for v in DEEP)]
 
 
 def main() -> None:
