@@ -224,8 +224,7 @@ def job(o: Options, alignment: str, variant: str, seed: int) -> dict[str, Any]:
             anchors_per_recovery=1,
             alpha=0.5,
         )
-        o.train(model, tokenizer, mixed, seed, objective="sft", learning_rate=TEACH,
-                max_steps=2 * o.steps, **PLAIN_ADAM)  # fmt: skip
+        o.train(model, tokenizer, mixed, seed, objective="sft", learning_rate=TEACH, **PLAIN_ADAM)
     elif alignment != ORIGINAL:
         model, _, _, before = began_with(o, o.folder(alignment, seed))
         if variant != ALIGNED:

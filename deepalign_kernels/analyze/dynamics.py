@@ -78,8 +78,12 @@ class Dynamics:
         )
         self._begun = time.perf_counter()
         self.look(model, 0)
-        self._last, self.spent = self.spent, 0.0
-        self._begun = time.perf_counter()
+        self._last = self.spent
+        self.begin()
+
+    def begin(self) -> None:
+        """Training begins now: `share` is of the time from here on."""
+        self.spent, self._begun = 0.0, time.perf_counter()
 
     def __call__(self, run: Any, record: dict[str, Any]) -> None:
         """What the thin loop calls with every line of its log."""
@@ -109,12 +113,17 @@ class Dynamics:
         return found
 
     def for_trainer(self) -> Any:
-        """The same as a `transformers.TrainerCallback`."""
+        """The same as a `transformers.TrainerCallback`, for trl's trainers too; in a run of several
+        processes give it to the first one alone (`args.process_index == 0`), and only where that
+        has the whole model."""
         from transformers import TrainerCallback
 
         watch = self
 
         class Callback(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                watch.begin()
+
             def on_step_end(
                 self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
             ) -> None:

@@ -15,6 +15,8 @@ from tiny_chat import RECORDS, build_model, build_tokenizer
 from train_runs import train
 
 import deepalign_kernels as dak
+from deepalign_kernels.analyze import profile
+from deepalign_kernels.analyze.dynamics import Dynamics
 from deepalign_kernels.trl import ConstrainedSFTConfig, ConstrainedSFTTrainer
 from deepalign_kernels.trl.columns import tokenized
 
@@ -31,7 +33,9 @@ PLAIN = {
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
-def trained(folder, model=None, data=CHATS, resume=None, ref_model=None, lora=None, **options):
+def trained(
+    folder, model=None, data=CHATS, resume=None, ref_model=None, lora=None, callbacks=(), **options
+):
     config = ConstrainedSFTConfig(str(folder), **{**PLAIN, **options})
     model = build_model() if model is None else model
     trainer = ConstrainedSFTTrainer(
@@ -41,6 +45,7 @@ def trained(folder, model=None, data=CHATS, resume=None, ref_model=None, lora=No
         processing_class=build_tokenizer(),
         ref_model=ref_model,
         peft_config=lora,
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, [r for r in trainer.state.log_history if "loss" in r]
@@ -196,3 +201,25 @@ def test_what_a_trainer_refuses(tmp_path):
     assert all(len(ids) <= 40 for ids in kept.train_dataset["input_ids"])
     with pytest.raises(ValueError, match="args: expected a ConstrainedSFTConfig, got a SFTConfig"):
         ConstrainedSFTTrainer(build_model(), trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize("lora", [None, peft.LoraConfig(r=2, target_modules=["q_proj"])])
+def test_curves_during_a_training_of_trls(tmp_path, lora):
+    """The callback sees what trl trains, adapters included, and leaves no trace in it."""
+    model, tokenizer = build_model(), build_tokenizer()
+    watch = Dynamics(model, tokenizer, CHATS[:3], every=2, positions=3, share=None)
+    plain, _ = trained(tmp_path / "plain", lora=lora)
+    watched, _ = trained(tmp_path / "watched", lora=lora, callbacks=[watch.for_trainer()])
+    for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [r.cell["step"] for r in watch.records] == [0, 2, 4]
+    now = profile(watched.model, model, tokenizer, CHATS[:3], positions=3)
+    last = watch.records[-1].data["values"]
+    assert last["nll"] == pytest.approx(now.curve("nll").mean.tolist(), rel=1e-5)
+    assert last["kl_model_base"] == pytest.approx(
+        now.curve("kl_model_base").mean.tolist(), abs=1e-5
+    )
+    assert (
+        last["kl_model_base"][0] > 1e-4
+        and max(watch.records[0].data["values"]["kl_model_base"]) < 1e-6
+    )
