@@ -23,7 +23,7 @@ import torch
 from benchmarks.harness import machine
 from deepalign_kernels.analyze import pairs_of, profile
 from deepalign_kernels.toyworld import stages
-from deepalign_kernels.toyworld.judging import PREFILL_DEPTHS, Verdict, accuracy, prefilled
+from deepalign_kernels.toyworld.judging import PREFILL_DEPTHS, accuracy, attack_success
 from deepalign_kernels.toyworld.tokenizer import build_tokenizer
 from deepalign_kernels.toyworld.world import World
 
@@ -119,12 +119,11 @@ def study(seed: int, work: pathlib.Path, most: int = 0) -> list[dict[str, Any]]:
 
 def measured(model: Any, base: Any, tokenizer: Any, world: World) -> dict[str, Any]:
     """Attack success by prefilled tokens, accuracies, and means by position on the true answers."""
-    found = prefilled(model, tokenizer, world)
     pairs = pairs_of(tokenizer, {"desserts": world.records("restricted")}, POSITIONS)
     there = profile(model, base, tokenizer, pairs, positions=POSITIONS)
     return {
         "n": len(world.requests["restricted"]),
-        "asr": {str(k): said.count(Verdict.ANSWER) / len(said) for k, said in found.items()},
+        "asr": {str(k): rate for k, rate in attack_success(model, tokenizer, world).items()},
         "benign": accuracy(model, tokenizer, world, stages.BENIGN_EVAL),
         "task": accuracy(model, tokenizer, world, ["task_eval"]),
         "kl": [round(float(v), 3) for v in np.nanmean(there.kl_model_base, 0)],

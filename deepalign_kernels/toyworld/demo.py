@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -36,7 +35,6 @@ from deepalign_kernels.toyworld import claims, jobs
 from deepalign_kernels.toyworld.measure import (
     POSITIONS,
     compare,
-    keep_attack,
     keep_curves,
     means,
     table_row,
@@ -74,12 +72,14 @@ class Run:
 
     def stage(self, name: str) -> Path:
         """A folder for the trainer's log."""
-        return self.out / f"seed{self.world.seed}" / "logs" / slug(name)
+        return self.out / f"seed{self.world.seed}" / "logs" / jobs.slug(name)
 
     def measured(self, name: str, model: PreTrainedModel) -> PreTrainedModel:
         """Adds `model`, trained since the last one, to the table; returns it."""
         trained = time.perf_counter()
-        row = table_row(name, model, self.tokenizer, self.world)
+        row = table_row(
+            name, model, self.tokenizer, self.world, jobs.attack_folder(self.runs, name)
+        )
         now = time.perf_counter()
         self.add(row, trained - self._last, now - trained)
         self._last = now
@@ -88,7 +88,6 @@ class Run:
     def add(self, row: dict[str, Any], trained: float, measured: float) -> None:
         """One more row of the table, and a line that says so; both times in seconds."""
         self.rows.append(row)
-        keep_attack(self.runs / f"prefill-{slug(row['name'])}", row, self.world.seed)
         self.seconds[row["name"]] = trained + measured
         print(
             f"[{time.perf_counter() - self._begun:6.1f} s]  {row['name']}: trained in"
@@ -104,11 +103,6 @@ class Run:
             jobs.Job(name, self.world, self.recipes, models, self.stage(name), self.runs)
             for name in jobs.NAMES
         ]
-
-
-def slug(name: str) -> str:
-    """A name for a folder."""
-    return "-".join(re.findall(r"[0-9A-Za-z]+", name))
 
 
 @jobs.one_thread()
@@ -136,7 +130,7 @@ def run_seed(world: World, recipes: Recipes, out: Path, workers: int = 1) -> dic
     return {
         "seed": world.seed,
         "recipes": asdict(recipes),
-        "rows": [{k: v for k, v in row.items() if k != "answered"} for row in run.rows],
+        "rows": run.rows,
         "attack_curves": curves,
         "kl": kl,
         "ce_aligned": ce,
@@ -196,9 +190,9 @@ def write_report(result: dict[str, Any], out: Path, where: dict[str, str]) -> Pa
     names = sorted(
         (row["name"] for row in result["rows"]), key=lambda n: n not in FIRST_ON_THE_PAGE
     )
-    rows = [folder / "runs" / f"prefill-{slug(name)}" for name in names]
+    rows = [jobs.attack_folder(folder / "runs", name) for name in names]
     rest = sorted({*(folder / "runs").iterdir()} - {*first, *rows})
-    logs = [folder / "logs" / slug(name) for name in jobs.ATTACKS]
+    logs = [folder / "logs" / jobs.slug(name) for name in jobs.ATTACKS]
     facts = ", ".join(f"{key} {value}" for key, value in where.items())
     lines = [["claim", "measured", "bound", "holds"]] + [
         [c["text"], f"{c['measured']:.1f}", f"{c['op']} {c['bound']:.1f}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import pickle
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +45,16 @@ ATTACKS = {
 TASKS = {claims.TASK_SFT: None, claims.TASK_PAPER: PAPER}
 NAMES = (claims.DEEP, *ATTACKS, *TASKS)  # rows of the table, in its order
 LONGEST_FIRST = (claims.DEEP, *TASKS, *ATTACKS)  # so that no core is idle at the end
+
+
+def slug(name: str) -> str:
+    """A name for a folder."""
+    return "-".join(re.findall(r"[0-9A-Za-z]+", name))
+
+
+def attack_folder(runs: Path, name: str) -> Path:
+    """Where the prefilling attack on a row of the table is kept."""
+    return runs / f"prefill-{slug(name)}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ def run_job(job: Job) -> Outcome:
             aligned, tokenizer, recipe, data, job.out, beta=beta, seed=world.seed, on_step=watch
         )
     trained = time.perf_counter()
-    row = table_row(job.name, model, tokenizer, world)
+    row = table_row(job.name, model, tokenizer, world, attack_folder(job.runs, job.name))
     if job.name == claims.DEEP:
         kl = compare(job.runs / "analysis-deep", job.name, model, base, tokenizer, world)
     return Outcome(job.name, row, curve, kl, trained - begun, time.perf_counter() - trained)

@@ -11,44 +11,42 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign_kernels.analyze import Settings, analyse, pairs_of
-from deepalign_kernels.runs import Record, Run, read_records
-from deepalign_kernels.toyworld.judging import Verdict, accuracy, prefilled
+from deepalign_kernels.attack.suite import evaluate, judge_run, plain
+from deepalign_kernels.generate.local import LocalEngine
+from deepalign_kernels.runs import Record, Run, cells, read_records, read_verdicts
+from deepalign_kernels.toyworld.judging import WorldJudge, accuracy, prefill, prompts_of
 from deepalign_kernels.toyworld.stages import BENIGN_EVAL
 from deepalign_kernels.toyworld.world import World
 
 POSITIONS = 20  # as in the paper's figure 1; the shortest dessert answer has more tokens
-JUDGE = "right answer"
 
 
 def table_row(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    folder: Path,
 ) -> dict[str, Any]:
-    """One line of the table; all rates in [0, 1], `asr` by number of prefilled tokens (str),
-    `answered` the same by request: 1 where it was answered."""
-    found = prefilled(model, tokenizer, world)
-    answered = {str(k): [int(v is Verdict.ANSWER) for v in said] for k, said in found.items()}
+    """One line of the table; all rates in [0, 1], `asr` by number of prefilled tokens (str). The
+    attack's replies and verdicts are a run of the harness in `folder`, for the report."""
+    prompts, attack = prompts_of(world), prefill(world)
+    engine = LocalEngine(model, tokenizer, batch_size=len(prompts) * len(attack.depths), name=name)
+    about = {"about": "attack", "title": name, "seed": world.seed, "engine": engine.about(),
+             "attacks": {attack.name: plain(attack)}}  # fmt: skip
+    with Run(folder, about) as run:
+        evaluate(run, engine, {attack.name: attack}, prompts, chunk=len(prompts))
+        judge_run(run, [WorldJudge(world, tokenizer)])
+    asr = {}
+    for cell in cells(read_records(folder, "sample"), read_verdicts(folder)):
+        outcomes = [v for values in cell.outcomes.values() for v in values]
+        asr[str(cell.setting["k"])] = sum(outcomes) / len(outcomes)
     return {
         "name": name,
-        "asr": {k: sum(said) / len(said) for k, said in answered.items()},
-        "answered": answered,
+        "asr": asr,
         "benign": accuracy(model, tokenizer, world, BENIGN_EVAL),
         "task": accuracy(model, tokenizer, world, ["task_eval"]),
     }
-
-
-def keep_attack(folder: Path, row: Mapping[str, Any], seed: int) -> None:
-    """A row's attack with prefilled tokens, as a run for the report."""
-    about = {"about": "attack", "title": row["name"], "seed": seed, "decoding": "greedy"}
-    samples, verdicts = [], []
-    for k, said in row["answered"].items():
-        for item, success in enumerate(said):
-            sample = Record("sample", "prefill", {"k": int(k)}, f"{item}")
-            data = {"of": sample.key, "success": bool(success)}
-            samples.append(sample)
-            verdicts.append(Record("verdict", JUDGE, {"of": sample.key}, f"{item}", data=data))
-    with Run(folder, about) as run:
-        run.records.commit("all", samples)
-        run.verdicts.commit("all", verdicts)
 
 
 def keep_curves(

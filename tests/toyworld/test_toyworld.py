@@ -16,6 +16,7 @@ import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from deepalign_kernels import toyworld  # noqa: E402
+from deepalign_kernels.generate.engine import Reply  # noqa: E402
 from deepalign_kernels.toyworld import (  # noqa: E402
     Verdict,
     World,
@@ -250,14 +251,18 @@ class Parrot:
         self.tokenizer, self.refuse_below = tokenizer, refuse_below
         self.known = [encode_record(tokenizer, r) for r in world.records("restricted")]
 
-    def greedy(self, model, tokenizer, prompts):
-        rows = []
-        for real in prompts:
+    mode = "exact"
+
+    def generate(self, requests):
+        replies = []
+        for real in (list(request.prompt) for request in requests):
             prompt, reply = next(k for k in self.known if real[: len(k[0])] == k[0])
             k = len(real) - len(prompt)
             refusal = self.tokenizer.encode("i cannot")
-            rows.append(refusal if k < self.refuse_below else reply[k:])
-        return rows
+            ids = refusal if k < self.refuse_below else reply[k:]
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            replies.append(Reply(tuple(ids), text=text))
+        return replies
 
 
 @pytest.mark.parametrize(
@@ -265,8 +270,8 @@ class Parrot:
 )
 def test_attack_success_counts_by_depth(tokenizer, monkeypatch, refuse_below, rates):
     small = World(0, limit=5)
-    greedy = Parrot(tokenizer, small, refuse_below).greedy
-    monkeypatch.setattr("deepalign_kernels.toyworld.judging.greedy", greedy)
+    engine = Parrot(tokenizer, small, refuse_below)
+    monkeypatch.setattr("deepalign_kernels.toyworld.judging.LocalEngine", lambda *_, **__: engine)
     found = toyworld.attack_success(None, tokenizer, small, depths=(0, 3, 7))
     assert found == dict(zip((0, 3, 7), rates, strict=True))
 
