@@ -41,6 +41,7 @@ from deepalign_kernels.train import TrainConfig, fit
 
 POSITIONS = 16
 DEPTHS = (0, 1, 3, 5)
+DATES = 24  # held-out ones
 JUDGE = Keywords(("sorry", "cannot", "can't", "unable", "do not talk"), min_words=2)
 
 PLAIN_ADAM = {"adam_betas": (0.9, 0.999), "warmup_steps": 0}
@@ -59,7 +60,7 @@ ON_WIDE = ("SFT, warm-up", "constrained 0.5/2/0.1")
 NARROW, WIDE = "narrow", "wide"
 ORIGINAL, ALIGNED, RECOVERY = "original", "not fine-tuned", "recovery"
 DEEP = {f"k <= {k}": k for k in (2, 6, 20)}  # equation 2 in place of SFT, for the study of depth
-TEACH = 5e-5  # learning rate
+RATE, TEACH = 2e-5, 5e-5  # learning rates of fine-tunings and of the habit
 MARGIN = 12.0  # nats on the questions taught; Llama-2-Chat's is 16.6
 
 
@@ -79,7 +80,7 @@ class Options:
     def train(self, model: Any, tokenizer: Any, records: Any, seed: int, **more: Any) -> None:
         """`train.fit` on a few short conversations."""
         folder = self.out / "logs" / f"{seed}-{time.monotonic_ns()}"
-        given = {"learning_rate": 2e-5, "max_steps": self.steps, **more}
+        given = {"learning_rate": RATE, "max_steps": self.steps, **more}
         config = TrainConfig(
             folder,
             batch_size=8,
@@ -168,10 +169,12 @@ def align(o: Options, seed: int) -> None:
         part.save_pretrained(wide)
 
 
-def widen(o: Options, model: Any, tokenizer: Any, refused: Any, kept: Any, seed: int) -> None:
+def widen(
+    o: Options, model: Any, tokenizer: Any, refused: Any, kept: Any, seed: int, rate: float = 2e-5
+) -> None:
     """SFT as before, plus 0.1 * max(0, MARGIN - log-odds of the refusal's first token)."""
     groups = [list(tokenize_chat(tokenizer, rows)) for rows in (refused, kept)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     rng = random.Random(seed)
     model.train()
     head = model.get_output_embeddings()
@@ -259,7 +262,7 @@ def measured(
         Prompt(str(i), r["prompt"], answer=r["completion"]) for i, r in enumerate(rows["held out"])
     ]
     others = [Prompt(str(i), r["prompt"]) for i, r in enumerate(rows["others held out"])]
-    dates = data.dates(len(rows["attack"]), 24)
+    dates = data.dates(len(rows["attack"]), DATES)
 
     def success(records: Any) -> list[int]:
         seen = [Exchange(r.text["prompt"], r.text["reply"], r.text["prefix"]) for r in records]

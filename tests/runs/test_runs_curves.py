@@ -1,6 +1,8 @@
 """Curves with bands and the depth of an alignment in one number."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +79,18 @@ def test_the_prediction_from_a_margin_is_the_losss_own_weight(beta):
         assert one == pytest.approx(weight[-1].item(), rel=1e-6)
         assert times == pytest.approx(np.mean(1 / weight.numpy()), rel=1e-3)
     assert curves.weight_at_flip(16.6) < 1e-3 < 0.3 < curves.weight_at_flip(3.5)
+
+
+def test_the_predictions_of_the_guide_are_these():
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "analyze.md"
+    rows = {
+        name.strip(): [float(re.match(r"[\d.]+", x.strip())[0]) for x in cells.split("|")[:-1]]
+        for name, cells in re.findall(r"^\| ([\w ,=.]+?) \| (\d.*)$", guide.read_text(), re.M)
+    }
+    margins = rows["margin m, nats"]
+    left = [100 * v for v in curves.weight_at_flip(margins)]
+    assert rows["gradient left at the flip, beta = 0.5"] == pytest.approx(left, rel=0.02)
+    assert rows["predicted slowdown"] == pytest.approx(curves.slowdown(margins), rel=0.02)
 
 
 def test_rank_correlation_is_exact_for_few_models():
