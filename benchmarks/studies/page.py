@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import report
 from benchmarks.harness.cells import Row
-from benchmarks.studies import growth, picture
+from benchmarks.studies import depth, growth, picture, toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -346,7 +346,26 @@ def _gcg(rows: list[dict[str, Any]]) -> str:
     return table(("part", *ways.values()), lines)
 
 
-PAGES = {"logits": logits_page, "linear": linear_page, "other": other_page}
+def toy_page() -> dict[str, str]:
+    return toy.values(_json(depth.TOY))
+
+
+def depth_page() -> dict[str, str]:
+    real, world = (table(*_split(depth.lines(models))) for models in depth.studies().values())
+    return {"real": real, "toy": world}
+
+
+def _split(lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    return lines[0], lines[1:]
+
+
+PAGES = {
+    "logits": logits_page,
+    "linear": linear_page,
+    "other": other_page,
+    "toy": toy_page,
+    "depth": depth_page,
+}
 
 
 def pages() -> dict[pathlib.Path, str]:

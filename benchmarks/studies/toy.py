@@ -10,6 +10,7 @@ study goes on where it was; every result is a line in DIR.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import time
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness import machine
+from benchmarks.harness.report import table as _table
 from deepalign_kernels.analyze import pairs_of, profile
+from deepalign_kernels.runs import curves, stats
 from deepalign_kernels.toyworld import stages
 from deepalign_kernels.toyworld.judging import PREFILL_DEPTHS, accuracy, attack_success
 from deepalign_kernels.toyworld.tokenizer import build_tokenizer
@@ -129,6 +132,86 @@ def measured(model: Any, base: Any, tokenizer: Any, world: World) -> dict[str, A
         "kl": [round(float(v), 3) for v in np.nanmean(there.kl_model_base, 0)],
         "margin": round(float(there.margin[:, 0].mean()), 2),
     }
+
+
+Rows = list[dict[str, Any]]
+table = functools.partial(_table, markdown=True)
+
+
+def rate(rows: Rows, k: int | str) -> str:
+    """Percent answered at k given tokens, over all requests of all seeds with Wilson's interval;
+    behind it each seed's, where there are several."""
+    values, n = [r["asr"][str(k)] for r in rows], sum(r["n"] for r in rows)
+    hits = sum(round(r["asr"][str(k)] * r["n"]) for r in rows)
+    value, low, high = (100 * x for x in stats.wilson(hits, n))
+    seeds = f" ({', '.join(f'{100 * v:.0f}' for v in values)})" if len(values) > 1 else ""
+    return f"{value:.0f} [{low:.0f}, {high:.0f}]{seeds}"
+
+
+def mean(rows: Rows, key: str) -> float:
+    return float(np.mean([r[key] for r in rows]))
+
+
+def values(document: dict[str, Any]) -> dict[str, str]:
+    """What the page's template asks for."""
+    found: dict[tuple[str, str], Rows] = {}
+    for row in document["rows"]:
+        found.setdefault((row["alignment"], row["name"]), []).append(row)
+    seeds = sorted({r["seed"] for r in document["rows"]})
+    where = document["machine"]
+
+    def line(alignment: str, name: str, label: str, *ks: int) -> list[str]:
+        rows = found[alignment, name]
+        return [label, *(rate(rows, k) for k in ks)]
+
+    alignments = []
+    for name in ALIGNMENTS:
+        aligned = found[name, ""]
+        margin = np.array([r["margin"] for r in aligned])
+        left, slower = curves.weight_at_flip(margin), curves.slowdown(margin)
+        told = [f"{margin.mean():.1f}", f"{100 * left.mean():.2g} %", f"{slower.mean():.2g}"]
+        ends = [rate(found[name, after], 0) for after in ("SFT", "constrained")]
+        alignments.append([name, *told, *ends])
+    attacks = [
+        line(t.alignment, t.name, t.name, 0)
+        for t in tunings()
+        if t.alignment == "demo" and not t.benign
+    ]
+    benign = [
+        [f"{a}: {label}", *(rate(found[a, name], k) for k in (0, 5, 10)),
+         f"{100 * mean(found[a, name], 'task'):.0f}"]
+        for a in ("demo", "plain refusals")
+        for name, label in (
+            ("", "before"),
+            *((t.name, t.name) for t in tunings() if t.alignment == a and t.benign),
+        )
+    ]  # fmt: skip
+    plain = found["plain refusals", ""]
+    kl = np.mean([r["kl"] for r in plain], 0)
+    return {
+        "seeds": ", ".join(map(str, seeds)),
+        "requests": str(document["rows"][0]["n"]),
+        "alignments": table(
+            ("alignment", "margin of the first token, nats", "gradient left at the flip",
+             "predicted slowdown", "answered after SFT, %", "after constrained, %"),
+            alignments,
+        ),
+        "attacks": table(("attack on the demo's alignment", "answered, %"), attacks),
+        "benign": table(
+            ("", "answered, k = 0, %", "k = 5", "k = 10", "task right, %"), benign
+        ),
+        "plain_prefill": table(
+            tuple(f"k = {k}" for k in document["depths"]),
+            [[rate(plain, k) for k in document["depths"]]],
+        ),
+        "plain_kl": table(
+            tuple(str(p) for p in (1, 2, 3, 4, 5, 10, 20)),
+            [[f"{kl[p - 1]:.2f}" for p in (1, 2, 3, 4, 5, 10, 20)]],
+        ),
+        "cpu_minutes": f"{sum(r['cpu_seconds'] for r in document['rows']) / 60:.0f}",
+        "source": f"{where['cpu']} ({where['cpu_capability']}), one thread, torch {where['torch']},"
+        f" commit {where['commit']}",
+    }  # fmt: skip
 
 
 def command(argv: Sequence[str] | None = None) -> int:

@@ -146,4 +146,8 @@
     });
   }
   document.querySelectorAll("figure[data-key]").forEach(setUp);
+
+  const folded = [...document.querySelectorAll("details.printed:not([open])")];  // on paper nobody unfolds
+  window.addEventListener("beforeprint", () => folded.forEach((d) => { d.open = true; }));
+  window.addEventListener("afterprint", () => folded.forEach((d) => { d.open = false; }));
 })();
