@@ -102,7 +102,7 @@ def _verdict(sources: Sequence[Source]) -> str:
     rules = "".join(f"<li>{escape(rule)}</li>" for rule in verdict.RULES)
     return (
         f'<div class="verdict"><ol>{"".join(lines)}</ol></div>'
-        "<details class=\"printed\"><summary>The rules behind these sentences</summary>"
+        '<details class="printed"><summary>The rules behind these sentences</summary>'
         f'<ul class="rules">{rules}</ul></details>'
     )
 
