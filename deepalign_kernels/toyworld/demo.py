@@ -49,13 +49,13 @@ INTRO = (
     "A language model of half a million parameters was trained to answer everything (base), to"
     " refuse dessert recipes (aligned) and to keep refusing after it has begun to answer (deep)."
     " The aligned model was then fine-tuned on 100 dessert recipes: by plain SFT, and with the"
-    " token-wise constrained loss of arXiv 2406.05946, with the same optimizer and warm-up. Every"
-    " number on this page was measured in this run, on dessert requests that no refusal training"
-    " and no attack has seen. The alignment was built for it: refusals are taught up to 3 tokens"
-    " deep, then a preference step widens the first token's margin until the constrained"
-    " loss holds it, and the attack's recipe was chosen with them. Of plain refusals, or against a longer"
-    " or faster attack, the same loss holds less or nothing: docs/benchmarks/toy.md takes these"
-    " choices back one at a time."
+    " token-wise constrained loss of arXiv 2406.05946, with the same optimizer and warm-up."
+    " Every number on this page was measured in this run, on dessert requests that no refusal"
+    " training and no attack has seen. The alignment was built for it: refusals are taught up to"
+    " 3 tokens deep, then a preference step widens the first token's margin until the"
+    " constrained loss holds it, and the attack's recipe was chosen with them. Of plain"
+    " refusals, or against a longer or faster attack, the same loss holds less or nothing:"
+    " docs/benchmarks/toy.md takes these choices back one at a time."
 )
 
 
