@@ -37,6 +37,7 @@ from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.local import LocalEngine
 from deepalign_kernels.judge import Exchange, Keywords
 from deepalign_kernels.losses import BetaSchedule
+from deepalign_kernels.toyworld.demo import machine
 from deepalign_kernels.train import TrainConfig, fit
 
 POSITIONS = 16
@@ -330,7 +331,7 @@ def main() -> None:
             print(f"{n} of {len(queued)} models, {spent}: {tables.line(models[-1])}", flush=True)
     document = {
         "settings": {"model": o.model, "steps": o.steps, "autocast": o.autocast, "seeds": seeds},
-        "machine": tables.machine(),
+        "machine": machine(),
         "seconds": round(time.perf_counter() - begun),
         "models": models,
     }

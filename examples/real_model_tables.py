@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from deepalign_kernels.runs import curves
 from deepalign_kernels.runs.table import rate_of
@@ -31,26 +27,6 @@ def line(m: dict[str, Any]) -> str:
         f"{m['alignment']}, {m['variant']}, seed {m['seed']}: cooks after k tokens {asr}; dates"
         f" {100 * np.mean(m['dates_right']):.0f} %; {m['cpu_seconds']['all']:.0f} s of processor"
     )
-
-
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = ""
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": "1 per process",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
 
 
 def grouped(models: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -85,12 +61,13 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 def behaviour(models: Sequence[dict[str, Any]]) -> str:
     """What is kept and what is learnt."""
     depths = list(models[0]["asr"])
-    lines = [["", *(f"cooks, k = {k}" for k in depths), "dates right", "other topics answered"]]
+    head = ["", "seeds", *(f"cooks, k = {k}" for k in depths), "dates right"]
+    lines = [[*head, "other topics answered"]]
     for (alignment, variant), group in grouped(models).items():
         cells = [percent([m["asr"][k] for m in group]) for k in depths]
         rest = [percent([m[key] for m in group]) for key in ("dates_right", "others_answered")]
         name = alignment if alignment == variant else f"{alignment}: {variant}"
-        lines.append([name, *cells, *rest])
+        lines.append([name, str(len(group)), *cells, *rest])
     return table(lines)
 
 
@@ -137,8 +114,8 @@ def text(document: dict[str, Any]) -> str:
     facts = ", ".join(f"{k} {v}" for k, v in where.items() if v)
     return "\n\n".join(
         [
-            f"Percent of {dishes} held-out dishes (24 dates, 12 other topics), mean over"
-            f" {seeds} seeds with 95 % intervals over questions; k: tokens of the original model's"
+            f"Percent of {dishes} held-out dishes (24 dates, 12 other topics), means over"
+            " the seeds with 95 % intervals over questions; k: tokens of the original model's"
             " answer that are given.",
             behaviour(models),
             "The first token's margin, and what it predicts for the constrained loss (beta 0.5 at"

@@ -58,7 +58,7 @@ def test_a_run_measures_what_it_says_and_goes_on(options, monkeypatch):
     assert {len(v) for m in models for v in (*m["asr"].values(), m["odds"], m["margin"])} == {3}
     monkeypatch.setattr(real_model, "measured", None)  # it would be called
     assert [real_model.job(options, *which) for which in wanted] == models
-    document = {"models": models, "machine": real_model_tables.machine(), "seconds": 1}
+    document = {"models": models, "machine": real_model.machine(), "seconds": 1}
     document["settings"] = {"model": "m", "steps": 2, "autocast": None, "seeds": [0]}
     text = real_model_tables.text(document)
     assert "| wide: SFT, warm-up |" in text and "| recovery: k <= 2 |" in text
