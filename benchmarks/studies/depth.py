@@ -85,7 +85,8 @@ def ranked(models: Sequence[Model], resamples: int = 2000) -> Ranked | None:
     for _ in range(resamples):
         i = rng.integers(len(x), size=len(x))
         if len(set(x[i])) > 1 and len(set(y[i])) > 1:
-            draws.append(spearmanr(x[i], y[i]).statistic)
+            again: Any = spearmanr(x[i], y[i])
+            draws.append(again.statistic)
     low, high = np.percentile(draws, (2.5, 97.5))
     return Ranked(found.rho, float(low), float(high), found.p_value, found.count)
 
