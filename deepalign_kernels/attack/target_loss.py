@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from deepalign_kernels import hf, ops
+from deepalign_kernels.generate import cache as caches
 from deepalign_kernels.hf.head import Head
 from deepalign_kernels.modes import evaluating
 
@@ -100,7 +101,7 @@ class TargetLoss:
             with torch.no_grad():
                 ids = torch.tensor([before], device=device)
                 out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            self._cache = shared(out.past_key_values)
+            self._cache = shared(caches.of(out))
             self.tokens[0] += len(before)
         self._busy = BUSY.get(device.type, BUSY["cuda"])
         self._known = 0 if self._cache is None else len(before)
@@ -155,8 +156,7 @@ class TargetLoss:
                 self._keep(True)
                 try:
                     ids = usual[None, : int(alike.max())]
-                    past = {"past_key_values": self._cache, "use_cache": True}
-                    self.model(input_ids=ids, **past, logits_to_keep=1)
+                    self.model(input_ids=ids, **self._past(), logits_to_keep=1)
                     longer: Any = DynamicCache()
                     longer.layers = [layer.longer() for layer in self._layers()]
                 finally:
@@ -207,10 +207,7 @@ class TargetLoss:
             logp = ops.linear_token_logp(hidden, head.weight, wanted, **head.options)
             return hf.LossOutput(logp=logp)
 
-        return self.model(
-            **inputs, past_key_values=self._cache, use_cache=self._cache is not None,
-            shift_labels=labels, dak_loss=loss,
-        ).logp  # fmt: skip
+        return self.model(**inputs, **self._past(), shift_labels=labels, dak_loss=loss).logp
 
     def gradient(self, suffix: Tensor) -> Tensor:
         """[S, V] fp32: derivative of the mean NLL by the one-hot rows of a suffix [S]."""
@@ -234,10 +231,11 @@ class TargetLoss:
         T = len(self._target)
         ids = self._ids(suffix[None], T - 1)
         self.tokens[0] += ids.numel()
-        out = self.model(
-            input_ids=ids, past_key_values=self._cache, use_cache=self._cache is not None
-        )
+        out = self.model(input_ids=ids, **self._past())
         return bool((out.logits[0, -T:].argmax(-1) == self._target).all())
+
+    def _past(self) -> dict[str, Any]:
+        return caches.given(self.model, self._cache) | {"use_cache": self._cache is not None}
 
     def _layers(self) -> Any:
         return () if self._cache is None else self._cache.layers

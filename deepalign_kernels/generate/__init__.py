@@ -2,6 +2,7 @@
 
 engine    what goes in and comes out
 sampling  the next token of each row, by settings and random number of its own
+cache     keys and values, under either of their names
 local     any causal LM of transformers: shared keys and values, exact or fast
 server    any OpenAI-compatible server: retries, limits, checks
 """

@@ -9,7 +9,6 @@ with the company. `self_check` counts the replies that differ.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels import check
+from deepalign_kernels.generate import cache as caches
 from deepalign_kernels.generate.engine import Reply, Request
 from deepalign_kernels.generate.sampling import Picker
 from deepalign_kernels.modes import evaluating
@@ -54,10 +54,8 @@ class LocalEngine:
         self.name = name or getattr(config, "name_or_path", "") or type(model).__name__
         self.context = getattr(config, "max_position_embeddings", None) or float("inf")
         self.end_ids = _end_ids(self.model, tokenizer)
-        base = getattr(self.model, "get_base_model", None)  # of PEFT
-        inner = base() if base else model
         self._kept: Any = None  # the last prompt of mode "exact", and its keys and values
-        self._takes = set(inspect.signature(type(inner).forward).parameters)
+        self._takes = caches.takes(model)
 
     def about(self) -> dict[str, Any]:
         """Model and mode, plain values."""
@@ -156,9 +154,9 @@ class LocalEngine:
         """Whether every layer keeps plain keys and values, which a mask can hide."""
         if not hasattr(self, "_plain"):
             out = self._forward(torch.zeros(1, 1, dtype=torch.long), None, None, [0])
-            if getattr(out, "past_key_values", None) is None:
-                raise ValueError(f"model: {type(self.model).__name__} gives no past_key_values")
-            layers = getattr(out.past_key_values, "layers", [None])
+            if (cache := caches.of(out)) is None:
+                raise ValueError(f"model: {type(self.model).__name__} gives no keys and values")
+            layers = getattr(cache, "layers", [None])
             self._plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
         return self._plain
 
@@ -167,7 +165,7 @@ class LocalEngine:
         device = self.model.device
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": True}
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs |= caches.given(self.model, cache)
         if mask is not None:
             inputs["attention_mask"] = mask.to(device)
             if "position_ids" in self._takes:
@@ -191,7 +189,7 @@ class LocalEngine:
         keep = sorted({width - 1 - s for s in surplus.tolist()})
         out = self._forward(ids, mask if self._can_pad() else None, None, keep)
         at = torch.tensor([keep.index(width - 1 - s) for s in surplus.tolist()])
-        cache, logits = out.past_key_values, out.logits[row, at]
+        cache, logits = caches.of(out), out.logits[row, at]
         if not surplus.any():
             if row.tolist() != list(range(len(longest))):
                 cache.reorder_cache(row.to(logits.device))
