@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deepalign_kernels import check
 from deepalign_kernels.data.examples import IGNORE, Example
-from deepalign_kernels.data.store import ColumnFile, mapped
+from deepalign_kernels.data.store import ColumnFile, Watched, mapped
 
 PART_WEIGHTINGS = ("tokens", "examples")
 UNTRAINED = -1
@@ -99,6 +99,8 @@ class TokenTable:
         ValueError: columns of unlike length, nothing to train, a part without a weight.
     """
 
+    _files: Sequence[Watched] = ()  # those that others can reach
+
     def __init__(
         self,
         examples: Iterable[Example],
@@ -119,6 +121,7 @@ class TokenTable:
         writer.add([pad_id], [UNTRAINED])
         self._open({name: file.mapped() for name, file in writer.files.items()})
         if folder is not None:
+            self._files = [Watched(folder / f"{name}.bin") for name in writer.files]
             self._save_rows(folder)
 
     @classmethod
@@ -137,6 +140,7 @@ class TokenTable:
                 values.frombytes((folder / f"{name}.bin").read_bytes())
                 setattr(self, name, values)
             kinds = {name: {**DTYPES, **RARE}[name] for name in about["columns"]}
+            self._files = [Watched(folder / f"{name}.bin") for name in kinds]
             self._open({n: mapped(folder / f"{n}.bin", kind) for n, kind in kinds.items()})
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder}: not readable: {error}") from error
@@ -253,7 +257,13 @@ class TokenTable:
         counts: Mapping[int, Counts],
         packed: bool = False,
     ) -> Batch:
-        """The batch of these examples; `counts`: of the optimizer step, by part."""
+        """The batch of these examples; `counts`: of the optimizer step, by part.
+
+        Raises:
+            OSError: a file of the table was cut short.
+        """
+        for file in self._files:
+            file.check()
         slots = self.slots(rows, packed)
         tokens = sum(self.lengths[row] for row in rows)
 

@@ -5,6 +5,7 @@ Data larger than memory stay on the disk; of what is read the system keeps what 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,28 @@ class ColumnFile:
         """All of it; nothing can be appended any more. Writing into it changes no file."""
         self._file.flush()
         return mapped(self._file, self.dtype)
+
+
+class Watched:
+    """A mapped file that others can reach. Cut short, it would kill the process that reads it
+    (SIGBUS); removed or given another name, it stays what it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def check(self) -> None:
+        """Raises OSError: it was cut short."""
+        now = os.fstat(self._file.fileno()).st_size
+        if now < self._size:
+            raise OSError(
+                f"{self._path} was cut short while it was in use: {now} of {self._size} bytes. What"
+                " was saved is whole; resume, and the data are tokenised again"
+            )
 
 
 def mapped(file: Any, dtype: Any) -> Tensor:

@@ -214,6 +214,30 @@ def test_a_cache_that_goes_while_it_is_used(tmp_path, gold):
     assert [r["step"] for r in log_of(tmp_path / "cut") if r["event"] == "step"] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("made", ("in this run", "before"))
+def test_tokens_that_are_cut_short_while_they_are_used(tmp_path, gold, made):
+    """Without a look at its size, a mapped file ends the process: SIGBUS."""
+    cache, out, data = tmp_path / "tokens", tmp_path / "out", tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    if made == "before":
+        make(tmp_path / "first", str(data), data_cache=cache)
+
+    def cut(run, record):
+        if record["step"] == 2:
+            (path,) = cache.glob("*/ids.bin")
+            os.truncate(path, 0)
+
+    def act():
+        with pytest.raises(OSError, match="ids.bin was cut short while it was in use: 0 of"):
+            make(out, str(data), data_cache=cache, callbacks=[cut]).train()
+
+    assert in_child(act)() == 0
+    with pytest.warns(UserWarning, match="tokenising again"):
+        again = make(out, str(data), data_cache=cache)
+    again.train(resume=True)
+    assert same_weights(again.model, gold.model)
+
+
 def test_a_full_disk_in_the_pass_loses_nothing(tmp_path, gold, monkeypatch):
     real, calls = os.pwrite, []
 
