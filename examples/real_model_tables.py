@@ -76,7 +76,7 @@ def kl(models: Sequence[dict[str, Any]], key: str, positions: Sequence[int]) -> 
     lines = [["", *map(str, positions)]]
     for (alignment, variant), group in grouped(models).items():
         values = mean([m[key] for m in group])
-        if max(values) > 0:
+        if max(values) > 0 and (alignment != "recovery" or key == "kl_base"):
             at = [f"{values[p - 1]:.2f}" for p in positions if p <= len(values)]
             lines.append([f"{alignment}: {variant}", *at])
     return table(lines)
