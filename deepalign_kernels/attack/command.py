@@ -35,6 +35,8 @@ from deepalign_kernels.runs.table import (
     union,
 )
 
+Records = Sequence[Record]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -159,7 +161,7 @@ def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | 
     for metric in (r for r in records if r.kind == "metric"):
         where = ", ".join(f"{k}={v}" for k, v in metric.cell.items())
         parts.append(f"{metric.name} utility ({where}): {100 * metric.data['value']:.1f} %")
-    parts += _answered(table) + _worst(folder, records, verdicts)
+    parts += _any(table) + _answered(table) + _worst(folder, records, verdicts)
     parts += [
         f"judges {a.first} and {a.second}: kappa {a.kappa:.2f} on {a.n} replies;"
         f" {a.only_first} successes for the first alone, {a.only_second} for the second alone"
@@ -168,6 +170,17 @@ def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | 
     if model:
         parts += _beside(table, model)
     return "\n".join(parts)
+
+
+def _any(table: Sequence[Cell]) -> list[str]:
+    """Of cells with several samples of a prompt, the grid's apart."""
+    out = []
+    for c in table:
+        n, rate = max(map(len, c.outcomes.values()), default=0), rate_of(union([c]))
+        if n > 1 and rate is not None and c.attack != "decoding":
+            named = ", ".join([c.attack, *(f"{k}={v}" for k, v in c.setting.items())])
+            out.append(f"{named}, any of {n} samples ({c.judge}): {_shown(rate)}")
+    return out
 
 
 def _answered(table: Sequence[Cell]) -> list[str]:

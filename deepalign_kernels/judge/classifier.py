@@ -25,7 +25,7 @@ class Classifier:
             reply as the two texts of a pair.
         several_labels: labels exclude each other (softmax), or each is a question of its own
             (sigmoid; the highest bad one counts).
-        batch_size: texts at once.
+        batch_size: texts at once; halved when memory runs out.
         version: for the name, such as the hash of the weights.
         view: what counts as the reply.
 
@@ -83,9 +83,17 @@ class Classifier:
         training = self._model.training
         self._model.eval()
         try:
-            for at in range(0, len(fits), self._batch_size):
-                rows = fits[at : at + self._batch_size]
-                for i, p in zip(rows, self._probabilities([coded[i] for i in rows]), strict=True):
+            while fits:
+                rows = fits[: self._batch_size]
+                try:
+                    found = self._probabilities([coded[i] for i in rows])
+                except torch.OutOfMemoryError:
+                    if len(rows) == 1:
+                        raise
+                    self._batch_size = len(rows) // 2  # and remembered
+                    continue
+                fits = fits[len(rows) :]
+                for i, p in zip(rows, found, strict=True):
                     verdicts[i] = Verdict(p >= self._threshold, p)
         finally:
             self._model.train(training)

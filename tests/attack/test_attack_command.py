@@ -120,8 +120,9 @@ def test_two_models_compared(world, tmp_path, capsys):
     capsys.readouterr()
     assert main(["compare", "--first", str(tmp_path / "0"), "--second", str(tmp_path / "1")]) == 0
     assert capsys.readouterr().out.count("\n") == len(found) + 1
-    args = words(world, tmp_path / "2", "--limit", "2", suite="direct")
+    args = words(world, tmp_path / "2", "--limit", "2", "--samples", "3", suite="direct")
     assert main(args) == 0
+    assert "direct, any of 3 samples (keywords" in capsys.readouterr().out
     with pytest.raises(ValueError, match="other prompts"):
         compare(tmp_path / "0", tmp_path / "2")
     with pytest.raises(ValueError, match="no run"):

@@ -229,6 +229,23 @@ def test_bad_classifiers(classifier):
         Classifier(classifier, TOKENIZER, ["bad"], template="{prompt}")
 
 
+def test_a_classifier_without_memory_for_its_batch(classifier, monkeypatch):
+    judge = Classifier(classifier, TOKENIZER, ["bad"], batch_size=8)
+    replies = [f"mix {'it ' * n}" for n in range(7)]
+    wanted, plain, sizes = judge([said(r) for r in replies]), judge._probabilities, []
+
+    def small(rows):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("planted")
+        return plain(rows)
+
+    monkeypatch.setattr(judge, "_probabilities", small)
+    got = judge([said(r) for r in replies])
+    assert [v.score for v in got] == pytest.approx([v.score for v in wanted], abs=1e-6)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+
+
 def test_judgezoo():
     seen = []
 
