@@ -100,8 +100,7 @@ class GCG(Search):
             with searching(engine.model) as model:
                 record = self._searched(model, engine.tokenizer, prompts[: self.train or None])
         except ValueError as error:
-            record = Record("search", self.name, self.cell(), error=str(error))
-            return [record], engine, list(prompts)
+            return [Record("search", self.name, self.cell(), error=str(error))], engine, [*prompts]
         return [record], engine, [replace(p, suffix=record.text["suffix"]) for p in prompts]
 
     def _searched(self, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Record:

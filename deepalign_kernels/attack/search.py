@@ -134,10 +134,8 @@ class Field:
         self.places = [Place(self.chat, p) for p in first]
         if len({p.first for p in self.places}) > 1:
             raise ValueError("init: other token ids behind other prompts")
-        whole = max(
-            len(p.before) + len(p.first) + len(p.after) + len(t)
-            for p, t in zip(self.places, self.targets, strict=True)
-        )
+        pairs = zip(self.places, self.targets, strict=True)
+        whole = max(len(p.before) + len(p.first) + len(p.after) + len(t) for p, t in pairs)
         for m in self._models:
             room = getattr(m.config, "max_position_embeddings", None) or whole
             if whole > room:
