@@ -55,8 +55,14 @@ def probe(model: Any, forward: Callable[..., Any], device: torch.device | str) -
             return_dict=True,
         )
     if len(fed) != 1:
+        copied = "forward" in vars(model) and not fed
+        why = (
+            "; its forward was replaced, in a model of which this is a copy (trl's trainer does"
+            " that): make the copy before"
+        )
         raise NotImplementedError(
             f"a forward of {type(model).__name__} calls its output head {len(fed)} times, not once"
+            + (why if copied else "")
         )
     return fit(fed[0], out.logits.reshape(-1))
 

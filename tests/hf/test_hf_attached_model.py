@@ -268,6 +268,12 @@ def test_calls_that_are_refused():
         model(**data, dak_loss=hf.ConstrainedLoss(beta=1.0, ref_logp=torch.zeros(2, 3)))
     with pytest.raises(ValueError, match="expected one of the two"):
         hf.ConstrainedLoss(beta=1.0)
+    patched = build("llama")
+    patched.forward = patched.forward  # bound, as trl puts it there: a copy calls the first one
+    moved = copy.deepcopy(patched)
+    moved.forward = patched.forward
+    with pytest.raises(NotImplementedError, match="0 times, .* make the copy before"):
+        hf.attach(moved)
     rows = hf.hidden_rows(model, **data)
     with pytest.raises(ValueError, match="the policy's head is trained"):
         model(**data, dak_loss=hf.TokenKL(rows))
