@@ -108,16 +108,17 @@ def one(model: str, way: str, steps: int, profiled: bool) -> float:
     config = getattr(transformers, kind)(**options)
     batch, length = SIZES[model]
     rows, ends = rows_of(batch, length, steps), []
-    register_optimizer_step_post_hook(lambda *_: ends.append(time.process_time()))
+    hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.process_time()))
     with tempfile.TemporaryDirectory() as folder:
 
         def run() -> None:
             built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             WAYS[way](built, rows, batch, folder)
 
-        if profiled:
-            return float(measure(run)[1].peak)
-        run()
+        peak = measure(run)[1].peak if profiled else run()
+    hook.remove()
+    if peak is not None:
+        return float(peak)
     assert len(ends) == steps, (way, len(ends))
     return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
 
@@ -145,7 +146,9 @@ def command(arguments: list[str]) -> int:
         about = {"model": model, "way": way, "batch": batch, "length": length}
         rows.append({**about, "peak": peak, "seconds": seconds[model, way]})
         speed = batch * length / least
-        print(f"| {model} | {way} | {batch} x {length} | {peak / MIB:.0f} | {speed:.1f} |", flush=True)
+        print(
+            f"| {model} | {way} | {batch} x {length} | {peak / MIB:.0f} | {speed:.1f} |", flush=True
+        )
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"machine": machine.describe("cpu"), "rows": rows}, indent=1)
