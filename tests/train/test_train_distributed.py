@@ -36,7 +36,6 @@ CASES = {
     "ddp, accumulation": {"parallel": "ddp", "batch_size": 1, "gradient_accumulation_steps": 2},
     "ddp, a process without a row": {"parallel": "ddp", "batch_size": 3, "max_steps": 3},
     "ddp, frozen reference": {"parallel": "ddp", "reference": "frozen", "kl_coef": 0.3},
-    "ddp, LoRA": {"parallel": "ddp", "lora": True},
     "ddp, packed": {"parallel": "ddp", "packing": True, "max_batch_tokens": 130},
     "ddp, whole logits, clipped": {"parallel": "ddp", "head": "logits", "max_grad_norm": 0.1},
     "fsdp, head of its own": {"parallel": "fsdp"},
@@ -48,7 +47,6 @@ CASES = {
     "fsdp, frozen reference, offload": {
         "parallel": "fsdp", "reference": "frozen", "cpu_offload": True,
     },
-    "fsdp, LoRA": {"parallel": "fsdp", "lora": True},
     "ddp, kept anchors": {"parallel": "ddp", "kl_coef": 0.3, "kl_positions": 3},
     "fsdp, kept anchors, a process without a row": {
         "parallel": "fsdp", "kl_coef": 0.3, "batch_size": 3, "max_steps": 3,
