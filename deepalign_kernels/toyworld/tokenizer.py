@@ -52,4 +52,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=128,
+        add_prefix_space=True,  # transformers 4 would take it from the tokenizer
     )

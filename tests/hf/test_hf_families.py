@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("transformers", reason="deepalign_kernels.hf needs transformers")
 
 import torch
+import transformers
 from tiny_models import (
     FAMILIES,
     batch,
@@ -32,6 +33,10 @@ TRANSFORMS = {  # what the probe must find: (scale, cap); (1, None) elsewhere
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_matches_its_own_logits(name, record_property):
+    if name == "recurrent_gemma" and transformers.__version__ < "5":
+        pytest.skip(
+            "transformers 4: the model goes on from the state that the last batch left in it"
+        )
     model, data = build(name), batch()
     upstream = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))  # as any loss on logp
     theirs = plain_logp(model(input_ids=data["input_ids"]).logits, data["labels"])
