@@ -38,6 +38,7 @@ import torch
 import transformers
 
 from benchmarks.harness import machine, memory
+from benchmarks.studies.clocked import Clocked
 from deepalign_kernels.attack import GCG, Decoding, Prefill
 from deepalign_kernels.attack.command import summary
 from deepalign_kernels.attack.gcg import by_gradient
@@ -303,31 +304,6 @@ def store(tokenizer: Any) -> dict[str, float]:
 
                 seconds[f"{name}_{samples}"] = timed(command, time.process_time)
     return seconds
-
-
-class Clocked:
-    """`target` with the processor time that its `name` took, in `spent`."""
-
-    def __init__(self, target: Any, name: str) -> None:
-        self._target, self._name, self.spent = target, name, 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def _run(self, *args: Any) -> Any:
-        begun = time.process_time()
-        try:
-            return getattr(self._target, self._name)(*args)
-        finally:
-            self.spent += time.process_time() - begun
-
-    def generate(self, *args: Any) -> Any:
-        """Of an engine."""
-        return self._run(*args)
-
-    def __call__(self, *args: Any) -> Any:
-        """Of a judge."""
-        return self._run(*args)
 
 
 def share(model: Any, tokenizer: Any, new: int) -> dict[str, float]:

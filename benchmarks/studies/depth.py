@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import spearmanr
 
+from benchmarks.harness import report
 from deepalign_kernels.runs import curves
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
@@ -107,6 +108,13 @@ def lines(models: Sequence[Model]) -> list[list[str]]:
             told = f"{r.rho:.2f} [{r.low:.2f}, {r.high:.2f}]"
             out.append([name, str(r.count), told, f"{r.p_value:.2g}"])
     return out
+
+
+def values() -> dict[str, str]:
+    """What the page of docs/ shows: a table for each study."""
+    shown = (lines(models) for models in studies().values())
+    real, world = (report.table(rows[0], rows[1:], markdown=True) for rows in shown)
+    return {"real": real, "toy": world}
 
 
 def studies() -> dict[str, list[Model]]:

@@ -346,25 +346,12 @@ def _gcg(rows: list[dict[str, Any]]) -> str:
     return table(("part", *ways.values()), lines)
 
 
-def toy_page() -> dict[str, str]:
-    return toy.values(_json(depth.TOY))
-
-
-def depth_page() -> dict[str, str]:
-    real, world = (table(*_split(depth.lines(models))) for models in depth.studies().values())
-    return {"real": real, "toy": world}
-
-
-def _split(lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    return lines[0], lines[1:]
-
-
 PAGES = {
     "logits": logits_page,
     "linear": linear_page,
     "other": other_page,
-    "toy": toy_page,
-    "depth": depth_page,
+    "toy": lambda: toy.values(_json(depth.TOY)),
+    "depth": depth.values,
 }
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels import hf
 from deepalign_kernels.data.examples import tokenize_chat
-from deepalign_kernels.hf.trainer import collate
 from deepalign_kernels.modes import evaluating
 
 
@@ -40,6 +38,8 @@ def constrained_rows(
     Raises:
         ValueError: as `tokenize_chat`; a model that `hf.attach` does not take.
     """
+    from deepalign_kernels import hf  # imports transformers, which `train` alone does not need
+
     examples = tokenize_chat(tokenizer, data, **options)
     rows = [
         {
@@ -53,7 +53,7 @@ def constrained_rows(
     with hf.attached(model), evaluating(model):
         for at in range(0, len(rows), batch_size):
             few = rows[at : at + batch_size]
-            batch = {k: x.to(device) for k, x in collate(few).items() if k in _TAKEN}
+            batch = {k: x.to(device) for k, x in hf.collate(few).items() if k in _TAKEN}
             logp = hf.compute_loss(model, hf.TokenLogp(), **batch).logp
             assert logp is not None
             for row, line in zip(few, logp.float().cpu(), strict=True):

@@ -153,7 +153,7 @@ def test_bad_objective(objective, message):
 
 
 def test_bad_objective_in_the_head():
-    with pytest.raises(ValueError, match="ref_logp, ref_rows: expected exactly one"):
+    with pytest.raises(ValueError, match="ref_logp, ref_rows: expected one of the two"):
         hf.ConstrainedLoss(beta=0.5, objective=cubed)
     with pytest.raises(ValueError, match="beta: objective=.* needs a number|beta: expected"):
         p = make(full=False)
