@@ -18,6 +18,8 @@ from torch import Tensor
 
 from benchmarks.cases.logits import DTYPES
 from deepalign_kernels import hf
+from deepalign_kernels.generate.cache import given
+from deepalign_kernels.generate.cache import of as cache_of
 
 LOGIT_STD = 3.0  # of the random head: as peaked as a trained one, so that a wrong row shows
 
@@ -101,7 +103,7 @@ class Job:
         for ids in self.ids.split(batch):
             inputs: Inputs = {"input_ids": ids}
             if cached:
-                inputs = {"input_ids": ids[:, self.prompt :], "past_key_values": self.prefix}
+                inputs = {"input_ids": ids[:, self.prompt :], **given(self.model, self.prefix)}
             losses.append(way(self.model, inputs, ids[:, -self.target :]))
         return torch.cat(losses)
 
@@ -127,5 +129,5 @@ def make_job(args: argparse.Namespace) -> Job:
     model.eval().requires_grad_(False)
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=LOGIT_STD / H**0.5)
-        known = model.model(input_ids=ids[:1, : args.prompt], use_cache=True).past_key_values
-    return Job(hf.attach(model), ids, args.prompt, args.target, Prefix(known))
+        known = model.model(input_ids=ids[:1, : args.prompt], use_cache=True)
+    return Job(hf.attach(model), ids, args.prompt, args.target, Prefix(cache_of(known)))

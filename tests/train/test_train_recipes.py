@@ -11,6 +11,7 @@ pytest.importorskip("tyro", reason="needs tyro")
 
 import recipe_models
 import torch
+import transformers
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from train_runs import RUN
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from deepalign_kernels.cli.options import parse
 from deepalign_kernels.train import TrainConfig, TrainingRun, command, dry_run
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.load import load_model
+from deepalign_kernels.train.optimizers import OPTIMIZERS
 from deepalign_kernels.train.state import full_state
 
 pytestmark = [
@@ -63,7 +65,18 @@ def options_of(recipe, data, out, *more):
     return parse(command.Options, [*words, "--device", "cpu", *more], "deepalign train")
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+LATER = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 lays Gemma 3 out in another way"
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, id=path.stem, marks=[LATER] * ("gemma-3" in path.stem))
+        for path in RECIPES
+    ],
+)
 def test_a_recipe_runs_dry_and_fits_its_card(recipe, models, tmp_path, monkeypatch):
     folders, data = models
     gpus, card = card_of(recipe)
@@ -72,6 +85,8 @@ def test_a_recipe_runs_dry_and_fits_its_card(recipe, models, tmp_path, monkeypat
     options = options_of(
         recipe, data, tmp_path / "out", "--model", str(folders[named]), "--dry-run"
     )
+    if package := OPTIMIZERS[options.optimizer].package:
+        pytest.importorskip(package, reason=f"{options.optimizer} needs {package}")
     run = command.build(options)
     said = dry_run.facts(run, options.dtype)
     assert said["data"]["conversations"] == len(RECORDS) and said["steps"]["total"] == 3
@@ -115,6 +130,7 @@ def test_papers_recipes_are_the_papers(models, tmp_path):
         assert betas == (0.5, 2.0, 0.1, 5) and o.batch_size * 4 == 64
 
 
+@LATER
 def test_of_a_checkpoint_with_images_the_text_model_is_trained(models, tmp_path):
     """Its own class asks for images' token types in training, and `attach` refuses it."""
     folder = models[0]["google/gemma-3-4b-it"]

@@ -93,7 +93,7 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="report_to: 'tensorbord' is no .*mean 'tensorboard'"):
         TrainConfig(tmp_path, report_to="tensorbord")
     with pytest.raises(ValueError, match="report_to: 'mlflow' is not installed"):
-        TrainConfig(tmp_path, report_to="tensorboard, mlflow")
+        TrainConfig(tmp_path, report_to="mlflow")
     assert TrainConfig(tmp_path, report_to="none").report_to == "none"
 
 
