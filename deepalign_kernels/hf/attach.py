@@ -17,7 +17,7 @@ from deepalign_kernels.hf.head import (
     read_weights,
     swapped_forward,
 )
-from deepalign_kernels.hf.losses import LossOutput, TokenLogp, run_loss
+from deepalign_kernels.hf.losses import LossOutput, MustRun, TokenLogp, run_loss
 from deepalign_kernels.hf.probe import Transform, probe, uncompiled
 from deepalign_kernels.modes import evaluating
 
@@ -183,6 +183,8 @@ class Forward:
             return self.plain(*args, **kwargs)
         if not callable(dak_loss):
             raise TypeError(f"dak_loss: expected a callable that takes a Head, got {dak_loss!r}")
+        if isinstance(dak_loss, MustRun):
+            dak_loss.ran = True  # not ignored, even if this call is refused
         return _forward_with_loss(self, dak_loss, args, kwargs)
 
 

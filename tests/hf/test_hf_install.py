@@ -93,18 +93,21 @@ def test_a_model_that_is_not_attached():
         model(**batch(), dak_los=loss)
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_loss_that_never_ran_warns():
     for make in (hf.TokenLogp, lambda: hf.LogitsLoss(beta=0.1)):
         with pytest.warns(RuntimeWarning, match="never run. If a model was called with it"):
             build("llama")(**batch(), dak_loss=make())
             gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        hf.attach(build("llama"))(**batch(), dak_loss=hf.TokenLogp())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = hf.attach(build("llama"))
+        model(**batch(), dak_loss=hf.TokenLogp())
         with pytest.raises(ValueError, match="expected one of the two"):
             hf.ConstrainedLoss(beta=0.1)
+        with pytest.raises(ValueError, match="labels: a call with dak_loss"):  # not ignored
+            model(input_ids=batch()["input_ids"], dak_loss=hf.TokenLogp())
         gc.collect()
+    assert not [x for x in seen if "never run" in str(x.message)]
 
 
 def test_what_cannot_be_installed():
