@@ -128,6 +128,7 @@ def test_axolotl(run, monkeypatch, tmp_path):
     """The plugin as Axolotl would use it, whose classes are played: it wants a GPU to be installed.
     Its trainer is one of transformers."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("pydantic")  # comes with Axolotl
     played = {
         "axolotl.core.trainers.base": {"AxolotlTrainer": transformers.Trainer},
         "axolotl.integrations.base": {"BasePlugin": object},
