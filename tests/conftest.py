@@ -166,7 +166,13 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
-    """Fresh float memory holds NaN, so that an element which no kernel writes is seen."""
+    """Fresh float memory holds NaN, so that an element which no kernel writes is seen.
+
+    torch notes at the first `with torch.device(...)` of a process which functions make tensors;
+    that must not be the one of here, or `torch.empty` obeys no such block ever after.
+    """
+    with torch.device("cpu"):
+        torch.empty(0)
     if "clean_memory" in request.keywords:
         yield
         return

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import deepalign_kernels as dak
 from deepalign_kernels import backends
@@ -250,3 +251,9 @@ def test_test_files_share_through_files_of_their_own():
 def test_files_stay_small():
     for file in [*PACKAGE.rglob("*.py"), *CSRC.rglob("*.*")]:
         assert len(file.read_text().splitlines()) <= 450, file
+
+
+def test_fresh_memory_is_poisoned_and_obeys_a_device():
+    assert torch.empty(2).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
+    with torch.device("meta"):  # in whatever test of a process the first such block stands
+        assert torch.empty(2).is_meta

@@ -38,8 +38,7 @@ def outline_of(model: str | Path, dtype: torch.dtype, name: str = "model") -> An
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config_of(model, name), dtype=dtype)
-    return outline.to("meta")  # whatever else in this process has its say in where tensors are made
+        return AutoModelForCausalLM.from_config(config_of(model, name), dtype=dtype)
 
 
 def load_model(model: str | Path, dtype: torch.dtype) -> Any:
