@@ -11,7 +11,9 @@ from deepalign_kernels.backends import use_backend
 from deepalign_kernels.losses import BetaSchedule, reduce_tokens, response_positions
 from deepalign_kernels.ops import (
     ConstrainedParts,
+    HeadOptions,
     LinearConstrainedParts,
+    LinearOptions,
     MemoryEstimate,
     TokenStats,
     checked,
@@ -36,7 +38,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BetaSchedule",
     "ConstrainedParts",
+    "HeadOptions",
     "LinearConstrainedParts",
+    "LinearOptions",
     "MemoryEstimate",
     "TokenStats",
     "checked",

@@ -27,6 +27,8 @@ def right(x: torch.Tensor, y: torch.Tensor, model: LlamaForCausalLM) -> None:
     total, more = dak.linear_constrained_loss(x, x, y, beta=0.5, ref_logp=x, return_parts=True)
     print(total.item(), more.logp.shape, dak.token_kl(x, x, direction="js").sum())
     dak.linear_constrained_loss(x, x, y, objective="dft", softcap=30.0, reduction="sum").backward()
+    options: dak.LinearOptions = {"softcap": 30.0, "max_workspace_bytes": 2**20}
+    dak.linear_token_logp(x, x, y, **options).sum().backward()
     hf.attach(model).save_pretrained("out")
     with dak.hf.attached(model) as attached:
         print(attached.config)
@@ -38,6 +40,8 @@ def wrong(x: torch.Tensor, y: torch.Tensor) -> None:
     dak.token_kl(x, x, direction="forward")  # error
     dak.linear_constrained_loss(x, x, y, reduction="average")  # error
     dak.linear_token_logp(x, x, y, tempratur=2.0)  # error
+    options: dak.LinearOptions = {"max_workspace": 2**20}  # error
+    print(options)
     dak.linear_token_stats(x, x, x, x, grad_weight_dtype=torch.float32)  # error
 """
 

@@ -7,6 +7,7 @@ from deepalign_kernels.ops.linear.constrained_loss import (
     linear_constrained_loss,
 )
 from deepalign_kernels.ops.linear.memory import MemoryEstimate, estimate_memory
+from deepalign_kernels.ops.linear.options import HeadOptions, LinearOptions
 from deepalign_kernels.ops.linear.token_kl import linear_token_kl
 from deepalign_kernels.ops.linear.token_logp import linear_token_logp
 from deepalign_kernels.ops.linear.token_profile import TokenProfile, linear_token_profile
@@ -19,7 +20,9 @@ from deepalign_kernels.ops.logits.token_stats import TokenStats, token_stats
 
 __all__ = [
     "ConstrainedParts",
+    "HeadOptions",
     "LinearConstrainedParts",
+    "LinearOptions",
     "MemoryEstimate",
     "TokenProfile",
     "TokenStats",
