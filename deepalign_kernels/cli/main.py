@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "data show": ("deepalign_kernels.data.command", "which tokens of data are trained, one by one"),
     "info": ("deepalign_kernels.cli.info", "versions; which backend runs each op, and why"),
     "plan": ("deepalign_kernels.plan.command", "which recipe of full fine-tuning fits a device"),
+    "reference": (
+        "deepalign_kernels.train.precompute",
+        "what train needs of its reference, before",
+    ),
     "report": ("deepalign_kernels.report.command", "one page from analyses, attacks, trainings"),
     "train": ("deepalign_kernels.train.command", "fine-tune a model with the constrained loss"),
 }

@@ -34,7 +34,8 @@ def parse(options: type[Options], arguments: Sequence[str], prog: str) -> Option
         flags = _flags(options)
         rest = [*_of_file(known.config, flags), *rest]
         options = _with_defaults(options, flags)
-    text = f"{options.__doc__ or ''}\n\n--config FILE reads options from YAML; flags win."
+    about = (options.__doc__ or "").partition("\n\nAttributes:\n")[0]  # tyro lists those
+    text = f"{about}\n\n--config FILE reads options from YAML; flags win."
     return tyro.cli(options, args=rest, prog=prog, description=text)
 
 

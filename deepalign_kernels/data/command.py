@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,8 @@ class Options:
     """"all" assistant turns, or the "last" of each conversation."""
     unknown_keys: str = "ignore"
     """Of records and messages: "ignore" or "error"."""
+    on_bad_record: str = "error"
+    """"error" stops at a record that cannot be trained; "skip" leaves it out and says why."""
     beta: BetaSchedule = field(default_factory=BetaSchedule)
     """beta by position; the paper's."""
     context: int = 8
@@ -55,9 +58,11 @@ def run(options: Options) -> None:
     """
     for name in ("n", "skip"):
         check.number(name, getattr(options, name), low=0)
-    encoding = Encoding(options.position_origin, options.train_on, options.unknown_keys)
-    tokenizer = _tokenizer(options)
-    examples = examples_of(tokenizer, options.data, encoding, workers=0)
+    encoding = Encoding(
+        options.position_origin, options.train_on, options.unknown_keys, options.on_bad_record
+    )
+    tokenizer, skipped = _tokenizer(options), []
+    examples = examples_of(tokenizer, options.data, encoding, workers=0, skipped=skipped)
     for example in islice(examples, options.skip, options.skip + options.n):
         rows = token_rows(tokenizer, example, lambda p: options.beta(torch.tensor(p)).tolist())
         if options.json:
@@ -66,6 +71,8 @@ def run(options: Options) -> None:
         count = sum(row["trained"] for row in rows)
         print(f"{example.where}: {len(rows)} tokens, {count} trained")
         print(token_table(rows, None if options.context < 0 else options.context), end="\n\n")
+    for why in skipped:
+        print(f"left out: {why}", file=sys.stderr)
 
 
 def _tokenizer(options: Options):

@@ -16,6 +16,7 @@ IGNORE = -100
 ORIGINS = ("content", "span")
 TRAIN_ON = ("all", "last")
 TOO_LONG = ("error", "drop", "truncate")
+BAD_RECORDS = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How conversations become examples; the arguments of `tokenize_chat`."""
+    """How conversations become examples: the arguments of `tokenize_chat`, and what is done with a
+    record that is none, or of which nothing can be trained (`on_bad_record`)."""
 
     position_origin: str = "content"
     train_on: str = "all"
     unknown_keys: str = "ignore"
+    on_bad_record: str = "error"
 
     def __post_init__(self) -> None:
         check.one_of("position_origin", self.position_origin, ORIGINS)
         check.one_of("train_on", self.train_on, TRAIN_ON)
         check.one_of("unknown_keys", self.unknown_keys, UNKNOWN_KEYS)
+        check.one_of("on_bad_record", self.on_bad_record, BAD_RECORDS)
 
 
 def tokenize_chat(
@@ -144,10 +148,14 @@ class LengthLimit:
         max_length: None: no limit.
         on_too_long: "error" refuses a longer one when all are seen, "drop" leaves it out,
             "truncate" keeps its beginning.
+        skipped: what is said there of examples whose beginning has nothing to train, which are then
+            left out; None refuses them.
     """
 
-    def __init__(self, max_length: int | None, on_too_long: str) -> None:
-        self.max_length, self.on_too_long = max_length, on_too_long
+    def __init__(
+        self, max_length: int | None, on_too_long: str, skipped: list[str] | None = None
+    ) -> None:
+        self.max_length, self.on_too_long, self._skipped = max_length, on_too_long, skipped
         self.seen = self.too_long = self.empty = 0
         self._first = self._first_empty = ""
 
@@ -170,6 +178,9 @@ class LengthLimit:
                 short = _truncated(example, self.max_length)
                 if any(label != IGNORE for label in short.labels[1:]):
                     yield short
+                elif self._skipped is not None:
+                    limit = f"max_length={self.max_length} tokens"
+                    self._skipped.append(f"{example.where}: nothing to train within {limit}")
                 else:
                     self.empty += 1
                     self._first_empty = self._first_empty or example.where

@@ -11,7 +11,7 @@ from typing import Any
 Row = tuple[Any, str]  # a record as it stands there, and where
 
 
-def rows_of(data: Any, name: str = "data") -> Iterator[Row]:
+def rows_of(data: Any, name: str = "data", keep_broken: bool = False) -> Iterator[Row]:
     """(record, where) of every row.
 
     Args:
@@ -20,12 +20,14 @@ def rows_of(data: Any, name: str = "data") -> Iterator[Row]:
             colon if that is not "train" ("owner/name:validation"); a `datasets` object; any
             iterable of records.
         name: the argument to blame.
+        keep_broken: a line that is no JSON object is not raised; the `ValueError` that says so
+            comes in the place of its record.
 
     Raises:
         ValueError: no such file or data set, nothing in it, broken JSON or Parquet.
     """
     empty = True
-    for row in _rows(data, name):
+    for row in _rows(data, name, keep_broken):
         empty = False
         yield row
     if empty:
@@ -54,7 +56,7 @@ def _said(data: Any) -> str:
     return "no conversation in this list"
 
 
-def _rows(data: Any, name: str) -> Iterator[Row]:
+def _rows(data: Any, name: str, keep_broken: bool) -> Iterator[Row]:
     if not isinstance(data, (str, Path)):
         if isinstance(data, Mapping) or not isinstance(data, Iterable):
             raise ValueError(
@@ -65,7 +67,7 @@ def _rows(data: Any, name: str) -> Iterator[Row]:
     if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
         return _saved(name, path)
     if path.exists():
-        return (row for file in _files(path) for row in _rows_of_file(name, file))
+        return (row for file in _files(path) for row in _rows_of_file(name, file, keep_broken))
     if path.suffix or path.is_absolute() or str(data).startswith("."):
         raise ValueError(f"{name}: {path}: no such file")
     return _named(name, str(data))
@@ -78,12 +80,15 @@ def _files(path: Path) -> list[Path]:
     return sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet", ".arrow"))
 
 
-def _rows_of_file(name: str, path: Path) -> Iterable[Row]:
-    return _parquet(name, path) if path.suffix == ".parquet" else read_jsonl(name, path)
+def _rows_of_file(name: str, path: Path, keep_broken: bool) -> Iterable[Row]:
+    if path.suffix == ".parquet":
+        return _parquet(name, path)
+    return read_jsonl(name, path, keep_broken)
 
 
-def read_jsonl(name: str, path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """(object, "file:line") of every line that is not blank; `name` is the argument to blame."""
+def read_jsonl(name: str, path: str | Path, keep_broken: bool = False) -> Iterator[Row]:
+    """(object, "file:line") of every line that is not blank; `name` is the argument to blame,
+    `keep_broken` as in `rows_of`."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{name}: {path}: no such file")
@@ -91,24 +96,32 @@ def read_jsonl(name: str, path: str | Path) -> Iterator[tuple[dict[str, Any], st
         for number, raw in enumerate(file, 1):
             where = f"{path}:{number}"
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where}: not UTF-8: {error.reason} at byte {error.start}"
-                ) from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: broken JSON, column {error.colno}: {error.msg}"
-                ) from error
-            except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-                raise ValueError(f"{where}: broken JSON: {error}") from error
-            if not isinstance(record, dict):
-                kind = type(record).__name__
-                raise ValueError(f"{where}: expected one JSON object per line, got a {kind}")
-            yield record, where
+                record = _object(raw, "utf-8-sig" if number == 1 else "utf-8", where)
+            except ValueError as error:
+                if not keep_broken:
+                    raise
+                record = error
+            if record is not None:
+                yield record, where
+
+
+def _object(raw: bytes, encoding: str, where: str) -> Any:
+    """The JSON object of a line; None if it is blank."""
+    try:
+        line = raw.decode(encoding)
+        if not line.strip():
+            return None
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: broken JSON, column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise ValueError(f"{where}: broken JSON: {error}") from error
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise ValueError(f"{where}: expected one JSON object per line, got a {kind}")
+    return record
 
 
 def _parquet(name: str, path: Path) -> Iterator[Row]:

@@ -83,9 +83,12 @@ def conversations_of(
 
 
 def check_record(record: object, where: str, unknown_keys: str = "ignore") -> Conversation:
-    """One record as `load_chat_data` reads it, checked; `where` goes into messages of errors."""
+    """One record as `load_chat_data` reads it, checked; `where` goes into messages of errors. A
+    `ValueError` in its place, as `rows_of` gives with `keep_broken`, is raised."""
     if isinstance(record, Conversation):
         return record
+    if isinstance(record, ValueError):
+        raise record
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: expected a record (dict), got {type(record).__name__}")
     # Columns of a table that this row has nothing in.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import warnings
@@ -75,7 +76,13 @@ class Source:
         self._cache = None if cache is None else Path(cache)
         self._workers, self._progress, self._step_size = workers, progress, step_size
         self.too_long = 0  # examples of epoch 0 that were dropped or truncated
+        self.skipped: list[str] = []  # where and why, of records that were left out
         self.changing = hasattr(data, "examples")
+        if self.changing and self._encoding.on_bad_record == "skip":
+            raise ValueError(
+                "on_bad_record: 'skip' is for records that are read one by one, not for data that"
+                f" bring their examples, {type(data).__name__}; give 'error'"
+            )
         self._data = data
         self._tables: dict[int, TokenTable] = {}
         self._order: tuple[int, list[int]] = (-1, [])
@@ -134,6 +141,7 @@ class Source:
             try:
                 table = TokenTable.load(folder)
                 self.too_long = int((folder / "too_long").read_text())
+                self.skipped = json.loads((folder / "skipped.json").read_text())
                 return table
             except (OSError, ValueError) as error:
                 warnings.warn(f"cache: {error}; tokenising again", stacklevel=4)
@@ -142,6 +150,7 @@ class Source:
         try:
             table = self._tokenized(part)
             (part / "too_long").write_text(str(self.too_long))
+            (part / "skipped.json").write_text(json.dumps(self.skipped))
             shutil.rmtree(folder, ignore_errors=True)
             _moved(part, folder)
         finally:
@@ -149,9 +158,12 @@ class Source:
         return table
 
     def _tokenized(self, folder: Path | None) -> TokenTable:
-        limit = LengthLimit(*self._limits)
-        table = TokenTable(limit.of(self._examples()), self._pad_id, folder=folder)
-        self.too_long = limit.too_long
+        skipped: list[str] = []
+        skips = self._encoding.on_bad_record == "skip"
+        limit = LengthLimit(*self._limits, skipped if skips else None)
+        examples = _any_left(limit.of(self._examples(skipped)), skipped)
+        table = TokenTable(examples, self._pad_id, folder=folder)
+        self.too_long, self.skipped = limit.too_long, skipped
         return table
 
     def _key(self) -> str | None:
@@ -170,7 +182,7 @@ class Source:
             repr((*parts, self._limits, self._pad_id)).encode(), digest_size=16
         ).hexdigest()
 
-    def _examples(self) -> Iterator[Example]:
+    def _examples(self, skipped: list[str]) -> Iterator[Example]:
         data = self._data
         if not isinstance(data, (str, Path)):
             if isinstance(data, Mapping) or not isinstance(data, Iterable):
@@ -190,6 +202,7 @@ class Source:
             self._encoding,
             workers=self._workers,
             progress=self._progress,
+            skipped=skipped,
         )
 
     def _check_ids(self, table: TokenTable) -> None:
@@ -208,6 +221,18 @@ def _moved(part: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
+
+
+def _any_left(examples: Iterable[Example], skipped: list[str]) -> Iterator[Example]:
+    none = True
+    for example in examples:
+        none = False
+        yield example
+    if none and skipped:
+        raise ValueError(
+            f"data: on_bad_record='skip' left nothing of {len(skipped)} records; the first:"
+            f" {skipped[0]}"
+        )
 
 
 def _only_examples(examples: Iterable[Any], where: str) -> Iterator[Example]:

@@ -19,6 +19,7 @@ CHUNK = 256  # conversations that a process takes at a time
 FEW = 8 * CHUNK  # not worth other processes
 
 _worker: tuple[ChatTemplate, Encoding]  # of a process of the pool
+Encoded = tuple[list[Example], list[str]]  # of a chunk; and why others are left out
 
 
 def examples_of(
@@ -28,6 +29,7 @@ def examples_of(
     *,
     workers: int | None = None,
     progress: bool = False,
+    skipped: list[str] | None = None,
 ) -> Iterator[Example]:
     """Examples of whatever `rows_of` takes, in order, few of them in memory at a time.
 
@@ -38,21 +40,31 @@ def examples_of(
         workers: processes beside this one; None: one for each processor but one, at most 16, from
             2048 conversations on; 0: none.
         progress: a line on the terminal, if it takes longer than two seconds.
+        skipped: of each record that is left out (`on_bad_record="skip"`), where it stands and what
+            is wrong with it is added here.
 
     Raises:
         ValueError: as `tokenize_chat`.
     """
-    template, rows = ChatTemplate(tokenizer), rows_of(data)
+    skips, skipped = encoding.on_bad_record == "skip", [] if skipped is None else skipped
+    template, rows = ChatTemplate(tokenizer), rows_of(data, keep_broken=skips)
     first = list(islice(rows, FEW))
     if workers is None:
         workers = min((os.cpu_count() or 1) - 1, 16) if len(first) == FEW else 0
     if "fork" not in multiprocessing.get_all_start_methods():
         workers = 0  # other ways would run the caller's main module again
     chunks = _chunks(chain(first, rows))
-    examples = _here(template, chunks, encoding)
+    encoded = _here(template, chunks, encoding)
     if workers:
-        examples = _elsewhere(template, chunks, encoding, workers)
+        encoded = _elsewhere(template, chunks, encoding, workers)
+    examples = _kept(encoded, skipped)
     return _shown(examples) if progress else examples
+
+
+def _kept(encoded: Iterable[Encoded], skipped: list[str]) -> Iterator[Example]:
+    for examples, wrong in encoded:
+        skipped += wrong
+        yield from examples
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -61,22 +73,31 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _encoded(template: ChatTemplate, chunk: list[Row], encoding: Encoding) -> list[Example]:
-    conversations = [check_record(row, where, encoding.unknown_keys) for row, where in chunk]
-    return encode(template, conversations, encoding)
+def _encoded(template: ChatTemplate, chunk: list[Row], encoding: Encoding) -> Encoded:
+    """The one place where a bad record ends the run or is left out."""
+    try:
+        conversations = [check_record(row, where, encoding.unknown_keys) for row, where in chunk]
+        return encode(template, conversations, encoding), []
+    except ValueError as error:
+        if encoding.on_bad_record == "error":
+            raise
+        if len(chunk) == 1:
+            return [], [str(error)]
+    ones = [_encoded(template, [row], encoding) for row in chunk]
+    return [e for kept, _ in ones for e in kept], [why for _, wrong in ones for why in wrong]
 
 
 def _here(
     template: ChatTemplate, chunks: Iterable[list[Row]], encoding: Encoding
-) -> Iterator[Example]:
+) -> Iterator[Encoded]:
     for chunk in chunks:
-        yield from _encoded(template, chunk, encoding)
+        yield _encoded(template, chunk, encoding)
 
 
 def _elsewhere(
     template: ChatTemplate, chunks: Iterable[list[Row]], encoding: Encoding, workers: int
-) -> Iterator[Example]:
-    waiting: deque[Future[list[Example]]] = deque()
+) -> Iterator[Encoded]:
+    waiting: deque[Future[Encoded]] = deque()
     with ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("fork"),
@@ -87,9 +108,9 @@ def _elsewhere(
             for chunk in chunks:
                 waiting.append(pool.submit(_work, chunk))
                 if len(waiting) > 2 * workers:  # no more in memory than keeps them busy
-                    yield from waiting.popleft().result()
+                    yield waiting.popleft().result()
             while waiting:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -100,8 +121,9 @@ def _begin(template: ChatTemplate, encoding: Encoding) -> None:
     _worker = template, encoding
 
 
-def _work(chunk: list[Row]) -> list[Example]:
-    return [compact(example) for example in _encoded(_worker[0], chunk, _worker[1])]
+def _work(chunk: list[Row]) -> Encoded:
+    examples, wrong = _encoded(_worker[0], chunk, _worker[1])
+    return [compact(example) for example in examples], wrong
 
 
 def _shown(examples: Iterator[Example]) -> Iterator[Example]:

@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from inspect import signature
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from deepalign_kernels.data import RecoveryAugmentation
 from deepalign_kernels.data.columns import PART_WEIGHTINGS
-from deepalign_kernels.data.examples import ORIGINS, TOO_LONG, TRAIN_ON
+from deepalign_kernels.data.examples import BAD_RECORDS, ORIGINS, TOO_LONG, TRAIN_ON
 from deepalign_kernels.data.reading import rows_of
 from deepalign_kernels.data.records import UNKNOWN_KEYS, check_record
 from deepalign_kernels.data.recovery import GLUES
@@ -56,6 +57,7 @@ ALLOWED = {
     "on_too_long": TOO_LONG,
     "train_on": TRAIN_ON,
     "unknown_keys": UNKNOWN_KEYS,
+    "on_bad_record": BAD_RECORDS,
     "weighting": PART_WEIGHTINGS,
     "glue": GLUES,
     "autocast_dtype": ("bfloat16",),
@@ -155,13 +157,17 @@ def settle(options: Any) -> str | None:
     return f"--recovery: as in the paper, {told}; give these options for another choice"
 
 
-def build(options: Any) -> TrainingRun:
+def build(options: Any, refuse: Callable[[TrainConfig], None] = lambda config: None) -> TrainingRun:
     """The run that the options describe; with `dry_run` of a model without weights.
+
+    Args:
+        options: an instance of `Options`.
+        refuse: what else may be wrong with the configuration, for the caller to say.
 
     Raises:
         ValueError: whatever is wrong with them; before a model is loaded, if that is possible.
     """
-    if (note := settle(options)) and _main_process():
+    if (note := settle(options)) and main_process():
         print(note, file=sys.stderr)
     named, dry, dtype = vars(options), options.dry_run, getattr(torch, options.dtype)
     beta = BetaSchedule(**{f.name: named[f"beta_{f.name}"] for f in fields(BetaSchedule)})
@@ -170,9 +176,7 @@ def build(options: Any) -> TrainingRun:
     if dry:
         rest["data_cache"] = None  # nothing is written
     config = TrainConfig(options.output, beta=beta, **rest)
-    result = Path(options.output) / "model"
-    if result.exists() and options.resume == "no":
-        raise ValueError(f"output: {result} is there already; choose another folder or remove it")
+    refuse(config)
     _check_paths(options, config)
 
     from transformers import AutoTokenizer
@@ -200,9 +204,17 @@ def build(options: Any) -> TrainingRun:
 def _check_paths(options: Any, config: TrainConfig) -> None:
     """Raises ValueError: data, models or packages that are not there, told before a large model is
     loaded."""
+    if config.early_stop is not None and options.eval_data is None:
+        raise ValueError("early_stop: it counts evaluations on eval_data, and there are none")
+    if config.on_bad_record == "skip" and options.recovery:
+        raise ValueError(
+            "on_bad_record: 'skip' does not go with recovery, which refuses bad records"
+        )
     for name in ("data", "eval_data"):
         if (value := getattr(options, name)) is not None:
-            for row, where in rows_of(value, name):
+            for row, where in rows_of(value, name, keep_broken=True):
+                if config.on_bad_record == "skip":
+                    break
                 check_record(row, where, config.unknown_keys)
     for name in ("model", "ref_model"):
         if (value := getattr(options, name)) is not None:
@@ -220,50 +232,55 @@ def _check_paths(options: Any, config: TrainConfig) -> None:
 def run(options: Any) -> int:
     """Train; the exit status: 2 for a mistake, 1 for another process that ended, 130 and 143 for
     Ctrl-C and SIGTERM."""
+
+    def saved() -> str:
+        found = checkpoints(Path(options.output))
+        return f"--resume yes goes on from {found[-1]}" if found else "nothing was saved yet"
+
+    return ended(lambda: _train(options), saved)
+
+
+def ended(act: Callable[[], str], saved: Callable[[], str]) -> int:
+    """The exit status of a command that may run in several processes.
+
+    Args:
+        act: what it does; returns what to say at the end.
+        saved: asked after Ctrl-C or SIGTERM, what is there and how to go on.
+    """
+    said, status, to, tells = "", 0, sys.stderr, main_process()
     try:
-        return _run(options)
+        said, to = act(), sys.stdout
+    except (ValueError, OSError, FloatingPointError) as error:
+        said, status = f"error: {error}", 2
+    except ProcessLost as error:
+        said, status, tells = f"error: {error}", 1, True
+    except KeyboardInterrupt as stop:
+        said, status = f"stopped; {saved()}", 143 if isinstance(stop, Terminated) else 130
     finally:
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized() and "LOCAL_RANK" in os.environ:
             dist.destroy_process_group()
+    if tells:
+        print(said, file=to)
+    return status
 
 
-def _run(options: Any) -> int:
-    try:
-        run = build(options)
-        if options.dry_run:
-            return _tell(run, options)
-        result = run.train(resume={"no": False, "yes": True, "auto": "auto"}[options.resume])
-        folder, which = Path(options.output) / "model", "model"
-        if options.early_stop is not None:
-            which = f"model of step {run.load_best()['step']}, the best,"
-        run.save_model(folder)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if _main_process():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ProcessLost as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        saved = checkpoints(Path(options.output))
-        then = f"--resume yes goes on from {saved[-1]}" if saved else "nothing was saved yet"
-        if _main_process():
-            print(f"stopped; {then}", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    if _main_process():
-        nll = f"nll {result.metrics['nll']:.4g}"
-        print(f"{result.steps} steps, {nll}; {which} in {folder}, log in {result.log_path}")
-    return 0
-
-
-def _tell(run: TrainingRun, options: Any) -> int:
-    from deepalign_kernels.train import dry_run  # which asks plan, which asks this room
-
-    if _main_process():
-        print(dry_run.as_text(run, dry_run.facts(run, options.dtype)))
-    return 0
-
-
-def _main_process() -> bool:
+def main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _train(options: Any) -> str:
+    folder, which = Path(options.output) / "model", "model"
+    if folder.exists() and options.resume == "no":
+        raise ValueError(f"output: {folder} is there already; choose another folder or remove it")
+    run = build(options)
+    if options.dry_run:
+        from deepalign_kernels.train import dry_run  # which asks plan, which asks this room
+
+        return dry_run.as_text(run, dry_run.facts(run, options.dtype))
+    result = run.train(resume={"no": False, "yes": True, "auto": "auto"}[options.resume])
+    if options.early_stop is not None:
+        which = f"model of step {run.load_best()['step']}, the best,"
+    run.save_model(folder)
+    nll = f"nll {result.metrics['nll']:.4g}"
+    return f"{result.steps} steps, {nll}; {which} in {folder}, log in {result.log_path}"

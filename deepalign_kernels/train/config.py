@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepalign_kernels import check, rules
-from deepalign_kernels.data.examples import ORIGINS, TOO_LONG, TRAIN_ON, Encoding
+from deepalign_kernels.data.examples import BAD_RECORDS, ORIGINS, TOO_LONG, TRAIN_ON, Encoding
 from deepalign_kernels.data.packing import Limits
 from deepalign_kernels.data.records import UNKNOWN_KEYS
 from deepalign_kernels.losses import BetaSchedule
@@ -72,6 +72,9 @@ class TrainConfig:
         train_on: "all" assistant turns, or the "last" of each conversation; `train` and `weight` of
             a message come before this.
         unknown_keys: of records and messages: "ignore" leaves them out, "error" refuses them.
+        on_bad_record: "error" stops at a record that is none (broken JSON, wrong keys, an empty
+            answer) or of which nothing can be trained; "skip" leaves it out, and the log names its
+            line and the reason.
         packing: conversations of a forward stand one behind the other, without padding; each sees
             itself alone. Refused for models that would let them see each other.
         max_batch_tokens: tokens per forward, padding included; then a forward has as many
@@ -150,6 +153,7 @@ class TrainConfig:
     position_origin: str = "content"
     train_on: str = "all"
     unknown_keys: str = "ignore"
+    on_bad_record: str = "error"
     packing: bool = False
     max_batch_tokens: int | None = None
     group_by_length: bool = False
@@ -198,6 +202,7 @@ class TrainConfig:
             ("position_origin", ORIGINS),
             ("train_on", TRAIN_ON),
             ("unknown_keys", UNKNOWN_KEYS),
+            ("on_bad_record", BAD_RECORDS),
             ("on_too_long", TOO_LONG),
         ):
             check.one_of(name, getattr(self, name), allowed)
@@ -334,7 +339,8 @@ class TrainConfig:
     @property
     def encoding(self) -> Encoding:
         """How conversations become examples."""
-        return Encoding(self.position_origin, self.train_on, self.unknown_keys)
+        names = ("position_origin", "train_on", "unknown_keys", "on_bad_record")
+        return Encoding(**{name: getattr(self, name) for name in names})
 
     @property
     def limits(self) -> Limits:

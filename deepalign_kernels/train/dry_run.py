@@ -18,6 +18,7 @@ from deepalign_kernels.train.forwards import forwards
 from deepalign_kernels.train.loop import TrainingRun
 
 GIB = 2**30
+SHOWN = 20  # records that are left out, by line
 
 
 def facts(run: TrainingRun, dtype: str) -> dict[str, Any]:
@@ -52,7 +53,9 @@ def facts(run: TrainingRun, dtype: str) -> dict[str, Any]:
             "trained_tokens": sum(table.trained),
             "longest": max(table.lengths),
             "too_long": run.source.too_long,
+            "skipped": run.source.skipped,
             "eval_conversations": run.eval_source and len(run.eval_source.table(0)),
+            "eval_skipped": run.eval_source.skipped if run.eval_source else [],
         },
         "steps": {
             "total": run.total_steps,
@@ -95,6 +98,8 @@ def as_text(run: TrainingRun, said: dict[str, Any]) -> str:
         f" {model['dtype']}",
         f"data      {data['conversations']} conversations{held_out}{dropped}; {data['tokens']}"
         f" tokens, {data['trained_tokens']} trained, the longest {data['longest']}",
+        *_skipped(data["skipped"], "data"),
+        *_skipped(data["eval_skipped"], "eval_data"),
         f"steps     {steps['total']}, {steps['per_epoch']} an epoch, of {steps['conversations']}"
         f" conversations; {steps['processes']} process{'es' * (steps['processes'] > 1)},"
         f" {config.batch_size} a forward; warm-up {steps['warmup']}",
@@ -109,6 +114,15 @@ def as_text(run: TrainingRun, said: dict[str, Any]) -> str:
         "nothing was written, no weights were read",
     ]
     return "\n".join(lines)
+
+
+def _skipped(why: list[str], name: str) -> list[str]:
+    """Records that are left out, by line; of very many the first."""
+    if not why:
+        return []
+    rest = [f"... and {len(why) - SHOWN} more, which the log names"] * (len(why) > SHOWN)
+    head = f"skipped   {len(why)} of {name}:"
+    return [head, *(f"          {one}" for one in (*why[:SHOWN], *rest))]
 
 
 def _memory(parts: dict[str, int]) -> str:

@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     "max_batch_tokens",
     "data_cache",
     "data_workers",
+    "on_bad_record",  # the tokens are compared
     "reference_cache",
     "gradient_accumulation_steps",
     "parallel",

@@ -183,12 +183,23 @@ def _belongs(line: bytes, resume_at: int) -> bool:
 
 
 class Progress:
-    """One bar on a terminal; elsewhere, or without tqdm, a plain line every 30 seconds."""
+    """One bar on a terminal; elsewhere, or without tqdm, a plain line every 30 seconds.
+
+    Args:
+        total: how much there is to do.
+        done: of that, what was there before.
+        show: False: nothing is printed.
+        title: what is done.
+        unit: of `total`.
+    """
 
     EVERY = 30.0
 
-    def __init__(self, total: int, done: int, show: bool) -> None:
+    def __init__(
+        self, total: int, done: int, show: bool, title: str = "train", unit: str = "step"
+    ) -> None:
         self.total, self.done, self.show, self._bar = total, done, show, None
+        self._title, self._unit = title, unit
         self._begun_at, self._begun = done, time.monotonic()
         self._shown = self._begun
         if show and sys.stderr.isatty():
@@ -197,16 +208,21 @@ class Progress:
             except ImportError:
                 return
             self._bar = tqdm(
-                total=total, initial=done, desc="train", unit="step", dynamic_ncols=True
+                total=total,
+                initial=done,
+                desc=title,
+                unit=unit,
+                unit_scale=unit != "step",
+                dynamic_ncols=True,
             )
 
-    def step(self) -> None:
-        self.done += 1
+    def step(self, count: int = 1) -> None:
+        self.done += count
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(count)
 
     def say(self, record: dict[str, Any]) -> None:
-        """Show what was logged last."""
+        """Show how far it is, and what was logged last."""
         if not self.show:
             return
         told = ("objective", "nll", "lr", "tokens_per_s")
@@ -216,8 +232,8 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
         elif time.monotonic() - self._shown > self.EVERY or self.done == self.total:
             self._shown = time.monotonic()
-            about = f"step {self.done}/{self.total}{self._left()}"
-            print(f"{about}: {text}", file=sys.stderr, flush=True)
+            about = f"{self._title}: {self._unit} {self.done}/{self.total}{self._left()}"
+            print(f"{about}{text and ': '}{text}", file=sys.stderr, flush=True)
 
     def _left(self) -> str:
         """How long it will take, at the mean pace so far."""

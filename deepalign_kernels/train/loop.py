@@ -130,8 +130,9 @@ class TrainingRun(Prepared):
                 check_isolation(name, each)
 
         self.step_size = config.step_size * self.ranks.count  # conversations, of all processes
-        self.eval_source = None if eval_data is None else self._source_of(eval_data)
+        self.eval_source = None if eval_data is None else self._source_of("eval_data", eval_data)
         self.source = self._source_of(
+            "data",
             data,
             # A precomputed reference is a column of every epoch's table before the first step.
             keep_epochs=self.objective.needs_reference and config.reference == "precomputed",
@@ -328,11 +329,15 @@ class TrainingRun(Prepared):
             total_steps=self.total_steps,
             examples=len(self.source.table(0)),
             too_long=self.source.too_long,
+            skipped=len(self.source.skipped),
             warmup_steps=self.warmup_steps,
             trained_tokens_per_epoch=sum(self.source.table(0).trained),
             step0_max_log_ratio=self.step0_max_log_ratio,
             torch=torch.__version__,
         )
+        for name, source in (("data", self.source), ("eval_data", self.eval_source)):
+            for why in () if source is None else source.skipped:
+                log.write("skipped", data=name, why=why)
 
     # After a step.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from deepalign_kernels.train.log import Meter
 from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.optimizers import Released, make_optimizer
 from deepalign_kernels.train.ranks import shard, share_out
-from deepalign_kernels.train.reference import Reference
+from deepalign_kernels.train.reference import Kept, Reference
 from deepalign_kernels.train.resume import Resumable
-from deepalign_kernels.train.session import embeddings_of, positions_of
+from deepalign_kernels.train.session import embeddings_of, positions_of, training_session
 from deepalign_kernels.train.state import load_optimizer, load_trained
 
 
@@ -32,6 +34,7 @@ class Prepared(Resumable):
     eval_source: Source | None
     epochs: int
     _ref_arg: nn.Module | None
+    _models: list[nn.Module]
     _called: nn.Module
     _way: tuple[str, bool]
     _consistent: bool
@@ -46,9 +49,9 @@ class Prepared(Resumable):
     def _batches(self, step: int) -> list[Batch]:
         raise NotImplementedError
 
-    def _source_of(self, data: Any, **options: Any) -> Source:
+    def _source_of(self, name: str, data: Any, **options: Any) -> Source:
         config, model = self.config, self.model
-        return Source(
+        source = Source(
             data,
             self.tokenizer,
             config.encoding,
@@ -61,6 +64,13 @@ class Prepared(Resumable):
             progress=config.progress,
             **options,
         )
+        if source.skipped and self.ranks.main:
+            warnings.warn(
+                f"{name}: {len(source.skipped)} records are left out (on_bad_record='skip'); the"
+                f" first: {source.skipped[0]}",
+                stacklevel=3,
+            )
+        return source
 
     def _prepare(self, state: dict[str, Any] | None) -> None:
         """Reference, shares, optimizer and, at a resume, the state of the checkpoint."""
@@ -75,13 +85,7 @@ class Prepared(Resumable):
         self._make_optimizer()
         self.optimizer.zero_grad(set_to_none=True)
         if self.objective.needs_reference:
-            self.reference.take(
-                self._called if self._ref_arg is None else self._ref_arg,
-                self.source.epochs_with_own_table(self.epochs),
-                self.device,
-                self._reference_folder,
-                None if state is None else state["reference"],
-            )
+            self._take_reference(None if state is None else state["reference"])
             if state is None:
                 self._check_step0()
         self._prepare_evaluation(state)
@@ -94,6 +98,47 @@ class Prepared(Resumable):
             self._rng = self._rng_of(state["rng"])
         ckpt.set_rng_state(self._rng, self.device)
 
+    def compute_reference(self) -> dict[str, list[Kept]]:
+        """What `train` would compute before the first step, and nothing else: a run with the same
+        reference, data and choices finds it in `reference_cache`. A pass that was interrupted goes
+        on where it was. All processes must call; the model is not trained.
+
+        Returns:
+            {"data": [an entry for each epoch with data of its own], "eval_data": [one]}, the second
+            if there are such data.
+
+        Raises:
+            ValueError: this configuration keeps no reference.
+            OSError: no room; what is there is kept.
+        """
+        check_keeps(self.config)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.ranks.naming_the_lost())
+            self.ranks.must_agree("data", repr(self._identity()["data"]))
+            session = training_session(self._models, self.config, self.device, self.ranks.rank)
+            stack.enter_context(session)
+            stack.enter_context(self.objective.on(*self._models))
+            try:
+                self.reference.begin(self.model, self._ref_arg, resumed=False)
+                self._share_out()
+                self._take_reference(None)
+                out = {"data": self.reference.kept}
+                if self.eval_source is not None:
+                    out["eval_data"] = self._eval_reference(self.eval_source, None).kept
+            finally:
+                self._called = self.model
+        return out
+
+    def _take_reference(self, keys: list[str] | None) -> None:
+        """`keys`: those of a checkpoint."""
+        self.reference.take(
+            self._called if self._ref_arg is None else self._ref_arg,
+            self.source.epochs_with_own_table(self.epochs),
+            self.device,
+            self._reference_folder,
+            keys,
+        )
+
     def _prepare_evaluation(self, state: dict[str, Any] | None) -> None:
         """Its reference; with one of the policy's own, before the policy moves."""
         self._evaluation, self.best = None, None
@@ -101,19 +146,22 @@ class Prepared(Resumable):
         if self.eval_source is None:
             return
         if self.objective.needs_reference:
-            reference = Reference(self.config, self.objective, self.eval_source, self.ranks)
-            reference.like(self.reference)
             keys = None if state is None else state["eval_reference"]
             if keys == []:
                 raise ValueError(
                     "eval_data: this run began without; what the reference says about other data"
                     " cannot be known from a policy that has moved"
                 )
-            model = self._called if self._ref_arg is None else self._ref_arg
-            reference.take(model, range(1), self.device, self._reference_folder, keys)
-            self.eval_reference_keys = reference.keys
+            self.eval_reference_keys = self._eval_reference(self.eval_source, keys).keys
         table = self.eval_source.table(0)
         self._evaluation = Evaluation(self.config, table, self.ranks, self.device)
+
+    def _eval_reference(self, source: Source, keys: list[str] | None) -> Reference:
+        reference = Reference(self.config, self.objective, source, self.ranks)
+        reference.like(self.reference)
+        model = self._called if self._ref_arg is None else self._ref_arg
+        reference.take(model, range(1), self.device, self._reference_folder, keys)
+        return reference
 
     @property
     def _reference_folder(self) -> Path:
@@ -175,6 +223,20 @@ class Prepared(Resumable):
 
 def trained_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def check_keeps(config: TrainConfig) -> None:
+    """Raises ValueError: a run would keep nothing of a reference."""
+    if not config.needs_reference:
+        raise ValueError(
+            f"objective: {config.as_dict()['objective']!r} without kl_coef asks no reference, so"
+            " there is nothing to compute"
+        )
+    if config.reference != "precomputed":
+        raise ValueError(
+            f"reference: {config.reference!r} runs along and keeps nothing; 'precomputed' is what"
+            " can be computed before"
+        )
 
 
 def check_several(config: TrainConfig, way: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,29 @@ from deepalign_kernels.train.adapters import WithoutAdapters
 from deepalign_kernels.train.cache import Entry, Part, ReferenceCache, key_of
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.forwards import forwards
+from deepalign_kernels.train.log import Progress
 from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.ranks import Ranks
 from deepalign_kernels.train.rowfile import RowFile
 
 BLOCK = 64  # forwards whose rows are chosen together
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is on the disk of a reference.
+
+    Attributes:
+        path: the folder; its name holds the hash of what it was made from.
+        tokens: trained ones, each with a log-probability.
+        bytes: of its files.
+        seconds: that the pass took now, 0 if there was none.
+    """
+
+    path: Path
+    tokens: int
+    bytes: int
+    seconds: float
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -54,7 +75,11 @@ def compute(
         for each in forwards(ranks, order[at : at + block], table.lengths, limits)
     ]
     done = part.done([each.rows if each.own else [] for each in rounds])
-    with evaluating(model):
+    tokens = [sum(table.lengths[row] for row in each.rows) for each in rounds]
+    before = sum(tokens[number] for number in done)
+    show = config.progress and ranks.main
+    progress = Progress(sum(tokens), before, show, "reference", "token")
+    with contextlib.closing(progress), evaluating(model):
         for number, (rows, own) in enumerate(rounds):
             if number in done:
                 continue
@@ -68,6 +93,8 @@ def compute(
                 part.put(number, rows, logp[batch.targets != IGNORE], hidden)
             else:
                 part.put(number, [], logp.new_empty(0), None if hidden is None else hidden[:0])
+            progress.step(tokens[number])
+            progress.say({})
     part.finish()
 
 
@@ -113,12 +140,15 @@ class Reference:
     Attributes:
         keys: what a checkpoint keeps, so that a resume finds the very same again.
         model: the one that runs along, else None.
+        kept: what `take` found or made on the disk, an entry for each epoch with a table of its
+            own.
     """
 
     def __init__(
         self, config: TrainConfig, objective: BatchObjective, source: Source, ranks: Ranks
     ) -> None:
         self.keys: list[str] = []
+        self.kept: list[Kept] = []
         self.model: Any = None
         self._config, self._objective, self._source = config, objective, source
         self._ranks = ranks
@@ -178,16 +208,20 @@ class Reference:
                 f"epochs: this run began with {len(keys)}; its data change with the epoch, and what"
                 " the reference says about later ones cannot be known from a policy that has moved"
             )
-        cache, self.keys = ReferenceCache(folder, self._ranks), []
+        cache, self.keys, self.kept = ReferenceCache(folder, self._ranks), [], []
         for epoch in epochs:
             table = self._source.table(epoch)
             about = self._about(table)
             key = key_of(about) if keys is None else keys[epoch]
+            seconds = 0.0
             if keys is None:
-                self._make(cache, key, table, about, model, device)
+                seconds = self._make(cache, key, table, about, model, device)
             entry = cache.load(key, table, about)
             table.ref_logp, table.anchors = entry.logp, anchor_rows(entry, model, device)
             self.keys.append(key)
+            path = cache.path(key)
+            size = sum(file.stat().st_size for file in path.iterdir())
+            self.kept.append(Kept(path, sum(table.trained), size, seconds))
 
     def _about(self, table: TokenTable) -> dict[str, Any]:
         config, anchors = self._config, None
@@ -215,17 +249,21 @@ class Reference:
         about: dict[str, Any],
         model: nn.Module,
         device: torch.device,
-    ) -> None:
-        """If it is not there: also if another run, or one that was killed, has begun it."""
+    ) -> float:
+        """If it is not there: also if another run, or one that was killed, has begun it. Returns
+        the seconds of the pass, 0 without one."""
         config, ranks = self._config, self._ranks
 
         def there() -> bool:
             return ranks.first(lambda: cache.whole(key, table, about))
 
         if there():
-            return
+            return 0.0
         with cache.locked(key):
-            if not there():
-                layout = {"limits": list(config.limits), "processes": ranks.count, "block": BLOCK}
-                part = cache.part(key, table, about, layout)
-                compute(model, table, self._objective, device, config, ranks, part)
+            if there():
+                return 0.0
+            begun = time.perf_counter()
+            layout = {"limits": list(config.limits), "processes": ranks.count, "block": BLOCK}
+            part = cache.part(key, table, about, layout)
+            compute(model, table, self._objective, device, config, ranks, part)
+            return time.perf_counter() - begun

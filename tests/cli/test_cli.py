@@ -129,6 +129,13 @@ def test_how_a_command_ends(ran, monkeypatch, capsys):
         ends(ZeroDivisionError())
 
 
+def test_help_says_what_an_option_is_once(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert shown.count("steps between checkpoints, one more at the end") == 1
+
+
 def test_info_and_help(capsys):
     assert cli.main(["info"]) == 0 and "native cpu" in capsys.readouterr().out
     assert cli.main([]) == 0 and "  info  " in capsys.readouterr().out

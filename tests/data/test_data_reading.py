@@ -335,3 +335,81 @@ def test_micro_batches_keep_to_their_tokens():
         used = sum(lengths) / sum(200 for _ in groups)
         assert used > (0.9 if packed else 0.7)
     assert micro_batches([0, 1], [300, 10], 8, 200, True) == [[0], [1]]  # longer rows are alone
+
+
+GOOD = [chat("q" * (n % 5), f"answer {n}") for n in range(CHUNK + 40)]
+BAD = {  # line: what stands there, and what is wrong with it
+    3: ('{"messages": [', "broken JSON, column"),
+    4: ('"text"', "expected one JSON object per line, got a str"),
+    7: (json.dumps(chat("q")), "no assistant turn, so nothing to train"),
+    8: (json.dumps(chat("q", " ")), "message 1: empty assistant turn"),
+    9: (json.dumps({"mesages": []}), "expected the keys 'messages', or 'prompt'"),
+    CHUNK + 9: ("\udcff", "not UTF-8"),
+    CHUNK + 30: (
+        json.dumps({"messages": [{**m, "train": False} for m in chat("q", "a")["messages"]]})
+        .replace('"user", "content": "q", "train": false', '"user", "content": "q"'),
+        "no token of this is trained",
+    ),
+}  # fmt: skip
+
+
+def with_bad_lines(path):
+    lines = [json.dumps(record) for record in GOOD]
+    for line, (text, _) in BAD.items():
+        lines.insert(line - 1, text)
+    path.write_text("\n".join(lines), "utf-8", "surrogateescape")
+    return path
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_bad_records_are_left_out_by_line_if_that_is_asked(tmp_path, workers):
+    path, tokenizer = with_bad_lines(tmp_path / "a.jsonl"), build_tokenizer()
+    skipped = []
+    kept = list(
+        examples_of(
+            tokenizer, path, Encoding(on_bad_record="skip"), workers=workers, skipped=skipped
+        )
+    )
+    assert same(kept, tokenize_chat(tokenizer, GOOD))
+    assert len(skipped) == len(BAD)
+    for said, (line, (_, why)) in zip(skipped, BAD.items(), strict=True):
+        assert said.startswith(f"{path}:{line}: ") and why in said
+    with pytest.raises(ValueError, match="a.jsonl:3: broken JSON"):
+        list(examples_of(tokenizer, path, Encoding(), workers=workers))
+
+
+def test_what_is_left_out_is_known_to_the_cache_too(tmp_path, monkeypatch):
+    tokenizer, path = build_tokenizer(), with_bad_lines(tmp_path / "a.jsonl")
+    about = (path, tokenizer, Encoding(on_bad_record="skip"))
+    first = Source(*about, cache=tmp_path / "cache")
+    monkeypatch.setattr("deepalign_kernels.data.source.examples_of", None)  # nothing is tokenised
+    again = Source(*about, cache=tmp_path / "cache")
+    assert len(first.skipped) == len(BAD) and again.skipped == first.skipped
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="a.jsonl:3: broken JSON"):
+        Source(path, tokenizer, cache=tmp_path / "cache")
+    # Cut off in front of the answer, nothing is left to train.
+    long = [chat("a long question " * 9, "yes"), *PLAIN]
+    limits = {"max_length": 60, "on_too_long": "truncate"}
+    cut = Source(long, tokenizer, about[2], **limits)
+    assert cut.skipped[0] == "data[0]: nothing to train within max_length=60 tokens"
+    assert len(cut.table(0)) + len(cut.skipped) == len(long)
+    with pytest.raises(ValueError, match=r"data\[0\]: nothing to train within the first"):
+        Source(long, tokenizer, **limits)
+
+
+def test_nothing_left_is_an_error_and_other_data_refuse_to_skip(tmp_path):
+    tokenizer, skip = build_tokenizer(), Encoding(on_bad_record="skip")
+    with pytest.raises(
+        ValueError, match=r"left nothing of 2 records; the first: data\[0\]: no ass"
+    ):
+        Source([chat("q"), {"x": 1}], tokenizer, skip)
+
+    class Own:
+        def examples(self, epoch):
+            return tokenize_chat(tokenizer, PLAIN)
+
+    with pytest.raises(ValueError, match="on_bad_record: 'skip' is for records .* Own"):
+        Source(Own(), tokenizer, skip)
+    with pytest.raises(ValueError, match="on_bad_record: expected one of 'error', 'skip'"):
+        Encoding(on_bad_record="drop")

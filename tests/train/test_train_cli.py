@@ -193,3 +193,60 @@ def test_what_is_not_there_is_said_before_a_model_is_loaded(
     monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("weights were read"))
     assert main([*arguments, *more]) == 2
     assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_the_model_of_an_early_stop_is_the_best(tmp_path, capsys):
+    """At a rate that is too high the best is not the last; at a good one it is."""
+    arguments, out = prepare(tmp_path)
+    arguments += ["--objective", "sft", "--max-steps", "6", "--lr-schedule", "constant"]
+    arguments += ["--eval-every", "1", "--early-stop", "2", "--best-by", "nll"]
+    held_out = ["--eval-data", arguments[3]]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "early_stop: it counts evaluations on eval_data, and there are none" in (
+        capsys.readouterr().err
+    )
+
+    def lines(event):
+        log = (out / "train_log.jsonl").read_text().splitlines()
+        return [r for r in map(json.loads, log) if r["event"] == event]
+
+    for rate, steps in (("0.3", 4), ("0.003", 6)):
+        more = ["--learning-rate", rate, "--warmup-steps", "0"]
+        assert main([*arguments, *held_out, *more]) == 0
+        best = min(lines("eval"), key=lambda r: r["nll"])["step"]
+        assert best == (2 if steps == 4 else 6) and len(lines("step")) == steps
+        shown = capsys.readouterr().out
+        assert f"{steps} steps, nll" in shown and f"model of step {best}, the best, in " in shown
+        saved = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+        kept = torch.load(out / "best.pt", weights_only=True)["model"]
+        assert all(torch.equal(saved[k], kept[k]) for k in saved)
+        last = torch.load(out / f"checkpoint-000000{steps}.pt", weights_only=True)["model"]
+        same = [torch.equal(saved[k], last[k]) for k in saved]
+        assert all(same) if best == 6 else not any(same)
+        shutil.rmtree(out)
+
+
+def test_bad_records_are_named_in_log_and_dry_run(tmp_path, capsys):
+    arguments, out = prepare(tmp_path)
+    with open(arguments[3], "a") as file:
+        file.write('{"messages": []}\n{"x": 1}\n')
+    arguments += ["--on-bad-record", "skip", "--max-steps", "1", "--eval-data", arguments[3]]
+    line = f"{arguments[3]}:9: expected the keys"
+    with pytest.warns(
+        UserWarning, match="data: 2 records are left out .* the first: .*chat.jsonl:8"
+    ):
+        assert main([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped   2 of data:\n" in shown and "skipped   2 of eval_data:\n" in shown
+    assert shown.count(line) == 2 and "data      7 conversations, 7 held out" in shown
+    with pytest.warns(UserWarning, match="2 records are left out"):
+        assert main(arguments) == 0
+    log = [json.loads(x) for x in (out / "train_log.jsonl").read_text().splitlines()]
+    assert log[0]["skipped"] == 2 and log[0]["examples"] == 7
+    skipped = [(r["data"], r["why"].split(": ")[0]) for r in log if r["event"] == "skipped"]
+    files = [f"{arguments[3]}:{n}" for n in (8, 9)]
+    assert skipped == [(name, at) for name in ("data", "eval_data") for at in files]
+    recovery = ["--recovery", write(tmp_path / "recovery.jsonl", RECOVERIES)]
+    assert main([*arguments, *recovery, "--output", str(tmp_path / "other")]) == 2
+    assert "on_bad_record: 'skip' does not go with recovery" in capsys.readouterr().err

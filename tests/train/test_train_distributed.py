@@ -30,6 +30,7 @@ from deepalign_kernels.train.ranks import Ranks, way_of
 from deepalign_kernels.train.state import full_state
 
 BUDGET = 1e-5
+BEFORE = "compute_reference"
 STEPS = 5  # of four conversations: 4, 3, 4, 3, 4
 CASES = {
     "ddp": {"parallel": "ddp"},
@@ -117,6 +118,8 @@ def distance(ours, gold):
 
 def run_case(rank, folder, name):
     """[gradients, weights, log, checkpoint of the other number of processes] of two against one."""
+    if name == BEFORE:
+        return compute_before(rank, folder)
     options, place = CASES[name], Path(folder) / name.replace(" ", "-")
     steps, weights, _ = trained(place / "two", 2, **options)
     if rank:
@@ -162,6 +165,28 @@ def _steps(out):
     return out
 
 
+def compute_before(rank, folder):
+    """`compute_reference` of two sharded processes: its files against one process's, and that a
+    run finds them. The largest difference of a log-probability."""
+    place, options = Path(folder) / "before", CASES["fsdp, kept anchors, a process without a row"]
+    made = make(place / "two", 2, **options).compute_reference()
+    with mock.patch("deepalign_kernels.train.reference.compute", side_effect=AssertionError):
+        make(place / "two", 2, **options).train()
+    dist.barrier()
+    if rank:
+        return None
+    with mock.patch.object(Ranks, "here", lambda device: Ranks()):
+        alone = make(place / "one", 1, **options).compute_reference()
+    assert [k.path.name for v in made.values() for k in v] == [
+        k.path.name for v in alone.values() for k in v
+    ]
+    pairs = [
+        [torch.frombuffer(bytearray((k.path / "logp.bin").read_bytes()), dtype=torch.float32)
+         for k in both] for name in alone for both in zip(made[name], alone[name], strict=True)
+    ]  # fmt: skip
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
 def work(rank, folder, names):
     start(rank, folder)
     run_cases(rank, folder, {name: (folder, name) for name in names}, run_case)
@@ -172,7 +197,14 @@ def results():
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     present = importlib.util.find_spec("peft") is not None
-    return spawn(work, [name for name in CASES if present or "LoRA" not in name], limit=400.0)
+    names = [name for name in CASES if present or "LoRA" not in name]
+    return spawn(work, [BEFORE, *names], limit=400.0)
+
+
+@pytest.mark.slow
+def test_a_reference_that_two_processes_compute_before_a_run(results):
+    gap, other = results.get(BEFORE, ["a process hung or died", None])
+    assert other is None and isinstance(gap, float) and gap <= 1e-6, gap
 
 
 @pytest.mark.slow

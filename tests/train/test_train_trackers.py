@@ -105,5 +105,5 @@ def test_the_line_of_progress_says_how_long_it_will_take(monkeypatch, capsys):
         now[0] += 8
         progress.step()
     progress.say({"objective": -0.5, "nll": 1.25, "lr": 1e-5, "tokens_per_s": 1650.0})
-    line = "step 15/100, 0:11:20 left: objective -0.5, nll 1.25, lr 1e-05, tokens_per_s 1.65e+03\n"
-    assert capsys.readouterr().err == line
+    line = "train: step 15/100, 0:11:20 left: objective -0.5, nll 1.25, lr 1e-05, tokens_per_s "
+    assert capsys.readouterr().err == f"{line}1.65e+03\n"
