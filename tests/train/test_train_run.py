@@ -194,8 +194,8 @@ def test_rows_are_padded_right_and_masked(tmp_path):
 
 def test_progress_off_a_terminal_is_a_plain_line(tmp_path, capsys):
     train(build_model(), tmp_path / "a", progress=True, max_steps=2)
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and shown.startswith("step 2/2: objective ")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "reference: token 421/421" and second.startswith("train: step 2/2: objective ")
     train(build_model(), tmp_path / "b", progress=False, max_steps=2)
     assert capsys.readouterr().err == ""
 
