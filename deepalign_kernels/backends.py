@@ -193,6 +193,8 @@ def choose(op: str, device: str, dtype: torch.dtype) -> Callable[..., object]:
     Raises:
         RuntimeError: when a backend was forced and cannot run. Only "auto" moves down ORDER.
     """
+    for seen in _watching:
+        seen[op] = selected(op, device, dtype)
     return _choose(op, device, dtype, _forced)
 
 
@@ -204,6 +206,20 @@ def _choose(op: str, device: str, dtype: torch.dtype, forced: str) -> Callable[.
     if name == "native":
         return getattr(torch.ops.deepalign_native, op).default
     return getattr(module_of(name, op), op)
+
+
+_watching: list[dict[str, str]] = []
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, str]]:
+    """{op: backend} of the ops that run in the block, filled as they do, in any thread."""
+    seen: dict[str, str] = {}
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        _watching[:] = [one for one in _watching if one is not seen]
 
 
 def native_gemm(device: str) -> bool:

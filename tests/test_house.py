@@ -37,7 +37,8 @@ MAY_IMPORT = {  # room -> the rooms it may import
     "data": {"check"},
     "data/command": {"check", "data", "losses"},
     "train": {
-        *("check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules", "train/dry_run")
+        *("backends", "check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules"),
+        "train/dry_run",
     },
     "train/dry_run": {"data", "plan", "train"},
     "toyworld": {

@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,6 +14,7 @@ import tyro
 from deepalign_kernels import check
 from deepalign_kernels.data.examples import Encoding
 from deepalign_kernels.data.show import token_rows, token_table
+from deepalign_kernels.data.template import tokenizer_of
 from deepalign_kernels.data.tokenizing import examples_of
 from deepalign_kernels.losses import BetaSchedule
 
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
     encoding = Encoding(
         options.position_origin, options.train_on, options.unknown_keys, options.on_bad_record
     )
-    tokenizer, skipped = _tokenizer(options), []
+    tokenizer, skipped = tokenizer_of(options.model, options.chat_template), []
     examples = examples_of(tokenizer, options.data, encoding, workers=0, skipped=skipped)
     for example in islice(examples, options.skip, options.skip + options.n):
         rows = token_rows(tokenizer, example, lambda p: options.beta(torch.tensor(p)).tolist())
@@ -73,18 +73,3 @@ def run(options: Options) -> None:
         print(token_table(rows, None if options.context < 0 else options.context), end="\n\n")
     for why in skipped:
         print(f"left out: {why}", file=sys.stderr)
-
-
-def _tokenizer(options: Options):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: no tokenizer in {options.model}: {error}") from error
-    if options.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(options.chat_template).read_text()
-        except OSError as error:
-            raise ValueError(f"chat_template: {options.chat_template}: {error}") from error
-    return tokenizer

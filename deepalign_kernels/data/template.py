@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any, NamedTuple
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -50,6 +51,26 @@ class _Talk(list[Message]):
         return out
 
 
+def tokenizer_of(model: str | Path, chat_template: str | Path | None = None) -> Any:
+    """The tokenizer of a folder or name; with the text of the file `chat_template` as its template.
+
+    Raises:
+        ValueError: there is no such tokenizer, or no such file.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: no tokenizer in {model}: {error}") from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template: {chat_template}: {error}") from error
+    return tokenizer
+
+
 class ChatTemplate:
     """The chat template of one fast tokenizer.
 
@@ -70,7 +91,8 @@ class ChatTemplate:
             self.template: str = tokenizer.get_chat_template()
         except ValueError as error:
             raise ValueError(
-                f"tokenizer: {self.name} has no chat template; set tokenizer.chat_template"
+                f"tokenizer: {self.name} has no chat template; set --chat-template, or"
+                " tokenizer.chat_template"
             ) from error
         self.marked = MARK.search(self.template) is not None
         self._in_parts = False  # whether contents are lists of parts, as for models that see images

@@ -24,6 +24,7 @@ from deepalign_kernels.data.examples import BAD_RECORDS, ORIGINS, TOO_LONG, TRAI
 from deepalign_kernels.data.reading import rows_of
 from deepalign_kernels.data.records import UNKNOWN_KEYS, check_record
 from deepalign_kernels.data.recovery import GLUES
+from deepalign_kernels.data.template import ChatTemplate, tokenizer_of
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.rules import RULES
 from deepalign_kernels.train import config as choices
@@ -96,6 +97,7 @@ def options_of() -> list[Option]:
         Option("data", str, MISSING, "conversations: JSONL or Parquet, folder, name of a data set"),
         Option("output", str, MISSING, "folder for log, checkpoints and the trained model"),
         Option("eval_data", str, None, "held-out data, as data; the best state goes to best.pt"),
+        Option("chat_template", str, None, "file of another chat template; saved with the model"),
         Option("recovery", str, None, "JSONL of prompt, answer, refusal; data are then anchors"),
         Option("ref_model", str, None, "model to be constrained to; None: the model itself"),
         Option("dtype", str, "float32", "of the weights; bfloat16 needs an optimizer for it"),
@@ -179,8 +181,6 @@ def build(options: Any, refuse: Callable[[TrainConfig], None] = lambda config: N
     refuse(config)
     _check_paths(options, config)
 
-    from transformers import AutoTokenizer
-
     def load(name: str) -> Any:
         path = named[name]
         if dry:
@@ -188,7 +188,8 @@ def build(options: Any, refuse: Callable[[TrainConfig], None] = lambda config: N
         # What is sharded goes to its device layer by layer.
         return load_model(path, dtype).to("cpu" if config.parallel == "fsdp" else options.device)
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = tokenizer_of(options.model, options.chat_template)
+    ChatTemplate(tokenizer)  # refuses what it cannot train with, before a large model is loaded
     data: Any = options.data
     if options.recovery:
         given = signature(RecoveryAugmentation).parameters

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepalign_kernels import backends
 from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.data.packing import steps_per_epoch
 from deepalign_kernels.modes import kept_modes
@@ -201,7 +202,7 @@ class TrainingRun(Prepared):
             at = None if state is None else self.step
             log = RunLog(self.folder, at, ranks.main, self._trackers())
             progress = Progress(self.total_steps, self.step, config.progress and ranks.main)
-            number = 0
+            number, ran = 0, None
             try:
                 self._announce(log, state is not None)
                 if state is None:
@@ -211,7 +212,12 @@ class TrainingRun(Prepared):
                     while not self.finished:
                         if number := int(ranks.largest(stop())):
                             raise STOPS[signal.Signals(number)]
-                        self._train_step()
+                        if ran is None:  # says which implementations it runs on
+                            with backends.watched() as ran:
+                                self._train_step()
+                            log.write("ops", step=self.step, head=config.head, backends=ran)
+                        else:
+                            self._train_step()
                         progress.step()
                         self._report(log, progress)
                         if self._is_due(config.eval_every):

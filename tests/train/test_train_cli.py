@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from tiny_chat import RECORDS, RECOVERIES, build_model, build_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny_chat import RECORDS, RECOVERIES, TEMPLATES, build_model, build_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepalign_kernels.train import TrainConfig, TrainingRun, command
+from deepalign_kernels.train import TrainConfig, TrainingRun, command, tokenize_chat
 from deepalign_kernels.train.__main__ import main, parser
 from deepalign_kernels.train.command import build, options_of, settle
 
@@ -193,6 +193,31 @@ def test_what_is_not_there_is_said_before_a_model_is_loaded(
     monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("weights were read"))
     assert main([*arguments, *more]) == 2
     assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_another_chat_template_is_trained_with_and_saved(tmp_path, capsys, monkeypatch):
+    """Of a model that has none."""
+    arguments, out = prepare(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    for file in (tmp_path / "base").glob("*template*"):
+        file.unlink()
+    tokenizer.save_pretrained(tmp_path / "base")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "load_model", lambda *_: pytest.fail("weights were read"))
+        assert main(arguments) == 2
+        assert "has no chat template; set --chat-template" in capsys.readouterr().err
+        assert main([*arguments, "--chat-template", "./gone"]) == 2
+        assert "chat_template: ./gone: " in capsys.readouterr().err
+    (tmp_path / "own.jinja").write_text(text := TEMPLATES["unmarked"].replace("assistant", "bot"))
+    more = ["--chat-template", str(tmp_path / "own.jinja"), "--max-steps", "1"]
+    assert main([*arguments, *more]) == 0
+    saved = AutoTokenizer.from_pretrained(out / "model")
+    assert saved.chat_template == text
+    examples = tokenize_chat(saved, RECORDS)
+    log = json.loads((out / "train_log.jsonl").read_text().splitlines()[0])
+    trained = sum(label != -100 for e in examples for label in e.labels[1:])
+    assert log["trained_tokens_per_epoch"] == trained
 
 
 def test_the_model_of_an_early_stop_is_the_best(tmp_path, capsys):

@@ -247,7 +247,7 @@ def test_torchrun_runs_the_command_line(tmp_path):
     assert process.returncode == 0, errors
     assert out.count("3 steps, nll ") == 1
     lines = [r["event"] for r in log_of(tmp_path / "out")]
-    assert lines == ["start", "step", "step", "step", "end"]
+    assert lines == ["start", "ops", "step", "step", "step", "end"]
     alone = tmp_path / "alone"
     one = [*run, "--output", str(alone), "--gradient-accumulation-steps", "2"]
     (tmp_path / "out" / "checkpoint-0000003.pt").unlink()

@@ -75,7 +75,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 
     bigram_run(tmp_path, callbacks=[second], max_steps=2).train()
     assert seen == [1, 2]
-    assert [r["event"] for r in log_of(tmp_path)] == ["start", "step", "step", "end"]
+    assert [r["event"] for r in log_of(tmp_path)] == ["start", "ops", "step", "step", "end"]
     bigram_run(tmp_path, max_steps=2).train()  # the lock went with the run
 
 
@@ -92,7 +92,7 @@ def test_the_log_of_another_run_is_kept(tmp_path):
         "train_log-1.jsonl", "train_log-2.jsonl", "train_log.jsonl",
     ]  # fmt: skip
     first, last = (tmp_path / n for n in names(tmp_path, "*.jsonl")[::2])
-    assert first.read_text().count("\n") == last.read_text().count("\n") == 8
+    assert first.read_text().count("\n") == last.read_text().count("\n") == 9
 
 
 @pytest.mark.parametrize("damage", ("torn", "flipped bytes", "empty"))

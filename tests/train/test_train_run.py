@@ -11,6 +11,8 @@ import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from train_runs import RUN, Bigram, log_of, record_gradients, relative, train
 
+import deepalign_kernels as dak
+from deepalign_kernels import backends
 from deepalign_kernels.train import Example, TrainConfig, TrainingRun, fit
 
 
@@ -38,11 +40,36 @@ def test_log_is_strict_json_and_complete(tmp_path):
     _, result = train(build_model(), tmp_path, data=one_token)
     text = result.log_path.read_text()
     assert "NaN" not in text and "Infinity" not in text
-    start, step, end = log_of(tmp_path)
-    assert (start["event"], step["event"], end["event"]) == ("start", "step", "end")
+    start, ops, step, end = log_of(tmp_path)
+    events = [record["event"] for record in (start, ops, step, end)]
+    assert events == ["start", "ops", "step", "end"]
     assert start["config"]["adam_betas"] == [0.5, 0.999] and start["config"]["beta"]["prefix"] == 2
     assert step["nll_prefix"] is None and step["weight_first"] == pytest.approx(1, abs=1e-3)
     assert step["tokens_per_s"] > 0 and result.metrics == step and result.steps == 1
+
+
+@pytest.mark.parametrize("backend", ("auto", "eager"))
+def test_the_log_names_what_every_op_runs_on(tmp_path, backend):
+    """Spied upon where the implementation itself is handed out."""
+    handed, real = {}, backends._choose
+
+    def spy(op, device, dtype, forced):
+        found = real(op, device, dtype, forced)
+        place = getattr(found, "__module__", None) or str(found)
+        names = {"reference": "eager", "triton_kernels": "triton", "deepalign_native": "native"}
+        handed[op] = next(name for part, name in names.items() if part in place)
+        return found
+
+    run = TrainingRun(build_model(), build_tokenizer(), TrainConfig(tmp_path, **RUN), RECORDS)
+    first_step = run._train_step
+    with pytest.MonkeyPatch.context() as patch, dak.use_backend(backend):
+        run._train_step = lambda: (patch.setattr(backends, "_choose", spy), first_step())
+        run.train()
+    (ops,) = [r for r in log_of(tmp_path) if r["event"] == "ops"]
+    assert ops["head"] == "fused" and ops["backends"] == handed
+    assert "constrained_loss_fused" in handed
+    assert backend == "auto" or set(handed.values()) == {"eager"}
+    assert not backends._watching
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
