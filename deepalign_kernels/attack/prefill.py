@@ -37,7 +37,8 @@ class Prefill(Asking):
     joined or encoded again. An answer with fewer tokens is given whole (`prefilled` in the record).
 
     Args:
-        depths: numbers of tokens k; the paper has 5, 10, 20, 40. Used where `texts` is empty.
+        depths: numbers of tokens k; the paper has 5, 10, 20, 40, and 0 is what a rise is measured
+            from. Used where `texts` is empty.
         texts: beginnings instead of answers: of compliance, or of refusal for base models
             (table 1).
         native: folder of a judged run of the same model; answers are its own successful replies,
@@ -46,7 +47,7 @@ class Prefill(Asking):
         think: text between the chat header and the prefix, such as an empty block of thoughts.
     """
 
-    depths: tuple[int, ...] = (5, 10, 20, 40)
+    depths: tuple[int, ...] = (0, 5, 10, 20, 40)
     texts: tuple[str, ...] = ()
     native: str = ""
     think: str = ""

@@ -18,6 +18,7 @@ from deepalign_kernels.attack.config import attack_of, attacks_of, judge_of
 from deepalign_kernels.cli.main import main
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.judge import View
+from deepalign_kernels.report import read, verdict
 from deepalign_kernels.runs import read_manifest, read_records
 from deepalign_kernels.runs.paper import published
 from deepalign_kernels.toyworld import World, build_model, build_tokenizer
@@ -139,8 +140,12 @@ def test_a_server_is_evaluated(world, tmp_path, capsys):
         args = words(world, tmp_path, "--server", server.url, suite="prefill")
         assert main(args) == 0
     samples = list(read_records(tmp_path, "sample"))
-    assert len(samples) == 20 and not any(s.error for s in samples)
+    assert len(samples) == 25 and not any(s.error for s in samples)
     assert {s.data["mode"] for s in samples} == {"server"}
+    # What the README's three commands do: the default depths let the report speak of a rise.
+    sources = read.read([tmp_path])
+    assert "shows no rise with a prefix: 100 % [57, 100] at k = 0" in verdict.sentences(sources)[1]
+    assert len(verdict.recoveries(sources)) == 2
     assert "100.0" in capsys.readouterr().out
     with planned(plan) as server:
         assert main(words(world, tmp_path / "g", "--server", server.url, suite="gcg")) == 2
