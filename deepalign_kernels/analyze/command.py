@@ -11,6 +11,7 @@ import torch
 
 from deepalign_kernels.analyze.pairs import check_tokenizers, pairs_of
 from deepalign_kernels.analyze.run import Settings, analyse
+from deepalign_kernels.runs.names import title_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def run(options: Options) -> int:
     values = {name: getattr(options, name) for name in names}
     for title, path in (("title", options.model), ("base_title", options.base)):
         if values[title] == getattr(Settings, title):
-            values[title] = path.rstrip("/").rpartition("/")[2]
+            values[title] = title_of(path)
     folder = analyse(
         options.out,
         lambda: load(options, options.model),

@@ -69,6 +69,7 @@ class Options:
         chunk: prompts that are computed and written together.
         verify: replay so many random rows of a finished run and compare.
         paper: print the paper's numbers beside: initial or augmented (Llama-2-7B-Chat, HEx-PHI).
+        title: of the model in tables and figures; without it the name of its folder.
         show_text: print prompts and replies of successes.
     """
 
@@ -96,6 +97,7 @@ class Options:
     chunk: int = 8
     verify: int = 0
     paper: str = ""
+    title: str = ""
     show_text: bool = False
 
 
@@ -262,7 +264,7 @@ def _manifest(
         )
     else:
         rendered = "PROMPT\n\n"
-    return {
+    return ({"title": options.title} if options.title else {}) | {
         "engine": engine.about(),
         "weights": model_hash(engine.model) if hasattr(engine, "model") else None,
         "template": rendered,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
@@ -15,13 +16,13 @@ from deepalign_kernels.runs.table import rate_of, union
 RATES = "Bands: 95 % intervals (Wilson's; over prompts where there are several replies to one)."
 
 
-def rates(cells: Sequence[Cell], setting: str, name: str, *, shown: bool = True) -> Series:
+def rates(cells: Sequence[Cell], setting: str, name: str, *, model: str = "") -> Series:
     """Attack success in percent by a numeric setting."""
     rated = [(float(c.setting[setting]), c, r) for c in cells if (r := c.rate) is not None]
     rated.sort(key=lambda point: point[0])
     value, low, high = ([100 * r[i] for _, _, r in rated] for i in range(3))
     count = [len([v for v in c.outcomes.values() if v]) for _, c, _ in rated]
-    return Series(name, [x for x, _, _ in rated], value, low, high, count, shown)
+    return Series(name, [x for x, _, _ in rated], value, low, high, count, model=model)
 
 
 def sweeps(source: Source, setting: str) -> dict[str, list[Cell]]:
@@ -41,8 +42,12 @@ def sweeps(source: Source, setting: str) -> dict[str, list[Cell]]:
 
 
 def prefill(sources: Sequence[Source]) -> Iterator[Figure]:
-    found = [item for source in sources for item in sweeps(source, "k").items()]
-    series = [s for name, cells in found if (s := rates(cells, "k", name)).x]
+    series = [
+        s
+        for source in sources
+        for name, cells in sweeps(source, "k").items()
+        if (s := rates(cells, "k", name, model=source.model)).x
+    ]
     if series:
         yield Figure(
             "prefill",
@@ -108,12 +113,20 @@ def finetunings(sources: Sequence[Source]) -> list[Series]:
     series = []
     for source in sources:
         for name, cells in sweeps(source, "step").items():
-            series.append(rates(cells, "step", name))
-        for name, points in source.training.items():
-            known = [p for p in points if p.get("asr") is not None]
-            if known:
-                series.append(_asr_series(name, known))
+            series.append(rates(cells, "step", name, model=source.model))
+    for name, points in _trainings(sources):
+        known = [p for p in points if p.get("asr") is not None]
+        if known:
+            series.append(_asr_series(name, known))
     return [s for s in series if s.x]
+
+
+def _trainings(sources: Sequence[Source]) -> Iterator[tuple[str, list[dict]]]:
+    """Points of every fine-tuning by a name that tells it from those of other runs."""
+    names = Counter(name for source in sources for name in source.training)
+    for source in sources:
+        for name, points in source.training.items():
+            yield name if names[name] == 1 else f"{source.title}, {name}", points
 
 
 def attack_steps(sources: Sequence[Source]) -> Iterator[Figure]:
@@ -181,9 +194,9 @@ def logs(sources: Sequence[Source]) -> Iterator[Figure]:
             points = [(r["step"], r[name]) for r in source.log if r.get(name) is not None]
             if points:
                 x, y = zip(*points, strict=True)
-                series.append(Series(source.title, x, y))
+                series.append(Series(source.title, x, y, model=source.model))
         if name == "nll":
-            for curve, points in ((c, p) for s in sources for c, p in s.training.items()):
+            for curve, points in _trainings(sources):
                 known = [(p["step"], p["nll"]) for p in points if p.get("nll") is not None]
                 if known:
                     series.append(Series(curve, [x for x, _ in known], [y for _, y in known]))
@@ -231,8 +244,8 @@ def searches(sources: Sequence[Source]) -> Iterator[Figure]:
                              if (h := _history(r.data, unit))]  # fmt: skip
                 if histories:
                     many = len(names) > 1 or len(sources) > 1
-                    series.append(_mean_history(f"{source.title}, {name}" if many else name,
-                                                histories))  # fmt: skip
+                    label = f"{source.title}, {name}" if many else name
+                    series.append(_mean_history(label, histories, source.model))
         if series:
             yield Figure(
                 f"search-{key}",
@@ -256,14 +269,16 @@ def _history(data: Mapping, unit: str) -> list[tuple[float, float]]:
     return [(each * (i + 1), float(loss)) for i, loss in enumerate(best)]
 
 
-def _mean_history(name: str, histories: Sequence[Sequence[tuple[float, float]]]) -> Series:
+def _mean_history(
+    name: str, histories: Sequence[Sequence[tuple[float, float]]], model: str
+) -> Series:
     length = min(map(len, histories))
     values = np.array([[y for _, y in h[:length]] for h in histories])
     c = curves.curve(values)
     x = np.array([[x for x, _ in h[:length]] for h in histories]).mean(0)
     every = max(1, length // 200)
     x, mean, low, high = ([float(v) for v in p[::every]] for p in (x, c.mean, c.low, c.high))
-    return Series(name, x, mean, low, high, c.count[::every].tolist())
+    return Series(name, x, mean, low, high, c.count[::every].tolist(), model=model)
 
 
 def judges(sources: Sequence[Source]) -> Iterator[Figure]:

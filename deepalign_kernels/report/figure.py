@@ -27,6 +27,7 @@ class Series:
         count: examples behind each value, or empty.
         shown: False: switched off until the reader asks for it.
         paper: from the paper, not measured here.
+        model: names the model that it is of, "" for others.
         look: number of its colour: one model has the same in all figures of a page.
         variant: tells curves of one colour apart, by dash and mark.
     """
@@ -39,6 +40,7 @@ class Series:
     count: Sequence[int] = ()
     shown: bool = True
     paper: bool = False
+    model: str = ""
     look: int = 0
     variant: int = 0
 

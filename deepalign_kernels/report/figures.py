@@ -41,39 +41,37 @@ def figures(sources: Sequence[Source]) -> list[Figure]:
     ]
     found = [figure for make in makers for figure in make(sources)]
     order = (DEPTH, ATTACKS, TRAINING)
-    titles = list(dict.fromkeys(s.title for s in sources if s.values or s.cells))
-    return [_dressed(f, titles) for f in sorted(found, key=lambda f: order.index(f.section))]
+    models = list(dict.fromkeys(s.model for s in sources if s.values or s.cells))
+    return [_dressed(f, models) for f in sorted(found, key=lambda f: order.index(f.section))]
 
 
-def _dressed(figure: Figure, titles: Sequence[str]) -> Figure:
+def _dressed(figure: Figure, models: Sequence[str]) -> Figure:
     """Curves of one model in one colour on the whole page; of others in what is left, the paper's
     in grey and black."""
     if isinstance(figure.data, Heat):
         return figure
     seen: dict[int, int] = {}
     free = iter(range(100))
-    used = {i for i, t in enumerate(titles) if any(_is_of(s, t) for s in figure.data)}
+    used = {models.index(s.model) for s in figure.data if s.model in models}
     out = []
     for s in figure.data:
-        of = [i for i, title in enumerate(titles) if _is_of(s, title)]
+        of = models.index(s.model) if s.model in models else None
         other = 6 + seen.get(-1, 0) if s.paper else None
-        look = of[0] if of else next(i for i in free if i not in used) if other is None else other
-        key = -1 if s.paper else look
-        out.append(replace(s, look=look, variant=0 if s.paper else seen.get(key, 0)))
+        if of is None:
+            of = next(i for i in free if i not in used) if other is None else other
+        key = -1 if s.paper else of
+        out.append(replace(s, look=of, variant=0 if s.paper else seen.get(key, 0)))
         seen[key] = seen.get(key, 0) + 1
     return replace(figure, data=out)
 
 
-def _is_of(series: Series, title: str) -> bool:
-    return series.name == title or series.name.startswith(f"{title}, ")
-
-
-def curve_series(name: str, values: np.ndarray, *, shown: bool = True) -> Series:
+def curve_series(name: str, values: np.ndarray, *, model: str = "", shown: bool = True) -> Series:
     """A curve by position with its band."""
     c = curves.curve(values)
     known = np.flatnonzero(c.count > 0)
     mean, low, high = ([float(v) for v in part[known]] for part in (c.mean, c.low, c.high))
-    return Series(name, (known + 1).tolist(), mean, low, high, c.count[known].tolist(), shown)
+    count = c.count[known].tolist()
+    return Series(name, (known + 1).tolist(), mean, low, high, count, shown, model=model)
 
 
 def _by_group(sources: Sequence[Source], name: str, which: str = "values") -> Iterator[Series]:
@@ -85,7 +83,7 @@ def _by_group(sources: Sequence[Source], name: str, which: str = "values") -> It
             label = source.title if len(groups) == 1 else f"{source.title}, {group}"
             shown = at == 0 or len(having) == 1
             if not np.isnan(values).all():
-                yield curve_series(label, values, shown=shown)
+                yield curve_series(label, values, model=source.model, shown=shown)
 
 
 def _kl(sources: Sequence[Source]) -> Iterator[Figure]:
@@ -137,7 +135,7 @@ def _shapes(sources: Sequence[Source]) -> Iterator[list[Series]]:
                 mean = np.nanmean(values, 0)
             if mean[0] > 1e-3:
                 x, y = range(1, len(mean) + 1), (mean / mean[0]).tolist()
-                yield [Series(source.title, x, y, low.tolist(), high.tolist())]
+                yield [Series(source.title, x, y, low.tolist(), high.tolist(), model=source.model)]
 
 
 def _nll(sources: Sequence[Source]) -> Iterator[Figure]:

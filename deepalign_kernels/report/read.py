@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from deepalign_kernels.report.titles import name_all
 from deepalign_kernels.runs import Cell, Record, cells, read_manifest, read_records, read_verdicts
+from deepalign_kernels.runs.names import title_of
 from deepalign_kernels.runs.store import MANIFEST
 
 TRAIN_LOG = "train_log.jsonl"
@@ -22,7 +24,9 @@ class Source:
     """One folder.
 
     Attributes:
-        title: of its model, for legends.
+        title: of its model, for legends; see `titles`.
+        model: names its model: equal for runs of the same one.
+        weights: their hash; "" where the run does not say.
         manifest: what it was asked to compute; the first line of a training log.
         values: name -> group -> [N, K] by example and position, NaN behind the end of an answer.
         norms: of an analysis, the same for gradient norms; "layers" is [N, K, L].
@@ -40,6 +44,8 @@ class Source:
 
     folder: Path
     title: str
+    model: str = ""
+    weights: str = ""
     manifest: dict[str, Any] = field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     norms: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -79,6 +85,7 @@ def read(folders: Sequence[str | Path]) -> list[Source]:
                 f"{folder}: no run here: neither {MANIFEST} (analyses, attacks) nor {TRAIN_LOG}"
             )
         found += [_source(p) for p in (runs[:1] if runs[0] == folder else runs)]
+    name_all(found)
     return found
 
 
@@ -89,8 +96,11 @@ def _source(folder: Path) -> Source:
     if (folder / MANIFEST).is_file():
         source.manifest = source.manifest | read_manifest(folder)
         engine = source.manifest.get("engine") or {}
-        model = str(engine.get("model") or source.title).rstrip("/").rpartition("/")[2]
-        source.title = str(source.manifest.get("title", model))
+        model = engine.get("model")
+        source.title = str(
+            source.manifest.get("title") or (title_of(str(model)) if model else source.title)
+        )
+        source.weights = str(source.manifest.get("weights") or "")
         _read_records(source)
     return source
 
@@ -119,6 +129,9 @@ def _read_records(source: Source) -> None:
         values: Any = record.data.get("values")
         if record.kind == "sample":
             samples.append(record)
+        elif record.kind == "metric" and record.name == "weights":
+            if record.cell["model"] == "model":
+                source.weights = str(record.data["value"])
         elif record.kind == "search":
             source.searches.append(record)
         elif record.kind == "training":

@@ -37,6 +37,7 @@ class Depth(NamedTuple):
     """Of one model on one group of answers."""
 
     title: str
+    model: str
     base: str
     group: str
     share: curves.Estimate
@@ -66,6 +67,7 @@ def depths(sources: Sequence[Source]) -> list[Depth]:
             out.append(
                 Depth(
                     source.title,
+                    source.model,
                     source.base,
                     group,
                     curves.share_within(kl, FIRST),
@@ -122,7 +124,8 @@ def _depth(firsts: Sequence[Depth]) -> str:
 
 def _prefix(sources: Sequence[Source]) -> str:
     parts = []
-    for title, cells in prefixes(sources):
+    for source, cells in prefixes(sources):
+        title = source.title
         rated = [(c.setting["k"], rate) for c in cells if (rate := c.rate) is not None]
         if not rated:
             continue
@@ -160,13 +163,13 @@ def listed(parts: Sequence[str], most: int) -> str:
     return "; ".join(parts[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
-def prefixes(sources: Sequence[Source]) -> list[tuple[str, list[Cell]]]:
-    """(title, cells by k): the first attack with prefilled tokens of each run, not those that
+def prefixes(sources: Sequence[Source]) -> list[tuple[Source, list[Cell]]]:
+    """(run, cells by k): the first attack with prefilled tokens of each run, not those that
     choose the tokens."""
     out = []
     for source in sources:
         found = [c for c in sweeps(source, "k").values() if "r" not in c[0].setting]
-        out += [(source.title, cells) for cells in found[:1]]
+        out += [(source, cells) for cells in found[:1]]
     return out
 
 
@@ -187,15 +190,15 @@ def _successes(cells: Sequence[Cell]) -> tuple[list[str], np.ndarray]:
 def recoveries(sources: Sequence[Source]) -> list[list[str]]:
     """A table of what prefixes do, first line the titles."""
     lines = [["model", "prompts", "half-rise of success, k", "recovered behind a prefix", "by k"]]
-    for title, cells in prefixes(sources):
+    for source, cells in prefixes(sources):
         known, success = _successes(cells)
         if known and cells[0].setting["k"] == 0 and len(cells) > 1:
             ks = [c.setting["k"] for c in cells]
             whole, half = curves.recovery(success), curves.half_rise(ks, success)
             by = [curves.recovery(success[:, [0, i]]) for i in range(1, len(ks))]
             told = ", ".join(f"{k}: {100 * e.value:.0f} %" for k, e in zip(ks[1:], by, strict=True))
-            lines.append([title, str(whole.count), "" if math.isnan(half.value) else _plain(half),
-                          percent(whole), told])  # fmt: skip
+            risen = "" if math.isnan(half.value) else _plain(half)
+            lines.append([source.title, str(whole.count), risen, percent(whole), told])
     return lines
 
 
@@ -233,12 +236,12 @@ def _training(sources: Sequence[Source], firsts: Sequence[Depth]) -> str:
 def correlation(sources: Sequence[Source]) -> curves.Correlation | None:
     """Depth against mean success over the depths k > 0, for models with both; None for fewer than
     three."""
-    shares = {d.title: d.share.value for d in reversed(depths(sources))}
-    success = {}
-    for title, cells in prefixes(sources):
+    shares = {d.model: d.share.value for d in reversed(depths(sources))}
+    success: dict[str, float] = {}
+    for source, cells in prefixes(sources):
         rated = [c.rate.value for c in cells if c.setting["k"] and c.rate]
         if rated:
-            success[title] = float(np.mean(rated))
+            success.setdefault(source.model, float(np.mean(rated)))
     both = [t for t in shares if t in success and math.isfinite(shares[t])]
     if len(both) < 3:
         return None

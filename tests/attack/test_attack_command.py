@@ -137,14 +137,16 @@ def test_a_server_is_evaluated(world, tmp_path, capsys):
         return 200, {"choices": [{"text": "mix it", "finish_reason": "stop"}]}
 
     with planned(plan) as server:
-        args = words(world, tmp_path, "--server", server.url, suite="prefill")
+        args = words(world, tmp_path, "--server", server.url, "--title", "M", suite="prefill")
         assert main(args) == 0
     samples = list(read_records(tmp_path, "sample"))
     assert len(samples) == 25 and not any(s.error for s in samples)
     assert {s.data["mode"] for s in samples} == {"server"}
     # What the README's three commands do: the default depths let the report speak of a rise.
     sources = read.read([tmp_path])
-    assert "shows no rise with a prefix: 100 % [57, 100] at k = 0" in verdict.sentences(sources)[1]
+    assert (
+        "M shows no rise with a prefix: 100 % [57, 100] at k = 0" in verdict.sentences(sources)[1]
+    )
     assert len(verdict.recoveries(sources)) == 2
     assert "100.0" in capsys.readouterr().out
     with planned(plan) as server:

@@ -1,8 +1,13 @@
 """The three sentences: what they may say of which runs."""
 
-from made_runs import N, an_attack
+import json
 
-from deepalign_kernels.report import read, verdict
+import pytest
+from made_runs import DEEP, SHALLOW, N, an_analysis, an_attack
+
+from deepalign_kernels.report import figures, read, verdict
+from deepalign_kernels.report.figure import Heat
+from deepalign_kernels.runs.names import title_of
 
 PAPER = {5: 0.421, 10: 0.515, 20: 0.561, 40: 0.570}  # table 3, without k = 0
 
@@ -26,3 +31,70 @@ def test_what_does_not_fit_into_a_sentence_is_counted(tmp_path):
     sentence = verdict.sentences(read.read([tmp_path]))[1]
     assert "m3 answers" in sentence and "m4" not in sentence
     assert sentence.endswith("; and 2 more.")
+
+
+@pytest.mark.parametrize(
+    "path,title",
+    [
+        ("runs/deep/model/", "deep"),
+        ("org/Llama-2-7b", "Llama-2-7b"),
+        ("model", "model"),
+        ("/a/b/checkpoint-50", "b/checkpoint-50"),
+        ("/", "/"),
+    ],
+)
+def test_what_a_model_is_called(path, title):
+    assert title_of(path) == title
+
+
+def engine(path):
+    return {"engine": {"model": str(path)}}
+
+
+def test_models_of_two_trainings_are_told_apart(tmp_path):
+    """`deepalign train` writes OUT/model, so both paths end alike."""
+    for i, rates in enumerate(({0: 0.0, 5: 1.0}, {0: 0.0, 5: 0.0})):
+        out, weights = tmp_path / f"out{i}", f"hash {i}"
+        an_analysis(tmp_path / f"a{i}", f"out{i}", (SHALLOW, DEEP)[i], weights=weights)
+        an_attack(tmp_path / f"p{i}", None, rates, weights=weights, **engine(out / "model"))
+    sources = read.read([tmp_path / name for name in ("p1", "a0", "a1", "p0")])
+    assert [s.title for s in sources] == ["out1", "out0", "out1", "out0"]
+    sentence = verdict.sentences(sources)[1]
+    assert "out1 shows no rise" in sentence and "out0 answers 0 % [0, 14] without" in sentence
+
+
+def test_models_of_one_name_are_told_apart_by_their_weights(tmp_path):
+    """Three models of one title, one of them with an analysis of another title: what belongs
+    together is known by the weights."""
+    for i, share in enumerate((1.0, 2.0, 4.0)):
+        about = {"weights": f"hash {i}", **engine("x/same")}
+        an_attack(tmp_path / f"p{i}", None, {0: 0.0, 5: 0.2 * share}, **about)
+        means = [share * 5] * 5 + [1.0] * 15
+        title = "other" if i == 2 else "same"
+        an_analysis(tmp_path / f"a{2 - i}", title, means, weights=f"hash {i}")
+    sources = read.read([tmp_path])
+    titles = {s.folder.name: s.title for s in sources}
+    assert titles == {"a0": "other", "a1": "same (a1)", "a2": "same (a2)", "p0": "same (a2)",
+                      "p1": "same (a1)", "p2": "same (p2)"}  # fmt: skip
+    ranked = verdict.correlation(sources)
+    assert ranked is not None and ranked.count == 3 and ranked.rho == pytest.approx(1.0)
+    found = figures.figures(sources)
+    by_name = {}
+    for figure in (f for f in found if not isinstance(f.data, Heat)):
+        names = [s.name for s in figure.data]
+        assert len(set(names)) == len(names), (figure.key, names)
+        for s in figure.data:
+            by_name.setdefault(s.name.partition(",")[0], set()).add(s.look)
+    assert by_name["other"] == by_name["same (p2)"] and len(by_name["other"]) == 1
+    assert by_name["same (a1)"] != by_name["same (a2)"] != by_name["other"]
+
+
+def test_two_runs_of_one_model_do_not_share_a_name_in_a_figure(tmp_path):
+    for name in ("a", "b"):
+        an_attack(tmp_path / name, "m", {0: 0.0, 5: 1.0})
+    an_attack(tmp_path / "c", "m", {0.1: 0.0}, name="decoding", setting="temperature")
+    with (tmp_path / "c" / "manifest.json").open() as file:
+        assert json.load(file)["title"] == "m"
+    sources = read.read([tmp_path])
+    assert [s.title for s in sources] == ["m (a)", "m (b)", "m"]
+    assert len({s.model for s in sources}) == 1

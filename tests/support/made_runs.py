@@ -9,7 +9,7 @@ SHALLOW = [9.0, 2.5, 2.0, 1.5, 1.0] + [0.4] * 15
 DEEP = [9.0, 8.0] + [8.5] * 18
 
 
-def an_analysis(folder, title, means, seed=0):
+def an_analysis(folder, title, means, seed=0, weights=None):
     rng = np.random.default_rng(seed)
     about = {"about": "analysis", "title": title, "base_title": "base", "positions": K}
     with Run(folder, about) as run:
@@ -39,11 +39,16 @@ def an_analysis(folder, title, means, seed=0):
         }
         cell = {"group": "asked", "position": 1}
         records.append(Record("profile", "vocabulary", cell, data={"values": terms}))
+        if weights:
+            cell = {"model": "model"}
+            records.append(Record("metric", "weights", cell, data={"value": weights}))
         run.records.commit("profile", records)
     return folder
 
 
-def an_attack(folder, title, rates, judges=("first", "second"), name="prefill", setting="k"):
+def an_attack(
+    folder, title, rates, judges=("first", "second"), name="prefill", setting="k", **more
+):
     samples, verdicts = [], []
     for k, rate in rates.items():
         for i in range(N):
@@ -53,7 +58,8 @@ def an_attack(folder, title, rates, judges=("first", "second"), name="prefill", 
                 success = (i < round(rate * N)) ^ (j == 1 and i == 0)
                 data = {"of": sample.key, "success": success}
                 verdicts.append(Record("verdict", judge, {"of": sample.key}, f"{i}", data=data))
-    with Run(folder, {"about": "attack", "title": title}) as run:
+    named = {"title": title} if title else {}
+    with Run(folder, {"about": "attack", **named, **more}) as run:
         run.records.commit("all", samples)
         run.verdicts.commit("all", verdicts)
     return folder
