@@ -60,7 +60,7 @@ TO_COME = {
     "judge": ({"check", "generate/engine"}, 700),
     "attack": (
         {"check", "ops", "hf", "data", "generate", "generate/engine", "judge", "runs"} | LOW,
-        2750,
+        2900,
     ),
     "attack/finetune": (
         {"attack", "check", "hf", "data", "generate", "judge", "runs", "train"} | LOW,
@@ -75,7 +75,7 @@ TO_COME = {
         300,
     ),
     "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1800),
-    "report": ({"runs"}, 1600),
+    "report": ({"runs"}, 1900),
     "plan": ({"check", "ops/linear", "train"}, 600),
 }
 TO_COME["cli"] = ({*MAY_IMPORT, *TO_COME}, 300)
