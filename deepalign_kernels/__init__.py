@@ -11,10 +11,13 @@ from deepalign_kernels.backends import use_backend
 from deepalign_kernels.losses import BetaSchedule, reduce_tokens, response_positions
 from deepalign_kernels.ops import (
     ConstrainedParts,
+    Direction,
     HeadOptions,
     LinearConstrainedParts,
     LinearOptions,
     MemoryEstimate,
+    Reduction,
+    TokenProfile,
     TokenStats,
     checked,
     constrained_loss,
@@ -22,26 +25,48 @@ from deepalign_kernels.ops import (
     linear_constrained_loss,
     linear_token_kl,
     linear_token_logp,
+    linear_token_profile,
     linear_token_stats,
     token_entropy,
     token_kl,
     token_logp,
     token_stats,
 )
+from deepalign_kernels.rules import Rule
 
 if TYPE_CHECKING:
-    from deepalign_kernels import data, hf, toyworld, train  # noqa: F401
+    from deepalign_kernels import (  # noqa: F401
+        analyze,
+        attack,
+        data,
+        generate,
+        hf,
+        judge,
+        plan,
+        report,
+        runs,
+        toyworld,
+        train,
+        trl,
+    )
 
-_LAZY = ("data", "hf", "toyworld", "train")
+_LAZY = (
+    *("analyze", "attack", "data", "generate", "hf", "judge", "plan", "report", "runs"),
+    *("toyworld", "train", "trl"),
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "BetaSchedule",
     "ConstrainedParts",
+    "Direction",
     "HeadOptions",
     "LinearConstrainedParts",
     "LinearOptions",
     "MemoryEstimate",
+    "Reduction",
+    "Rule",
+    "TokenProfile",
     "TokenStats",
     "checked",
     "constrained_loss",
@@ -49,6 +74,7 @@ __all__ = [
     "linear_constrained_loss",
     "linear_token_kl",
     "linear_token_logp",
+    "linear_token_profile",
     "linear_token_stats",
     "reduce_tokens",
     "response_positions",
@@ -61,7 +87,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`dak.data`, `hf`, `train` and `toyworld` need transformers: imported when first asked for."""
+    """`dak.train` and the other rooms need more than torch: imported when first asked for."""
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

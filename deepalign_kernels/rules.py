@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
+"""(loss, weight) [T] of a function of (logp, ref_logp, beta) [T]: what `objective=` takes beside a
+name."""
 
 
 def exact(logp: Tensor, ref_logp: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from deepalign_kernels import check
 
 Reduction = Literal["none", "sum", "mean"]
+"""One value for each token, their sum, or the sum divided by the number of valid tokens (or by
+`normalizer`)."""
 REDUCTIONS = get_args(Reduction)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Direction = Literal["policy_ref", "ref_policy", "js"]
+"""Which divergence: KL(policy || ref), KL(ref || policy), or the generalized Jensen-Shannon."""
 DIRECTIONS = get_args(Direction)  # their indices are the op's `direction`
 
 
