@@ -51,6 +51,12 @@ def test_every_public_name_has_its_place_in_the_reference():
     assert wanted <= listed, wanted - listed
 
 
+def test_the_policy_of_versions_names_every_room():
+    text = (DOCS / "develop" / "versioning.md").read_text()
+    assert all(f"`{room}`" in text for room in dak._LAZY if room != "toyworld")
+    assert "`deepalign`" in text
+
+
 def test_readme_is_short_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 180

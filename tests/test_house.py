@@ -2,6 +2,7 @@
 import."""
 
 import ast
+import collections
 import contextlib
 import pathlib
 import re
@@ -18,69 +19,21 @@ from deepalign_kernels import backends
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "deepalign_kernels"
 CSRC = ROOT / "csrc"
-MAY_IMPORT = {  # room -> the rooms it may import
-    "rules": set(),
-    "reference": {"rules"},
-    "triton_kernels": {"traffic"},
-    "traffic": set(),
-    "testing": set(),
-    "_memory": set(),
-    "backends": set(),
-    "check": {"backends"},
-    "fingerprint": set(),
-    "modes": set(),
-    "ops": {"backends", "check", "ops/logits", "ops/linear"},
-    "ops/shard": {"check"},
-    "ops/logits": {"backends", "check", "ops", "ops/shard", "rules"},
-    "ops/linear": {"backends", "check", "ops", "ops/logits", "ops/shard", "rules"},
-    "losses": {"check", "ops"},
-    "hf": {"check", "modes", "ops", "losses", "rules"},
-    "data": {"check"},
-    "data/command": {"check", "data", "losses"},
-    "train": {
-        *("backends", "check", "data", "fingerprint", "modes", "ops", "losses", "hf", "rules"),
-        "train/dry_run",
-    },
-    "train/dry_run": {"data", "plan", "train"},
-    "toyworld": {
-        *("analyze", "attack", "attack/finetune", "data", "fingerprint", "generate", "hf"),
-        *("generate/engine", "judge", "losses", "ops", "report", "runs", "train", "__init__"),
-    },
-    "trl": {"check", "data", "fingerprint", "hf", "losses", "modes", "rules", "train", "ops"},
-    "__init__": {"backends", "check", "losses", "ops", "rules"},
-    "__main__": {"backends", "__init__"},
-}
 
-# Rooms to come (CONTRIBUTING.md): what each may import, and how many lines it may have. Nothing
-# else of ours: report reads the files of runs, so attack and analyze need not know it.
-LOW = {"fingerprint", "modes"}  # small helpers of the first floor
-TO_COME = {
-    "runs": (set(), 1300),
-    "generate": ({"check", "generate/engine", "modes"}, 800),
-    "generate/engine": (set(), 100),
-    "judge": ({"check", "generate/engine"}, 700),
-    "attack": (
-        {"check", "ops", "hf", "data", "generate", "generate/engine", "judge", "runs"} | LOW,
-        2900,
-    ),
-    "attack/finetune": (
-        {"attack", "check", "hf", "data", "generate", "judge", "runs", "train"} | LOW,
-        600,
-    ),
-    "attack/config": (
-        {"attack", "attack/finetune", "check", "data", "generate", "judge", "runs"} | LOW,
-        300,
-    ),
-    "attack/command": (
-        {"attack", "attack/config", "check", "data", "generate", "judge", "runs"} | LOW,
-        300,
-    ),
-    "analyze": ({"check", "ops", "hf", "data", "runs"} | LOW, 1800),
-    "report": ({"runs"}, 1900),
-    "plan": ({"check", "ops/linear", "train"}, 600),
-}
-TO_COME["cli"] = ({*MAY_IMPORT, *TO_COME}, 300)
-MAY_IMPORT |= {room: allowed for room, (allowed, _) in TO_COME.items()}
+
+def table_of_rooms():
+    """The table "Rooms" of the architecture page: (room -> rooms it may import, room -> lines)."""
+    text = (ROOT / "docs" / "develop" / "architecture.md").read_text()
+    may_import, at_most = {}, {}
+    for line in re.findall(r"^\| `.*", text.split("## Rooms")[1].split("\n## ")[0], re.M):
+        room, _, imports, lines = (cell.strip() for cell in line.strip("|").split("|"))
+        room = room.strip("`")
+        may_import[room] = None if imports == "all" else set(re.findall("`(.+?)`", imports))
+        at_most |= {room: int(lines)} if lines else {}
+    return may_import, at_most
+
+
+MAY_IMPORT, AT_MOST = table_of_rooms()
 
 
 def room_of(file):
@@ -120,12 +73,24 @@ def test_imports_point_one_way():
         inside = file.relative_to(PACKAGE)
         room = room_of(inside)
         assert room in MAY_IMPORT, (
-            f"{room}: a new room; say in tests/test_house.py what it may import"
+            f"{room}: a new room; say in docs/develop/architecture.md what it may import"
         )
-        wrong += [
-            f"{inside} -> {x}" for x in imports_of(file) if x not in MAY_IMPORT[room] | {room}
-        ]
+        allowed = MAY_IMPORT if MAY_IMPORT[room] is None else MAY_IMPORT[room] | {room}
+        wrong += [f"{inside} -> {x}" for x in imports_of(file) if x not in allowed]
     assert not wrong, wrong
+
+
+def test_the_table_of_rooms_is_what_is():
+    """Each room that it names exists, and imports each room that it may import."""
+    used = {room: set() for room in MAY_IMPORT}
+    files = collections.Counter()
+    for file in PACKAGE.rglob("*.py"):
+        room = room_of(file.relative_to(PACKAGE))
+        used[room].update(imports_of(file))
+        files[room] += 1
+    assert set(files) == set(MAY_IMPORT)
+    unused = {room: allowed - used[room] for room, allowed in MAY_IMPORT.items() if allowed}
+    assert not any(unused.values()), unused
 
 
 @pytest.mark.parametrize(
@@ -138,7 +103,7 @@ def test_imports_point_one_way():
         ("runs/store.py", "import deepalign_kernels.check", False),
     ],
 )
-def test_rooms_to_come_have_their_arrows(file, line, right, tmp_path, monkeypatch):
+def test_a_wrong_arrow_is_found(file, line, right, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     for name in ("runs/store.py", "train/loop.py", "hf/attach.py", "check.py", file):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -147,8 +112,9 @@ def test_rooms_to_come_have_their_arrows(file, line, right, tmp_path, monkeypatc
         test_imports_point_one_way()
 
 
-def test_rooms_to_come_keep_to_their_lines():
-    for room, (_, lines) in TO_COME.items():
+def test_rooms_keep_to_their_lines():
+    assert len(AT_MOST) > 5
+    for room, lines in AT_MOST.items():
         files = [*(PACKAGE / room).rglob("*.py"), *PACKAGE.glob(f"{room}.py")]
         assert sum(len(file.read_text().splitlines()) for file in files) <= lines, room
 

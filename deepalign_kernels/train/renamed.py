@@ -1,4 +1,5 @@
-"""Names of before, which still work: they will be those of the subclass of TRL's trainer."""
+"""Names of before, which still work. `deepalign_kernels.trl` has the same two names for the subclass
+of TRL's trainer."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class ConstrainedSFTTrainer(TrainingRun):
 def _warn(old: str, new: str, *, frames: int) -> None:
     """`frames` stand between the class and the line that uses it, which the warning shows."""
     warnings.warn(
-        f"deepalign_kernels.train.{old} is now {new}; the name will be that of a subclass of TRL's",
+        f"deepalign_kernels.train.{old} is now {new}; for TRL's trainer there is "
+        f"deepalign_kernels.trl.{old}",
         DeprecationWarning,
         stacklevel=3 + frames,
     )

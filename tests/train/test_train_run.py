@@ -1,6 +1,7 @@
 """A training run: its log, its order, what it leaves alone and what it refuses."""
 
 import contextlib
+import importlib.util
 import math
 import warnings
 from dataclasses import replace
@@ -277,11 +278,17 @@ def test_the_names_of_before_work_as_before_and_say_so_where_they_are_used(tmp_p
         run = ConstrainedSFTTrainer(models[0], build_tokenizer(), config, train_data=RECORDS)
         old = run.train()
     ours = [w for w in caught if issubclass(w.category, DeprecationWarning)]
-    said = [(w.filename, str(w.message).split(";")[0]) for w in ours]
-    assert said == [
-        (__file__, "deepalign_kernels.train.ConstrainedSFTConfig is now TrainConfig"),
-        (__file__, "deepalign_kernels.train.ConstrainedSFTTrainer is now fit or TrainingRun"),
+    now = {"ConstrainedSFTConfig": "TrainConfig", "ConstrainedSFTTrainer": "fit or TrainingRun"}
+    assert [(w.filename, str(w.message)) for w in ours] == [
+        (
+            __file__,
+            f"deepalign_kernels.train.{old} is now {new}; for TRL's trainer there is "
+            f"deepalign_kernels.trl.{old}",
+        )
+        for old, new in now.items()
     ]
+    if importlib.util.find_spec("trl"):
+        assert now.keys() <= set(dak.trl.__all__)
     plain = TrainConfig(tmp_path / "a", objective="sft", **RUN)
     assert config.as_dict() == plain.as_dict() and isinstance(run, TrainingRun)
     new = fit(models[1], build_tokenizer(), replace(plain, output_dir=tmp_path / "b"), RECORDS)
