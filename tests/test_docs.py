@@ -57,6 +57,13 @@ def test_the_policy_of_versions_names_every_room():
     assert "`deepalign`" in text
 
 
+def test_every_extra_is_in_the_table_of_the_page_on_installing():
+    project = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    extras = set(re.findall(r"^([a-z]+) = ", project.split("\n[")[0], re.M))
+    table = re.findall(r"^\| `([a-z]+)` \|", (DOCS / "install.md").read_text(), re.M)
+    assert set(table) == extras and len(extras) > 4
+
+
 def test_readme_is_short_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 180

@@ -1,5 +1,5 @@
-"""Names of before, which still work. `deepalign_kernels.trl` has the same two, of its own, for TRL's
-trainer."""
+"""Names of before, which still work. `deepalign_kernels.trl` has classes of the same two names, for
+TRL's trainer."""
 
 from __future__ import annotations
 
