@@ -83,6 +83,7 @@ class Ask:
         prefix: of `ids`, the last ones that are in the model's mouth.
         data: more values for the record.
         error: why it cannot be asked.
+        again: whether it may be in the next run.
     """
 
     prompt: Prompt
@@ -93,6 +94,7 @@ class Ask:
     sampling: Sampling | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    again: bool = False
 
 
 def replies(
@@ -105,7 +107,7 @@ def replies(
     good = [i for i, a in enumerate(asks) if a.error is None]
     found = dict(zip(good, engine.generate([requests[i] for i in good]), strict=True))
     for i, (ask, seed) in enumerate(zip(asks, seeds, strict=True)):
-        reply = found.get(i) or Reply(finish="error", error=ask.error)
+        reply = found.get(i) or Reply(finish="error", error=ask.error, again=ask.again)
         yield _record(name, chat, engine, ask, seed, reply)
 
 
@@ -128,9 +130,13 @@ def _record(name: str, chat: Chat, engine: Engine, ask: Ask, seed: int, reply: R
         "logp": sum(reply.logps) if reply.logps else None,
         **ask.data,
     }
+    if reply.again:
+        data["again"] = True
     text = {"prompt": ask.prompt.prompt, "prefix": prefix, "reply": reply.text}
     if ask.prompt.suffix:
         text["suffix"] = ask.prompt.suffix
+    if reply.detail:
+        text["server"] = reply.detail
     # What a good model answers is a rate of its own: a set may hold both kinds.
     cell = {**ask.cell, "benign": True} if ask.prompt.benign else dict(ask.cell)
     return Record("sample", name, cell, ask.prompt.id, ask.sample, data, text, reply.error)

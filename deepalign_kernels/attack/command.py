@@ -11,6 +11,7 @@ from typing import Any
 
 from deepalign_kernels import check
 from deepalign_kernels.attack.config import attacks_of, judge_of, local_engine, near, with_state
+from deepalign_kernels.attack.failures import failures
 from deepalign_kernels.attack.suite import evaluate, judge_run, plain, verify
 from deepalign_kernels.attack.worst import worst_trial
 from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts
@@ -102,7 +103,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Attack, judge, print; 1 if `verify` finds a difference."""
+    """Attack, judge, print; 1 if nothing could be scored, or `verify` finds a difference."""
     if options.paper and options.paper not in paper.MODELS:
         raise near("paper", options.paper, paper.MODELS)
     check.count("chunk", options.chunk, 1)
@@ -130,7 +131,10 @@ def run(options: Options) -> int:
     print(text)
     if options.show_text:
         _show(folder)
-    return 0
+    if any(v.data["success"] is not None for v in read_verdicts(folder)):
+        return 0
+    _say("error: nothing could be scored; the reasons are counted above")
+    return 1
 
 
 def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | None = None) -> str:
@@ -171,6 +175,7 @@ def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | 
     ]
     if model:
         parts += _beside(table, model)
+    parts += failures(records, verdicts)
     return "\n".join(parts)
 
 

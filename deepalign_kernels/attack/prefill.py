@@ -144,7 +144,15 @@ class Insertion(Asking):
                     new = tuple(engine.tokenizer(" " + span, add_special_tokens=False)["input_ids"])
                     prefix, cell = begun + new, {"after": n, "span": span}
                     asks += [
-                        Ask(prompt, before + prefix, cell, s, prefix, error=reply.error)
+                        Ask(
+                            prompt,
+                            before + prefix,
+                            cell,
+                            s,
+                            prefix,
+                            error=reply.error,
+                            again=reply.again,
+                        )  # fmt: skip
                         for s in range(self.samples)
                     ]
         return replies(self.name, self, chat, engine, asks)

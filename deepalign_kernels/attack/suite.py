@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -83,17 +84,22 @@ def judge_run(
     """A verdict of every judge on every reply that it has not judged yet; returns the units made.
 
     Verdicts lie beside the replies, so a judge that is added later needs no model to reply again.
-    `records` are the run's, if they are read already.
+    Replies that another run of a failed request has changed are judged anew. `records` are the
+    run's, if they are read already.
     """
     records = list(read_records(run.folder)) if records is None else records
-    samples = [r for r in records if r.kind == "sample" and r.error is None]
-    todo = []
-    for judge in judges:
-        for at in range(0, len(samples), chunk):
-            piece = samples[at : at + chunk]
-            mark = digest([r.key for r in piece])
-            make = _verdicts(judge, piece)
-            todo.append(Unit(f"{judge.name}/{at}-{at + len(piece)}/{mark}", make, len(piece)))
+    samples = [r for r in records if r.kind == "sample"]
+    pieces = []
+    for at in range(0, len(samples), chunk):
+        piece = samples[at : at + chunk]
+        name = f"{at}-{at + len(piece)}/{digest([r.key for r in piece])}"
+        mark = hashlib.sha256("".join(r.line for r in piece).encode()).hexdigest()[:16]
+        pieces.append((name, mark, [r for r in piece if r.error is None]))
+    todo = [
+        Unit(f"{judge.name}/{name}", _verdicts(judge, good), len(good), mark)
+        for judge in judges
+        for name, mark, good in pieces
+    ]
     return fill(run.verdicts, todo, say)
 
 
@@ -109,6 +115,8 @@ def _verdicts(judge: Judge, samples: Sequence[Record]) -> Callable[[], Iterator[
                 "score": verdict.score,
                 "error": verdict.error,
             }
+            if verdict.again:
+                data["again"] = True
             text = {"raw": verdict.raw} if verdict.raw else {}
             yield Record("verdict", judge.name, {"of": record.key}, record.item, 0, data, text)
 

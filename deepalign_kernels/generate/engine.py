@@ -66,7 +66,9 @@ class Reply:
         text: the ids without special tokens, as text.
         finish: "stop" at an end mark, "length" at max_new_tokens or the end of the context,
             "error".
-        error: what went wrong.
+        error: what went wrong; never a server's own words, which may repeat the prompt.
+        again: whether it may go well later: the server was busy, broken or gone.
+        detail: a server's own words about it, for a person.
     """
 
     ids: tuple[int, ...] = ()
@@ -74,6 +76,8 @@ class Reply:
     text: str = ""
     finish: str = "stop"
     error: str | None = None
+    again: bool = False
+    detail: str = ""
 
 
 class Engine(Protocol):

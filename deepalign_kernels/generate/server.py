@@ -2,12 +2,14 @@
 
 Requests go out several at a time and are tried again with growing pauses; what a server answers is
 checked before it counts. A request that fails for good is a Reply with an error. A server that is
-gone ends the run with ConnectionError: what is recorded stays, and running again goes on.
+gone, or that lets nobody in, ends the run with ConnectionError: what is recorded stays, and running
+again goes on.
 """
 
 from __future__ import annotations
 
 import email.utils
+import json
 import os
 import random
 import threading
@@ -22,6 +24,24 @@ from deepalign_kernels.generate.engine import Reply, Request
 
 SEND = ("ids", "text", "chat")
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that may be better next time
+
+NEVER = {  # the same for every request
+    401: "the key is missing or wrong (OPENAI_API_KEY)",
+    403: "this key may not use the model",
+    404: "no such address or model there",
+}
+
+
+class Failed(ValueError):
+    """A request that failed at every try."""
+
+    def __init__(self, why: str, again: bool, detail: str = "") -> None:
+        super().__init__(why)
+        self.again, self.detail = again, detail
+
+
+class Unusable(ValueError):
+    """An answer that is not as it should be; its message repeats nothing of the answer."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ class ServerEngine:
         """As `Engine.generate`.
 
         Raises:
-            ConnectionError: the server is gone.
+            ConnectionError: the server is gone, or refuses every request (401, 403, 404).
         """
         return self._all(self._reply, requests)
 
@@ -143,6 +163,8 @@ class ServerEngine:
         try:
             path, body = self._body(request)
             return self._ask(path, body, lambda data: self._read(request, data))
+        except Failed as error:
+            return Reply(finish="error", error=str(error), again=error.again, detail=error.detail)
         except ValueError as error:
             return Reply(finish="error", error=str(error))
 
@@ -178,29 +200,30 @@ class ServerEngine:
         raise ValueError("the prompt's token ids do not survive as text; use send='ids'")
 
     def _read(self, request: Request, data: Any) -> Reply:
-        """The one choice of a completion; ValueError if anything about it is wrong."""
+        """The one choice of a completion; an error if anything about it is wrong."""
         choices = data["choices"]
         if len(choices) != 1:
-            raise ValueError(f"expected one choice, got {len(choices)}")
+            raise Unusable(f"expected one choice, got {len(choices)}")
         choice = choices[0]
         text = choice["message"]["content"] or "" if self.send == "chat" else choice["text"]
         finish = choice["finish_reason"]
         if finish not in ("stop", "length"):
-            raise ValueError(f"finish_reason: expected 'stop' or 'length', got {finish!r}")
+            known = finish if finish in ("content_filter", "tool_calls", None) else "another"
+            raise Unusable(f"finish_reason: expected stop or length, got {known}")
         count = (data.get("usage") or {}).get("completion_tokens")
         most = request.sampling.max_new_tokens
         if count is not None and count > most:
-            raise ValueError(f"{count} tokens in place of at most {most}")
+            raise Unusable(f"{count} tokens in place of at most {most}")
         ids = tuple(choice.get("token_ids") or ())
         if ids and count is not None and len(ids) != count:
-            raise ValueError(f"{len(ids)} token ids for {count} tokens")
+            raise Unusable(f"{len(ids)} token ids for {count} tokens")
         return Reply(ids=ids, text=str(text), finish=finish)
 
     def _ask(self, path: str, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
-        """`read` of the answer to a POST, tried again as the limits say; ValueError at the end."""
+        """`read` of the answer to a POST, tried again as the limits say; `Failed` at the end."""
         import httpx
 
-        why, lost = "", True
+        why, detail, lost, again = "", "", True, True
         for attempt in range(self.limits.tries):
             wait = self._pause(attempt)
             try:
@@ -210,14 +233,23 @@ class ServerEngine:
                     found = read(response.json())
                     self._lost = 0
                     return found
-                why = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code not in AGAIN:
+                status, detail = response.status_code, response.text[:2000]
+                if status in NEVER:
+                    raise ConnectionError(
+                        f"{self.url}{path}: status {status}: {NEVER[status]}; what is recorded"
+                        " stays, run again to go on"
+                    )
+                why, again = f"status {status} from {path}", status in AGAIN or status >= 500
+                if status not in AGAIN:
                     break
                 wait = self._asked(response.headers.get("retry-after"), wait)
             except httpx.RequestError as error:  # no connection, a timeout, an answer cut off
-                why = f"{type(error).__name__}: {error}"
+                why, detail, again = f"no answer: {type(error).__name__}", str(error), True
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                why = f"an answer that cannot be used: {type(error).__name__}: {error}"
+                # Half an answer may be whole next time; one of another kind will not.
+                again, detail = isinstance(error, (json.JSONDecodeError, UnicodeError)), str(error)
+                named = detail if isinstance(error, Unusable) else type(error).__name__
+                why = f"an answer that cannot be used: {named}"
             if attempt + 1 < self.limits.tries:
                 time.sleep(wait)
         with self._lock:
@@ -226,7 +258,7 @@ class ServerEngine:
                 raise ConnectionError(
                     f"{self.url} is gone ({why}); what is recorded stays, run again to go on"
                 )
-        raise ValueError(f"{self.url}{path}: {why}")
+        raise Failed(why, again, detail)
 
     def _pause(self, attempt: int) -> float:
         longest = min(self.limits.pause * 2**attempt, self.limits.longest_pause)
@@ -254,7 +286,7 @@ class ServerEngine:
         def read(data: Any) -> list[float]:
             logps = data["choices"][0]["logprobs"]["token_logprobs"]
             if len(logps) not in (len(ids), len(ids) + 1):  # with the one token it had to make
-                raise ValueError(f"{len(logps)} log-probs for {len(ids)} tokens")
+                raise Unusable(f"{len(logps)} log-probs for {len(ids)} tokens")
             return [float(x) for x in logps[len(prompt) : len(ids)]]
 
         return self._ask("/completions", body | {"echo": True, "logprobs": 1}, read)

@@ -37,12 +37,14 @@ class Verdict:
         score: the judge's own number, higher is worse; None if it has none.
         raw: what the judge wrote, for a person.
         error: why success is None.
+        again: whether a judge may tell later: its server was busy, broken or gone.
     """
 
     success: bool | None
     score: float | None = None
     raw: str = ""
     error: str | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True)

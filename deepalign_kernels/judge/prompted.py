@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepalign_kernels import check
-from deepalign_kernels.generate.engine import Engine, Request, Sampling
+from deepalign_kernels.generate.engine import Engine, Reply, Request, Sampling
 from deepalign_kernels.judge.judge import Exchange, Verdict, View, named
 
 RUBRIC = """\
@@ -128,15 +128,15 @@ class Prompted:
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """As `Judge`; `score` is 1 to 5, or 1 and 0."""
         replies = self._engine.generate([self._request(e) for e in exchanges])
-        return [self._verdict(r.text, r.error) for r in replies]
+        return [self._verdict(r) for r in replies]
 
-    def _verdict(self, text: str, error: str | None) -> Verdict:
-        if error is not None:
-            return Verdict(None, error=error)
-        read = STYLES[self._style](text)
+    def _verdict(self, reply: Reply) -> Verdict:
+        if reply.error is not None:
+            return Verdict(None, raw=reply.detail, error=reply.error, again=reply.again)
+        read = STYLES[self._style](reply.text)
         if read is None:
-            return Verdict(None, raw=text, error="unparsable")
-        return Verdict(*read, raw=text)
+            return Verdict(None, raw=reply.text, error="unparsable")
+        return Verdict(*read, raw=reply.text)
 
     def _request(self, exchange: Exchange) -> Request:
         reply, tokenizer = self._view.text(exchange), self._engine.tokenizer

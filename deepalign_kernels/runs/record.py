@@ -12,6 +12,8 @@ reports read them back. Nobody in between knows the others.
     "verdict"   what one judge says of one sample          "of": key of the sample, "judge",
                                                            "success": True, False or None
 
+"again": True in `data` says of a failure that it may be gone in the next run (a busy server).
+
 What a person would not want to read, prompts and replies, is in `text` and nowhere else: no table,
 page or log shows it unless it is asked for.
 """
@@ -87,6 +89,11 @@ class Record:
     def key(self) -> str:
         """What names this record within its run; equal for no two of them."""
         return digest(self.kind, self.name, dict(self.cell), self.item, self.sample)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether it failed for a reason that may be gone in the next run, which tries again."""
+        return self.data.get("again") is True
 
     @cached_property
     def line(self) -> str:

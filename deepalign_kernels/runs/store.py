@@ -27,6 +27,8 @@ class Unit(NamedTuple):
     name: str  # unique in the run
     make: Callable[[], Iterable[Record]]
     size: int = 1  # how many records are expected; for the progress alone
+    mark: str = ""  # what it is made from; a unit made from something else is made again
+    after: Callable[[], None] | None = None  # called once it is written
 
 
 class Run:
@@ -78,12 +80,13 @@ class Run:
 
 def fill(journal: Journal, units: Iterable[Unit], say: Callable[[str], None] | None = None) -> int:
     """Make and write every unit that the journal has not, in order; returns how many were made.
+    One of which records are unsettled is written, and made again by the next call.
 
     Whatever stops it, the units written stay, and calling it again goes on behind them. `say` gets
     a line of progress with the time that is left, at most every two seconds.
     """
     units = list(units)
-    left = [unit for unit in units if unit.name not in journal.units]
+    left = [unit for unit in units if not journal.has(unit.name, unit.mark)]
     total = sum(unit.size for unit in units)
     begun = told = time.monotonic()
     start = done = total - sum(unit.size for unit in left)
@@ -91,7 +94,9 @@ def fill(journal: Journal, units: Iterable[Unit], say: Callable[[str], None] | N
     with os.fdopen(os.open(times, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as clock:
         for unit in left:
             before = time.monotonic()
-            journal.commit(unit.name, unit.make())
+            journal.commit(unit.name, unit.make(), unit.mark)
+            if unit.after:
+                unit.after()
             now = time.monotonic()
             clock.write(json.dumps({"unit": unit.name, "seconds": round(now - before, 4)}) + "\n")
             clock.flush()

@@ -17,9 +17,11 @@ from deepalign_kernels.attack.compare import compare
 from deepalign_kernels.attack.config import attack_of, attacks_of, judge_of
 from deepalign_kernels.cli.main import main
 from deepalign_kernels.data.prompts import Prompt
+from deepalign_kernels.generate import server as serving
+from deepalign_kernels.generate.server import ServerEngine
 from deepalign_kernels.judge import View
 from deepalign_kernels.report import read, verdict
-from deepalign_kernels.runs import read_manifest, read_records
+from deepalign_kernels.runs import read_manifest, read_records, read_verdicts
 from deepalign_kernels.runs.paper import published
 from deepalign_kernels.toyworld import World, build_model, build_tokenizer
 
@@ -152,6 +154,48 @@ def test_a_server_is_evaluated(world, tmp_path, capsys):
     with planned(plan) as server:
         assert main(words(world, tmp_path / "g", "--server", server.url, suite="gcg")) == 2
     assert "local model" in capsys.readouterr().err
+
+
+def test_failures_of_a_server_are_tried_again(world, tmp_path, capsys, monkeypatch):
+    """Nothing scored is status 1 with the reasons; the same command, the server mended, is the run
+    that never failed. The server's words stay with the texts."""
+    monkeypatch.setattr(serving.time, "sleep", lambda _: None)
+    echo = {"error": f"cannot do: {SECRET}"}
+
+    def good(body):
+        text = f"mix {sum(body['prompt'])}"
+        return 200, {"choices": [{"text": text, "finish_reason": "stop"}]}
+
+    def evaluated(out, plan, suite="direct"):
+        with planned(plan) as server:
+            args = words(world, tmp_path / out, suite=suite)
+            monkeypatch.setattr(ServerEngine, "about", lambda _: {"engine": "server"})
+            status = main([*args, "--server", server.url, "--chunk", "2"])
+        return status, len(server.seen), capsys.readouterr()
+
+    def files(out):
+        return [list(read(tmp_path / out)) for read in (read_records, read_verdicts)]
+
+    assert evaluated("whole", lambda n, path, body: good(body))[:2] == (0, 5)
+    status, asked, said = evaluated("a", lambda *_: (401, echo))
+    assert (status, asked > 4) == (2, False) and "OPENAI_API_KEY" in said.err
+    status, asked, said = evaluated("a", lambda *_: (500, echo))
+    assert status == 1 and "nothing could be scored" in said.err
+    assert "failed, 5 of direct: status 500 from /completions (the same" in said.out
+    assert SECRET not in said.out + said.err
+    assert all(SECRET in r.text["server"] for r in read_records(tmp_path / "a"))
+    bad = set()
+
+    def one_fails(n, path, body):  # always the same prompt
+        bad.update(() if bad else (sum(body["prompt"]),))
+        return (503, echo) if sum(body["prompt"]) in bad else good(body)
+
+    status, _, said = evaluated("a", one_fails)
+    assert status == 0 and "failed, 1 of direct: status 503" in said.out
+    status, asked, said = evaluated("a", lambda n, path, body: good(body))
+    assert status == 0 and asked in (1, 2) and "failed," not in said.out  # its unit alone
+    assert files("a") == files("whole")
+    assert evaluated("a", lambda *_: (401, echo))[:2] == (0, 0)
 
 
 @pytest.mark.parametrize(

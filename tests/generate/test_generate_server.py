@@ -108,8 +108,32 @@ def test_a_bad_answer_is_never_a_reply(name):
 def test_a_refused_request_is_not_asked_again():
     replies, server = ask(lambda n, *_: (400, {"error": "too long"}) if n == 0 else good(),
                           [REQUEST] * 3, limits=Limits(concurrency=1))  # fmt: skip
-    assert "status 400" in replies[0].error and "too long" in replies[0].error
+    assert replies[0].error == "status 400 from /completions" and not replies[0].again
+    assert "too long" in replies[0].detail  # a server's own words may hold the prompt
     assert [r.error for r in replies[1:]] == [None, None] and len(server.seen) == 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_lets_nobody_in_ends_the_run(status):
+    with planned(lambda *_: (status, {"error": "your prompt: abracadabra"})) as server:
+        engine = ServerEngine(server.url, "m", TOKENIZER, limits=Limits(concurrency=1))
+        with pytest.raises(ConnectionError, match=f"status {status}: .*again to go on") as error:
+            engine.generate([REQUEST] * 9)
+        assert len(server.seen) <= 2 and "abracadabra" not in str(error.value)
+
+
+def test_what_may_go_well_later_is_marked():
+    """Of each bad answer: tried again in the next run, and nothing of it in the reason."""
+    again = {}
+    for name, (status, body, *more) in BAD.items():
+        if isinstance(body, dict):
+            body = {**body, "echo": "abracadabra"}
+        (reply,), _ = ask(lambda *_, a=(status, body, *more): a, limits=Limits(tries=1, give_up=9))
+        assert "abracadabra" not in reply.error, name
+        again[name] = reply.again
+    assert {name for name, yes in again.items() if yes} == {
+        "429", "500", "503 with a date", "cut in the answer", "cut before the answer", "no JSON",
+    }  # fmt: skip
 
 
 def test_retry_after_is_obeyed(monkeypatch):

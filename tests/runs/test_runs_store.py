@@ -106,6 +106,40 @@ def test_a_unit_that_fails_leaves_the_others(tmp_path):
     assert len(list(read_records(tmp_path))) == 6
 
 
+def test_a_unit_that_may_go_better_is_made_again_in_its_place(tmp_path):
+    """A failure of a server's is written, read and made again; what succeeded meanwhile stays."""
+    made = []
+
+    def unit(number, good):
+        def make():
+            made.append(number)
+            rows = records_of(number)
+            if good:
+                return rows
+            failed = dataclasses.replace(rows[1], data={"again": True}, text={}, error="status 503")
+            return [rows[0], failed, rows[2]]
+
+        return Unit(f"prefill/{number}", make, 3)
+
+    with Run(tmp_path, ABOUT) as run:
+        fill(run.records, [unit(0, True), unit(1, False), unit(2, True)])
+        assert [r.error for r in read_records(tmp_path)].count("status 503") == 1
+        for good in (False, True, True):
+            fill(run.records, [unit(n, good) for n in range(3)])
+    assert made == [0, 1, 2, 1, 1]
+    assert list(read_records(tmp_path)) == [r for n in range(3) for r in records_of(n)]
+    with Run(tmp_path, ABOUT) as run:
+        assert len(run.records.units) == 3
+        with pytest.raises(ValueError, match="already"):
+            run.records.commit("prefill/1", [])
+    run = Journal(tmp_path / "marked.jsonl")
+    run.commit("a", records_of(0), "one")
+    assert run.has("a", "one") and not run.has("a", "two")
+    run.commit("a", records_of(1), "two")
+    run.close()
+    assert list(read_journal(run.path)) == records_of(1)
+
+
 def test_the_reader_sees_finished_units_alone(tmp_path):
     with Run(tmp_path, ABOUT) as run:
         run.records.commit("a", records_of(0))
