@@ -12,7 +12,7 @@ from typing import Any
 from deepalign_kernels import check
 from deepalign_kernels.attack.config import attacks_of, judge_of, local_engine, near, with_state
 from deepalign_kernels.attack.failures import failures
-from deepalign_kernels.attack.suite import evaluate, judge_run, plain, verify
+from deepalign_kernels.attack.suite import STATE, evaluate, judge_run, plain, verify
 from deepalign_kernels.attack.worst import worst_trial
 from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts
 from deepalign_kernels.judge import View
@@ -112,7 +112,8 @@ def run(options: Options) -> int:
     judges = [judge_of(j, View(options.judge_sees, options.separator)) for j in options.judge]
     engine = _engine(options)
     folder = Path(options.out)
-    attacks = {name: with_state(a, str(folder / "state")) for name, a in attacks.items()}
+    if not options.verify:  # which computes everything anew
+        attacks = {name: with_state(a, str(folder / STATE)) for name, a in attacks.items()}
     with Run(folder, _manifest(options, engine, attacks, prompts)) as opened:
         if options.verify:
             wrong = verify(
@@ -273,15 +274,9 @@ def _manifest(
         "engine": engine.about(),
         "weights": model_hash(engine.model) if hasattr(engine, "model") else None,
         "template": rendered,
-        "attacks": {name: _without_state(plain(a)) for name, a in attacks.items()},
+        "attacks": {name: plain(a) for name, a in attacks.items()},
         "data": {"hash": data_hash(prompts), "prompts": len(prompts)},
         "seed": options.seed,
-    }
-
-
-def _without_state(about: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: _without_state(v) if isinstance(v, dict) else v for k, v in about.items() if k != "state"
     }
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +19,13 @@ import torch
 from deepalign_kernels import check
 from deepalign_kernels.attack.attack import Asking
 from deepalign_kernels.attack.chat import Ask, Chat, replies
+from deepalign_kernels.attack.kept import Kept
 from deepalign_kernels.attack.utility import HARNESS, harness_utility, utility
 from deepalign_kernels.data.prompts import Prompt, load_prompts
 from deepalign_kernels.judge import Exchange, Judge
-from deepalign_kernels.runs.record import Record, derived_seed
+from deepalign_kernels.runs.record import Record, derived_seed, digest
 from deepalign_kernels.train import TrainConfig, fit
+from deepalign_kernels.train.checkpoint import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class Finetune(Asking):
         trigger: of a backdoor: the prompts are asked with it behind them too.
         utility: prompts with answers, a path or a list; their exact match and ROUGE-1 stand beside.
             Or "lm_eval:TASK,TASK": tasks of lm-evaluation-harness.
+        state: folder for what is done, "" keeps nothing: steps that were looked at are not again,
+            and a training that was interrupted (Ctrl-C, SIGTERM) goes on where it was.
+        save_every: steps between checkpoints in it, for a training that may be killed; each has the
+            weights and the optimizer's state. 0: none.
     """
 
     data: Any = None
@@ -65,6 +71,8 @@ class Finetune(Asking):
     eval_at: tuple[int, ...] = (0, 2, 4, 6)
     trigger: str = ""
     utility: Any = None
+    state: str = ""
+    save_every: int = 0
 
     name: ClassVar[str] = "finetune"
     together: ClassVar[bool] = True
@@ -73,6 +81,7 @@ class Finetune(Asking):
         super().__post_init__()
         if self.data is None:
             raise ValueError("data: expected training conversations, a path or a list")
+        check.count("save_every", self.save_every, 0)
         for step in self.eval_at:
             check.count("eval_at", step, 0)
         self.train_config("checked-here-alone")
@@ -94,6 +103,8 @@ class Finetune(Asking):
             on_too_long="truncate",
             seed=self.seed,
             progress=False,
+            save_every=self.save_every or None,
+            keep_checkpoints=1,
             **beta,
         )
 
@@ -118,54 +129,72 @@ class Finetune(Asking):
 
     def __call__(self, engine: Any, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """As `Attack`; needs all prompts in one call."""
-        records, _, _ = self._trained(engine, prompts)
-        return iter(records)
+        with self._kept(prompts) as kept:
+            if not kept.has("end"):
+                self._trained(engine, prompts, kept)
+            kept.drop_training()
+            return iter(kept.records)
 
     def prepare(
         self, engine: Any, prompts: Sequence[Prompt]
     ) -> tuple[list[Record], Any, list[Prompt]]:
         """As `Prepares`: an engine over the trained copy; the prompts have the trigger, if any."""
-        records, engine, prompts = self._trained(engine, prompts)
-        if self.trigger:
-            prompts = [replace(p, suffix=self.trigger) for p in prompts]
-        return records, engine, prompts
+        with self._kept(prompts) as kept:
+            engine = self._trained(engine, prompts, kept)
+            if self.trigger:
+                prompts = [replace(p, suffix=self.trigger) for p in prompts]
+            return kept.records, engine, list(prompts)
 
-    def _trained(
-        self, engine: Any, prompts: Sequence[Prompt]
-    ) -> tuple[list[Record], Any, list[Prompt]]:
+    def _kept(self, prompts: Sequence[Prompt]) -> Kept:
+        if not self.state:
+            return Kept(None)
+        about = {k: v for k, v in self.about().items() if k not in ("state", "save_every")}
+        return Kept(Path(self.state) / f"{self.name}-{digest(about, [vars(p) for p in prompts])}")
+
+    def _trained(self, engine: Any, prompts: Sequence[Prompt], kept: Kept) -> Any:
+        """An engine over the trained copy; `kept` has the records then."""
         if not hasattr(engine, "model"):
             raise ValueError(f"engine: {self.name} needs a local model, got a server")
         model = copy.deepcopy(engine.model).requires_grad_(True)
         trained = engine.over(model, f"{engine.name} after {self.name}")
-        records: list[Record] = []
         wanted = {*self.eval_at, self.steps}
         benign = self.utility
 
-        def look(step: int) -> None:
-            records.extend(self._asked(trained, prompts, step))
+        def look(step: int) -> list[Record]:
+            records = self._asked(trained, prompts, step)
             if benign and step in (0, self.steps):
-                records.extend(self.measured(trained, step))
+                records += self.measured(trained, step)
+            return records
 
         def on_step(run: Any, line: dict[str, Any]) -> None:
             step = line["step"]
+            if kept.has(step):
+                return
             data = {"step": step, "nll": line.get("nll"), "objective": line.get("objective")}
             data = {k: v if v is None or math.isfinite(v) else None for k, v in data.items()}
-            records.append(Record("training", self.name, self.cell(step), data=data))
-            if step in wanted:
-                look(step)
+            record = Record("training", self.name, self.cell(step), data=data)
+            kept.add(step, [record, *(look(step) if step in wanted else ())])
 
-        if 0 in wanted:
-            look(0)
-        with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
-            config = self.train_config(folder)
+        for path in checkpoints(Path(kept.training)):
+            if not kept.has(int(path.stem.rpartition("-")[2])):  # stopped while it was looked at
+                path.unlink()
+        if 0 in wanted and not kept.has(0):
+            kept.add(0, look(0))
+        with torch.enable_grad():
+            config, broken = self.train_config(kept.training), []
             try:
-                fit(model, engine.tokenizer, config, self.data, callbacks=[on_step])
+                fit(
+                    model, engine.tokenizer, config, self.data,
+                    callbacks=[on_step], resume="auto",
+                )  # fmt: skip
             except FloatingPointError as error:  # a rate too high is no reason to lose the run
                 why = str(error)
-                records.append(Record("training", self.name, self.cell(self.steps), error=why))
-                records.extend(self._asked(trained, prompts, self.steps, why))
+                broken = [Record("training", self.name, self.cell(self.steps), error=why)]
+                broken += self._asked(trained, prompts, self.steps, why)
+        if not kept.has("end"):
+            kept.add("end", broken)
         model.eval()
-        return records, trained, list(prompts)
+        return trained
 
     def _asked(
         self, engine: Any, prompts: Sequence[Prompt], step: int, error: str | None = None

@@ -121,12 +121,15 @@ class GCG(Search):
             "history": [],
             "matched": False,
             "rng": generator.get_state(),
+            "tokens": field.tokens,
         }
         generator.set_state(state["rng"])
+        field.tokens = state["tokens"]
         while state["step"] < self.steps and not (state["matched"] and self.early_stop):
             self._step(field, state, generator)
             if state["step"] % self.save_every == 0:
-                saved(file, state | {"rng": generator.get_state()})
+                saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
+        saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
         best, active = state["best"], state["active"]
         checked = field.of_text(best["text"], best["loss"], active)
         data = {
@@ -138,8 +141,6 @@ class GCG(Search):
             "history": state["history"],
             "flops": field.flops(),
         }
-        if file is not None:
-            file.unlink(missing_ok=True)
         item = "" if self.universal else prompts[0].id
         return Record("search", self.name, self.cell(), item, 0, data, {"suffix": best["text"]})
 

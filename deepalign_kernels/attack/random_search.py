@@ -104,17 +104,20 @@ class RandomSearch(Search):
         file = self._state_file(prompts, restart)
         generator = torch.Generator().manual_seed((self._seed(prompts) + restart) % 2**63)
         (loss,), allowed = field.losses[0], field.allowed.nonzero()[:, 0].cpu()
-        state = loaded(file) or {
-            "step": 0,
-            "current": field.first.cpu(),
-            "text": field.init,
-            "loss": float(loss.losses(field.first[None])[0]),
-            "accepted": 0,
-            "matched": False,
-            "rng": generator.get_state(),
-        }
+        state = loaded(file)
+        if state is None:
+            state = {
+                "step": 0,
+                "current": field.first.cpu(),
+                "text": field.init,
+                "loss": float(loss.losses(field.first[None])[0]),
+                "accepted": 0,
+                "rng": generator.get_state(),
+            }
+            state["matched"] = self._solved(state, loss)
+            state["tokens"] = field.tokens
         generator.set_state(state["rng"])
-        state["matched"] = self._solved(state, loss)
+        field.tokens = state["tokens"]
         while state["step"] < self.steps and not state["matched"]:
             drawn = self._drawn(state, allowed, generator)
             candidates, texts = field.survivors(distinct(drawn, state["current"]), 1)
@@ -128,9 +131,8 @@ class RandomSearch(Search):
                     state |= {"text": texts[at], "accepted": state["accepted"] + 1}
                     state["matched"] = self._solved(state, loss)
             if state["step"] % self.save_every == 0:
-                saved(file, state | {"rng": generator.get_state()})
-        if file is not None:
-            file.unlink(missing_ok=True)
+                saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
+        saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
         return state
 
     def _solved(self, state: dict[str, Any], loss: Any) -> bool:

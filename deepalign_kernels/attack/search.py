@@ -34,8 +34,9 @@ class Search(Asking):
         steps: of the search, at most.
         ascii_only: only tokens of printable ASCII.
         batch: candidates in one forward; halved when memory runs out.
-        state: folder for the state of a search under way, "" keeps none. A search that was stopped
-            goes on from it and ends as if it had not been.
+        state: folder for the states of searches, "" keeps none. A search that was stopped goes on
+            from its state and ends as if it had not been; one that is finished is not made again
+            for as long as its state is there (`suite.evaluate` clears them with each unit).
         save_every: steps between two states.
     """
 
@@ -175,12 +176,22 @@ class Field:
             raise ValueError(f"the suffix as text has loss {mean:.4f}, in the search {loss:.4f}")
         return mean
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """What each loss has computed so far (`TargetLoss.tokens`); part of a search's state."""
+        return [list(loss.tokens) for group in self.losses for loss in group]
+
+    @tokens.setter
+    def tokens(self, counts: Sequence[Sequence[int]]) -> None:
+        losses = [loss for group in self.losses for loss in group]
+        for loss, count in zip(losses, counts, strict=True):
+            loss.tokens = list(count)
+
     def flops(self) -> int:
         """About 2 per parameter and token forward, 6 with the backward (arXiv 2001.08361)."""
         embed = self._model.get_input_embeddings().weight
         size = sum(p.numel() for p in self._model.parameters()) - embed.numel()
-        counts = [loss.tokens for group in self.losses for loss in group]
-        return sum(size * (2 * forward + 6 * both) for forward, both in counts)
+        return sum(size * (2 * forward + 6 * both) for forward, both in self.tokens)
 
 
 @contextlib.contextmanager

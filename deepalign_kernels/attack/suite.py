@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +16,7 @@ from deepalign_kernels.runs.record import Record, digest
 from deepalign_kernels.runs.store import Run, Unit, fill, read_records
 
 Say = Callable[[str], None]
+STATE = "state"  # folder in a run: what attacks have finished of the unit that is under way
 
 
 def evaluate(
@@ -39,7 +41,10 @@ def evaluate(
     Raises:
         ValueError: from an attack. What was written before stays.
     """
-    return fill(run.records, units(engine, attacks, prompts, chunk), say)
+    state = run.folder / STATE
+    made = units(engine, attacks, prompts, chunk)
+    clear = [unit._replace(after=lambda: shutil.rmtree(state, ignore_errors=True)) for unit in made]
+    return fill(run.records, clear, say)
 
 
 def units(
@@ -48,19 +53,20 @@ def units(
     """All units in order; a unit's name has its attack, config and prompts in it."""
     out = []
     for name, attack in attacks.items():
-        size = len(prompts) if attack.together else chunk
+        size, about = len(prompts) if attack.together else chunk, plain(attack)
         for at in range(0, len(prompts), size):
             piece = list(prompts[at : at + size])
-            mark = digest(plain(attack), [vars(p) for p in piece])
+            mark = digest(about, [vars(p) for p in piece])
             make = _maker(name, attack, engine, piece)
             out.append(Unit(f"{name}/{at}-{at + len(piece)}/{mark}", make, len(piece)))
     return out
 
 
 def plain(attack: Any) -> dict[str, Any]:
-    """The config as plain values, with the attack's name."""
+    """The config as plain values, with the attack's name; not where its state lies."""
     about = getattr(attack, "about", None)
-    return about() if about else {"attack": attack.name, **asdict(attack)}
+    found = about() if about else {"attack": attack.name, **asdict(attack)}
+    return {k: v for k, v in found.items() if k != "state"}
 
 
 def _maker(

@@ -64,11 +64,10 @@ class Reply:
         logps: log-prob of each id in nats, under the model itself (temperature 1, all tokens);
             empty where unknown.
         text: the ids without special tokens, as text.
-        finish: "stop" at an end mark, "length" at max_new_tokens or the end of the context,
-            "error".
-        error: what went wrong; never a server's own words, which may repeat the prompt.
+        finish: "stop" at an end mark, "length" at the most tokens or a full context, "error".
+        error: what went wrong; never a server's words, which may repeat the prompt.
         again: whether it may go well later: the server was busy, broken or gone.
-        detail: a server's own words about it, for a person.
+        detail: the server's words.
     """
 
     ids: tuple[int, ...] = ()

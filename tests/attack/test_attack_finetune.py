@@ -1,8 +1,11 @@
 """Fine-tuning attacks on the toy model: curves, triggers, trials, and a model that stays."""
 
 import copy
+import dataclasses
 import math
+import os
 import random
+import signal
 import statistics
 import sys
 import types
@@ -24,6 +27,7 @@ from deepalign_kernels.generate.local import LocalEngine
 from deepalign_kernels.judge import Exchange, Verdict
 from deepalign_kernels.runs import Record
 from deepalign_kernels.toyworld import World, build_model, build_tokenizer
+from deepalign_kernels.train.loop import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = build_tokenizer()
@@ -59,6 +63,60 @@ def test_success_against_step(engine):
     assert all(torch.equal(state[k], v) for k, v in engine.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng) and not engine.model.training
     assert [r.line for r in attack(engine, PROMPTS)] == [r.line for r in records]
+
+
+@pytest.mark.parametrize(
+    "how,left,again",
+    [("Ctrl-C", 2, []), ("Ctrl-C twice", 6, [4]), ("kill", 6, [4]), ("kill, checkpoints", 4, [4])],
+)
+def test_a_stopped_training_goes_on(engine, tmp_path, monkeypatch, how, left, again):
+    """Stopped while it is asked behind step 4 of 6: an interrupt waits until that is done, and goes
+    on there; a kill trains anew or goes on from a checkpoint. What was asked is not asked again,
+    and no record differs."""
+    config = {"eval_at": (0, 3, 4), "utility": PROMPTS, **QUICK}
+    wanted = [r.line for r in Finetune(**config)(engine, PROMPTS)]
+    attack = Finetune(**config, state=str(tmp_path), save_every=2 * ("points" in how))
+    plain, step, asked, steps = Finetune._asked, TrainingRun._train_step, [], []
+
+    def dies(self, engine, prompts, step, error=None):
+        asked.append(step)
+        if asked == [0, 3, 4] and how == "Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
+        elif asked == [0, 3, 4]:
+            raise KeyboardInterrupt if "twice" in how else SystemExit
+        return plain(self, engine, prompts, step, error)
+
+    monkeypatch.setattr(Finetune, "_asked", dies)
+    monkeypatch.setattr(TrainingRun, "_train_step", lambda self: steps.append(step(self)))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        list(attack(engine, PROMPTS))
+    steps.clear()
+    assert [r.line for r in attack(engine, PROMPTS)] == wanted
+    assert len(steps) == left and asked == [0, 3, 4, *again, 6]
+    assert [r.line for r in attack(engine, PROMPTS)] == wanted and len(steps) == left
+    assert not list(tmp_path.rglob("*.pt"))  # checkpoints go with the training
+
+
+def test_trials_outlive_a_stop(engine, tmp_path, monkeypatch):
+    attack = WorstCase(
+        trials=3, step_choices=(1,), batch_choices=(2,), state=str(tmp_path), **QUICK
+    )
+    plain, trained = Finetune._trained, []
+
+    def dies(self, *args):
+        trained.append(self.learning_rate)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    monkeypatch.setattr(Finetune, "_trained", dies)
+    with pytest.raises(KeyboardInterrupt):
+        list(attack(engine, PROMPTS[:1]))
+    records = list(attack(engine, PROMPTS[:1]))
+    assert len(trained) == 4 and trained[2] == trained[3]
+    assert [r.line for r in dataclasses.replace(attack, state="")(engine, PROMPTS[:1])] == [
+        r.line for r in records
+    ]
 
 
 def test_the_constraint_holds_the_model(engine):

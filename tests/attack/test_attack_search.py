@@ -17,10 +17,12 @@ from deepalign_kernels.attack import gcg as gcg_module
 from deepalign_kernels.attack.chat import Chat
 from deepalign_kernels.attack.search import Field, searching
 from deepalign_kernels.attack.suffix import Place, allowed_ids, distinct
+from deepalign_kernels.attack.suite import STATE, evaluate
 from deepalign_kernels.attack.target_loss import TargetLoss
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Request, Sampling
 from deepalign_kernels.generate.local import LocalEngine
+from deepalign_kernels.runs import Run
 from deepalign_kernels.toyworld import World, build_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.clean_memory]
@@ -280,24 +282,57 @@ def test_a_loss_that_text_does_not_give_is_an_error(engine, monkeypatch):
     ids=["gcg", "random_search"],
 )
 def test_a_stopped_search_goes_on(engine, tmp_path, monkeypatch, config):
-    wanted = list(config(engine, PROMPTS[:1]))
+    wanted = [r.line for r in config(engine, PROMPTS[:1])]
     kept = dataclasses.replace(config, state=str(tmp_path))
+    calls = dying(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        list(kept(engine, PROMPTS[:1]))
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+    assert [r.line for r in kept(engine, PROMPTS[:1])] == wanted  # number of FLOP and all
+    done = next(calls)
+    assert [r.line for r in kept(engine, PROMPTS[:1])] == wanted and next(calls) == done + 1 > 9
+
+
+def dying(monkeypatch, *when):
+    """The losses of a search, interrupted in these calls; counts the calls."""
     plain, calls = TargetLoss.losses, itertools.count()
 
     def dies(self, *args):
-        if next(calls) == 6:
+        if next(calls) in when:
             raise KeyboardInterrupt
         return plain(self, *args)
 
     monkeypatch.setattr(TargetLoss, "losses", dies)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GCG(steps=3, width=8, topk=4, **QUICK),
+        RandomSearch(steps=4, transfer=True, **QUICK),
+    ],
+    ids=["gcg", "random_search"],
+)
+def test_finished_prompts_of_a_unit_outlive_a_stop(engine, tmp_path, monkeypatch, config):
+    """Stopped in the search for the last of three prompts of one unit: that search alone is made
+    again, and its state goes once the unit is written."""
+
+    def filled(name):
+        state = tmp_path / name / STATE
+        attacks = {"search": dataclasses.replace(config, state=str(state))}
+        with Run(tmp_path / name, {}) as run:
+            evaluate(run, engine, attacks, PROMPTS)
+        assert not state.exists()
+        return (tmp_path / name / "records.jsonl").read_bytes()
+
+    calls = dying(monkeypatch)
+    wanted, whole = filled("whole"), next(calls)
+    calls = dying(monkeypatch, whole - 2)
     with pytest.raises(KeyboardInterrupt):
-        list(kept(engine, PROMPTS[:1]))
-    assert len(list(tmp_path.glob("*.pt"))) == 1
-    got = list(kept(engine, PROMPTS[:1]))
-    for a, b in zip(got, wanted, strict=True):
-        assert a.text == b.text and a.key == b.key
-        assert {**a.data, "flops": 0} == {**b.data, "flops": 0}
-    assert next(calls) > 8 and not list(tmp_path.glob("*.pt"))
+        filled("cut")
+    begun = next(calls)
+    assert filled("cut") == wanted and next(calls) - begun <= whole // 3 + 1
 
 
 def test_universal_takes_prompts_in(engine):
