@@ -33,7 +33,7 @@ from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.load import config_of, load_model, outline_of
 from deepalign_kernels.train.loop import TrainingRun
 from deepalign_kernels.train.optimizers import OPTIMIZERS, make_optimizer
-from deepalign_kernels.train.ranks import PARALLEL, ProcessLost
+from deepalign_kernels.train.ranks import PARALLEL, SHARDED, ProcessLost, way_of
 from deepalign_kernels.train.session import Terminated
 
 # The augmentation makes a model differ from what it was, so nothing holds it there, and the paper
@@ -180,13 +180,14 @@ def build(options: Any, refuse: Callable[[TrainConfig], None] = lambda config: N
     config = TrainConfig(options.output, beta=beta, **rest)
     refuse(config)
     _check_paths(options, config)
+    way, _ = way_of(config.parallel, config.cpu_offload, config.autocast_dtype is not None)
 
     def load(name: str) -> Any:
         path = named[name]
         if dry:
             return outline_of(path, dtype, name)
         # What is sharded goes to its device layer by layer.
-        return load_model(path, dtype).to("cpu" if config.parallel == "fsdp" else options.device)
+        return load_model(path, dtype).to("cpu" if way in SHARDED else options.device)
 
     tokenizer = tokenizer_of(options.model, options.chat_template)
     ChatTemplate(tokenizer)  # refuses what it cannot train with, before a large model is loaded

@@ -16,7 +16,7 @@ from deepalign_kernels.data.packing import Limits
 from deepalign_kernels.data.records import UNKNOWN_KEYS
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.train.optimizers import OPTIMIZERS, Factory
-from deepalign_kernels.train.ranks import PARALLEL
+from deepalign_kernels.train.ranks import OFFLOADING, PARALLEL
 from deepalign_kernels.train.trackers import names_of
 
 # Names of this level; any other is a rule of rules.py.
@@ -117,8 +117,10 @@ class TrainConfig:
         compile_layers: torch.compile of each decoder layer; not with "fsdp".
         parallel: with several processes, what they share. "ddp": each has the whole model; "fsdp":
             parameters, gradients and optimizer states are sharded (FSDP2), those of `model` for
-            good; "auto": what `accelerate launch` is configured for, else "ddp".
-        cpu_offload: with "fsdp", also in one process, what is not in use lies on the CPU.
+            good; "zero2": DeepSpeed's ZeRO-2, gradients and states are sharded; "zero3": its
+            ZeRO-3, weights as well; "auto": what `accelerate launch` is configured for, else "ddp".
+        cpu_offload: with "fsdp", also in one process, what is not in use lies on the CPU; with
+            "zero2" states and update, with "zero3" weights as well.
         seed: of data order and dropout; nothing outside the run depends on it.
         eval_every: steps between evaluations on `eval_data`; None: before the first step and at the
             end. "best.pt" keeps what is trained where `best_by` was least.
@@ -240,7 +242,7 @@ class TrainConfig:
         if self.early_stop is not None and self.eval_every is None:
             raise ValueError("early_stop: it counts evaluations; give eval_every and eval_data")
         names_of(self.report_to)
-        if self.cpu_offload and self.parallel != "fsdp":
+        if self.cpu_offload and self.parallel not in OFFLOADING:
             raise ValueError(
                 f"cpu_offload: parallel={self.parallel!r} keeps all of the model on the device;"
                 " give parallel='fsdp', also for one process"

@@ -110,8 +110,8 @@ class TrainingRun(Prepared):
         self._ref_arg = ref_model
         check_models(model, ref_model, config, self.params[0].device)
         self.ranks = Ranks.here(self.device)
-        if self.ranks.count > 1 or config.cpu_offload:
-            check_several(config, self._way[0])
+        if self.ranks.count > 1 or self._way[1]:
+            check_several(config, self._way[0], self.ranks.count, model, ref_model)
         self._called: nn.Module = model  # what a forward calls: the model, or what shares it
         self.objective = BatchObjective(
             config.rule,
@@ -235,7 +235,7 @@ class TrainingRun(Prepared):
                 let_go(self.optimizer)
                 progress.close()
                 log.close()
-                self._called = self.model
+                self._give_back()
         seconds = time.perf_counter() - begun
         return TrainResult(self.step, self.metrics, log.path, self.step0_max_log_ratio, seconds)
 
@@ -273,18 +273,25 @@ class TrainingRun(Prepared):
         return activations_on_host(self.model) if on_host else contextlib.nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
-        """DDP and FSDP take the mean over the processes; the shares of a step are to add up."""
+        """DDP, FSDP and DeepSpeed take the mean over the processes; the shares of a step are to add
+        up."""
+        shared = loss if self.ranks.count == 1 else loss * self.ranks.count
         if self.config.release_gradients:
             self._consistent = False  # this is the update, too
             with self._released.on():
                 loss.backward()
+        elif self._zero is not None:
+            self._zero.backward(shared)
         else:
-            (loss if self.ranks.count == 1 else loss * self.ranks.count).backward()
+            shared.backward()
 
     def _update(self) -> Tensor:
         """One step of the optimizer; the 2-norm of the gradient, before clipping."""
         if self.config.release_gradients:
             return self._released.norm
+        if self._zero is not None:
+            self._consistent = False
+            return self._zero.update()
         norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.params, self.config.max_grad_norm, norm)

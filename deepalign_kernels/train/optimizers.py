@@ -111,8 +111,10 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    rounds: bool = True,
 ) -> Optimizer:
-    """The optimizer over `params`; only those of two or more dimensions decay.
+    """The optimizer over `params`; only those of two or more dimensions decay. `rounds`: it updates
+    16-bit weights as they are, not a copy in fp32.
 
     Raises:
         ValueError: its package is not installed, or it would lose most updates to rounding.
@@ -126,7 +128,7 @@ def make_optimizer(
     if not isinstance(optimizer, str):
         return optimizer(groups, **options)
     kind = OPTIMIZERS[optimizer]
-    if not kind.keeps_small_steps:
+    if rounds and not kind.keeps_small_steps:
         _refuse_rounding_away(optimizer, params, learning_rate)
     try:
         return kind.make(groups, **options)

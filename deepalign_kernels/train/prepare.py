@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from deepalign_kernels.train.evaluate import Evaluation
 from deepalign_kernels.train.log import Meter
 from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.optimizers import Released, make_optimizer
-from deepalign_kernels.train.ranks import shard, share_out
+from deepalign_kernels.train.ranks import SHARDED, shard, share_out
 from deepalign_kernels.train.reference import Kept, Reference
 from deepalign_kernels.train.resume import Resumable
 from deepalign_kernels.train.session import embeddings_of, positions_of, training_session
 from deepalign_kernels.train.state import load_optimizer, load_trained
+from deepalign_kernels.train.zero import STAGES, Zero, installed, zero_of
 
 
 class Prepared(Resumable):
@@ -39,12 +41,13 @@ class Prepared(Resumable):
     _way: tuple[str, bool]
     _consistent: bool
     _released: Released
+    _zero: Zero | None = None
     _evaluation: Evaluation | None
 
     @property
     def sharded(self) -> bool:
-        """Whether the processes share parameters, gradients and states."""
-        return self._way[0] == "fsdp"
+        """Whether the processes share weights, gradients and states."""
+        return self._way[0] in SHARDED
 
     def _batches(self, step: int) -> list[Batch]:
         raise NotImplementedError
@@ -82,8 +85,9 @@ class Prepared(Resumable):
             if state is not None:
                 self.reference.must_be(state["reference"])
         self._share_out()
-        self._make_optimizer()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._zero is None:
+            self._make_optimizer()
+            self.optimizer.zero_grad(set_to_none=True)
         if self.objective.needs_reference:
             self._take_reference(None if state is None else state["reference"])
             if state is None:
@@ -126,7 +130,7 @@ class Prepared(Resumable):
                 if self.eval_source is not None:
                     out["eval_data"] = self._eval_reference(self.eval_source, None).kept
             finally:
-                self._called = self.model
+                self._give_back()
         return out
 
     def _take_reference(self, keys: list[str] | None) -> None:
@@ -169,15 +173,45 @@ class Prepared(Resumable):
 
     def _share_out(self) -> None:
         """With several processes, or one that offloads: what a forward calls from here on, and what
-        is trained."""
-        if self.ranks.count == 1 and not self._way[1]:
-            return
+        is trained. DeepSpeed takes the optimizer over as well."""
         way, offload = self._way
-        self._called = share_out(self.model, way, offload, self.device)
-        own = self.config.reference == "frozen" and self._ref_arg is None
-        if way == "fsdp" and self.reference.model is not None and own:
-            shard(self.reference.model, offload, self.device)
-        self.params = trained_of(self.model)
+        if self._by_deepspeed:
+            if zero_of(self.model) is not None:
+                raise ValueError(
+                    "model: its weights are shared out since the first train(); make a new run of"
+                    " the bare model, which may resume this one"
+                )
+            self._make_optimizer()
+            self.optimizer.zero_grad(set_to_none=True)
+            config = self.config
+            self._zero = Zero(
+                self.model,
+                self.optimizer,
+                self.device,
+                stage=STAGES[way],
+                offload=offload,
+                batch_size=config.batch_size,
+                max_grad_norm=config.max_grad_norm,
+                autocast_dtype=config.autocast_dtype,
+            )
+            self._called = self._zero.engine
+            return
+        if self.ranks.count > 1 or offload:
+            self._called = share_out(self.model, way, offload, self.device)
+            own = self.config.reference == "frozen" and self._ref_arg is None
+            if way == "fsdp" and self.reference.model is not None and own:
+                shard(self.reference.model, offload, self.device)
+            self.params = trained_of(self.model)
+
+    def _give_back(self) -> None:
+        """The model is what a forward calls again; what is sharded stays so."""
+        if self._zero is not None:
+            self._zero.close()
+        self._zero, self._called = None, self.model
+
+    @property
+    def _by_deepspeed(self) -> bool:
+        return self._way[0] in STAGES and (self.ranks.count > 1 or self._way[1])
 
     @torch.no_grad()
     def _check_step0(self) -> None:
@@ -217,6 +251,7 @@ class Prepared(Resumable):
             betas=config.adam_betas,
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
+            rounds=not self._by_deepspeed,
         )
         self._released = Released(self.optimizer, self.params)
 
@@ -239,8 +274,10 @@ def check_keeps(config: TrainConfig) -> None:
         )
 
 
-def check_several(config: TrainConfig, way: str) -> None:
-    """Raises ValueError: what only one process does."""
+def check_several(
+    config: TrainConfig, way: str, processes: int, model: nn.Module, ref_model: nn.Module | None
+) -> None:
+    """Raises ValueError: what only one process does, or not in this way of sharing."""
     if config.release_gradients:
         raise ValueError(
             "release_gradients: several processes must exchange gradients first; parallel='fsdp'"
@@ -252,8 +289,44 @@ def check_several(config: TrainConfig, way: str) -> None:
             "optimizer: 'adamw_offload' takes gradients to the CPU before other processes have"
             " added theirs; give 'adamw' with parallel='fsdp' and cpu_offload"
         )
-    if way == "fsdp" and named != "adamw":
+    if way != "ddp" and named != "adamw":
         raise ValueError(
             f"optimizer: {named!r} is not known to shard and to be put together again; give"
-            " 'adamw' with parallel='fsdp', whose states are shared out, or parallel='ddp'"
+            f" 'adamw' with parallel={way!r}, whose states are shared out, or parallel='ddp'"
+        )
+    if way in STAGES:
+        _check_zero(config, way, processes, model, ref_model)
+
+
+def _check_zero(
+    config: TrainConfig, way: str, processes: int, model: nn.Module, ref_model: nn.Module | None
+) -> None:
+    """Raises ValueError: what is not known to work, or makes no sense, with DeepSpeed."""
+    if processes == 1:
+        raise ValueError(
+            f"cpu_offload: parallel={way!r} offloads in several processes (torchrun, accelerate"
+            " launch); one process does with parallel='fsdp'"
+        )
+    if not installed():
+        raise ValueError(f"parallel: {way!r} needs deepspeed (pip install deepspeed)")
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"parallel: {way!r} needs LOCAL_RANK, as torchrun and accelerate set it")
+    if not isinstance(config.optimizer, str):
+        raise ValueError(
+            f"optimizer: with parallel={way!r} it gets flat pieces of the weights, which suits"
+            " 'adamw', but not every optimizer; give that, or parallel='ddp'"
+        )
+    if config.compile_layers:
+        raise ValueError(f"compile_layers: not known to work with parallel={way!r}; give 'ddp'")
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        named = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"model: parallel={way!r} trains weights of one dtype, fp32 or bf16, got {named}"
+        )
+    live = config.needs_reference and config.reference in ("frozen", "model")
+    if way == "zero3" and (live or ref_model is not None):
+        raise ValueError(
+            "reference: with parallel='zero3' a second model would stand whole on each device; give"
+            " 'precomputed' or 'adapter_off', without ref_model, or parallel='fsdp'"
         )

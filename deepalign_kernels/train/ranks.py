@@ -1,6 +1,6 @@
 """The processes of one run: who they are, what they tell each other, how they share a model.
 
-Data parallelism in torch's own terms: every process has its share of each batch, and DDP or FSDP2
+Data parallelism: every process has its share of each batch, and DDP, FSDP2 or DeepSpeed (zero.py)
 adds the gradients up. Counts of tokens need no message, since every process knows the whole step.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels.train.economy import layers_of
+from deepalign_kernels.train.zero import STAGES, zero_of_accelerate
 
 T = TypeVar("T")
 
@@ -150,12 +151,14 @@ def _is_connection(error: RuntimeError) -> bool:
 
 # How a model is shared.
 
-PARALLEL = ("auto", "ddp", "fsdp")
+PARALLEL = ("auto", "ddp", "fsdp", *STAGES)
+SHARDED = ("fsdp", "zero3")  # of which no process has all weights
+OFFLOADING = ("fsdp", *STAGES)
 
 
 def way_of(parallel: str, cpu_offload: bool, autocast: bool) -> tuple[str, bool]:
-    """("ddp" or "fsdp", whether FSDP keeps what is not in use on the CPU): the configuration's, or
-    for "auto" what `accelerate launch` was configured for, else DDP.
+    """(one of PARALLEL but "auto", whether what is not in use lies on the CPU): of the
+    configuration, or for "auto" what `accelerate launch` was configured for, else DDP.
 
     Raises:
         ValueError: accelerate was configured for something that this loop would not do.
@@ -163,18 +166,12 @@ def way_of(parallel: str, cpu_offload: bool, autocast: bool) -> tuple[str, bool]
     asked = {
         name: os.environ.get(name, "").lower()
         for name in (
-            "ACCELERATE_USE_DEEPSPEED",
             "ACCELERATE_USE_FSDP",
             "ACCELERATE_MIXED_PRECISION",
             "FSDP_VERSION",
             "FSDP_OFFLOAD_PARAMS",
         )
     }
-    if asked["ACCELERATE_USE_DEEPSPEED"] == "true":
-        raise ValueError(
-            "parallel: accelerate is configured for DeepSpeed, which this loop does not drive; use"
-            " fsdp_version 2, which shards the same, or hf.attach in transformers' Trainer"
-        )
     mixed = asked["ACCELERATE_MIXED_PRECISION"]
     if mixed not in ("", "no") and not (mixed == "bf16" and autocast):
         raise ValueError(
@@ -185,13 +182,16 @@ def way_of(parallel: str, cpu_offload: bool, autocast: bool) -> tuple[str, bool]
         if asked["FSDP_VERSION"] not in ("", "2"):
             raise ValueError("parallel: accelerate is configured for FSDP1; set fsdp_version: 2")
         return "fsdp", cpu_offload or asked["FSDP_OFFLOAD_PARAMS"] == "true"
-    return ("fsdp" if parallel == "fsdp" else "ddp"), cpu_offload
+    if parallel == "auto" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        way, offload = zero_of_accelerate()
+        return way, cpu_offload or offload
+    return ("ddp" if parallel == "auto" else parallel), cpu_offload
 
 
 def device_of(way: str, device: torch.device) -> torch.device:
-    """Where a model on `device` is trained. FSDP takes a model on the CPU, layer by layer, to this
-    process's GPU, if there is one: the whole of it need not fit there."""
-    if way == "fsdp" and device.type == "cpu" and torch.cuda.is_available():
+    """Where a model on `device` is trained. What is sharded goes from the CPU to this process's
+    GPU, if there is one, part by part: the whole of it need not fit there."""
+    if way in SHARDED and device.type == "cpu" and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
@@ -250,6 +250,9 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
         yield
+    elif hasattr(model, "set_gradient_accumulation_boundary"):  # DeepSpeed
+        model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+        yield
     elif last or not hasattr(model, "no_sync"):
         yield
     else:
@@ -263,4 +266,6 @@ def whole(x: Tensor) -> Tensor:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")
+    """Whether weights are whole in no process: by FSDP2, or ZeRO-3."""
+    first = next(iter(model.parameters()), None)
+    return hasattr(model, "set_requires_gradient_sync") or hasattr(first, "ds_id")

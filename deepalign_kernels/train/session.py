@@ -16,6 +16,7 @@ from deepalign_kernels.modes import kept_modes
 from deepalign_kernels.train.adapters import WithoutAdapters
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.economy import compiled_layers, layers_of
+from deepalign_kernels.train.ranks import is_sharded
 
 
 def check_models(
@@ -29,7 +30,8 @@ def check_models(
     Raises:
         ValueError: naming the argument.
     """
-    if hasattr(model, "require_backward_grad_sync") or hasattr(model, "reshard"):
+    marks = ("require_backward_grad_sync", "reshard", "allreduce_gradients")
+    if any(hasattr(model, mark) for mark in marks) or is_sharded(model):
         raise ValueError(
             f"model: {type(model).__name__} is distributed already; hand over the bare model, each"
             " process its own, and choose with `parallel`"

@@ -9,18 +9,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deepalign_kernels.train.ranks import is_sharded
+from deepalign_kernels.train.zero import zero_of
 
 
 def trained_state(model: nn.Module) -> dict[str, Any]:
     """The state dict without parameters that are not trained: of LoRA, the adapter alone.
 
-    Of a sharded model whole tensors on the CPU, in the first process only; all must call.
+    Of a model that processes share whole tensors on the CPU, in the first one only; all must call.
     """
+    if (zero := zero_of(model)) is not None:
+        return zero.trained_state()
     return {name: x for name, x in full_state(model).items() if name not in _frozen(model)}
 
 
 def full_state(model: nn.Module) -> dict[str, Any]:
     """The state dict; of a sharded model as in `trained_state`."""
+    if (zero := zero_of(model)) is not None:
+        return zero.full_state()
     if not is_sharded(model):
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -40,6 +45,9 @@ def load_trained(model: nn.Module, state: dict[str, Any]) -> None:
         raise ValueError(
             f"resume: the checkpoint and the parameters that model trains differ, first in {odd[0]}"
         )
+    if (zero := zero_of(model)) is not None:
+        zero.load_trained(state)
+        return
     if not is_sharded(model):
         model.load_state_dict(state, strict=False)
         return
@@ -52,6 +60,8 @@ def load_trained(model: nn.Module, state: dict[str, Any]) -> None:
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """The optimizer's state dict with names of parameters in the place of numbers; of a sharded
     model as in `trained_state`."""
+    if (zero := zero_of(model)) is not None:
+        return zero.optimizer_state()
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -75,6 +85,9 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 def load_optimizer(optimizer: Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
     """Put what `optimizer_state` gave back."""
+    if (zero := zero_of(model)) is not None:
+        zero.load_optimizer(state)
+        return
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
@@ -112,6 +125,7 @@ def all_finite(model: nn.Module) -> bool:
 
 def _local(x: Tensor) -> Tensor:
     """This process's part of a sharded tensor."""
+    x = getattr(x, "ds_tensor", x)
     return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]
 
 

@@ -14,24 +14,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_runs import compute_before, distance, run_case
 from tiny_chat import RECORDS, build_model, build_tokenizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from train_runs import log_of
 from two_processes import WORLD, run_cases, spawn, start
 
 from deepalign_kernels.train import TrainConfig, TrainingRun
 from deepalign_kernels.train.__main__ import main
-from deepalign_kernels.train.ranks import Ranks, way_of
-from deepalign_kernels.train.state import full_state
+from deepalign_kernels.train.ranks import way_of
 
 BUDGET = 1e-5
 BEFORE = "compute_reference"
-STEPS = 5  # of four conversations: 4, 3, 4, 3, 4
 CASES = {
     "ddp": {"parallel": "ddp"},
     "ddp, accumulation": {"parallel": "ddp", "batch_size": 1, "gradient_accumulation_steps": 2},
@@ -61,135 +58,12 @@ CASES = {
 }  # fmt: skip
 
 
-def make(out, processes, callbacks=(), lora=False, tied=False, **options):
-    """The same run for one process and for two."""
-    base = {"batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": STEPS, "seed": 3}
-    base |= {"learning_rate": 3e-3, "warmup_steps": 1, "progress": False}
-    base |= options
-    if processes == 1:
-        base["batch_size"] *= WORLD
-        base |= {"parallel": "auto", "cpu_offload": False}
-    # fp64: AdamW turns the rounding of a gradient near 0 into a whole step.
-    model = build_model(0, tie_word_embeddings=tied).double()
-    if lora:
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(1)
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(model, config).double()
-    parts = (model, build_tokenizer(), TrainConfig(out, **base), RECORDS, None, callbacks)
-    return TrainingRun(*parts, eval_data=RECORDS[:3])
-
-
-def seen_gradients(run):
-    """The list of each step's gradients, whole, as they are when the optimizer gets them."""
-    steps = []
-
-    def look(optimizer, *_):
-        named = {n: p for n, p in run.model.named_parameters() if p.grad is not None}
-        whole = {
-            n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).cpu().clone()
-            for n, p in named.items()
-        }
-        steps.append(whole)
-
-    return steps, register_optimizer_step_pre_hook(look)
-
-
-def trained(out, processes, **options):
-    """(gradients of every step, weights at the end, log) of a run."""
-    run = make(out, processes, **options)
-    steps, hook = seen_gradients(run)
-    try:
-        result = run.train()
-    finally:
-        hook.remove()
-    local = [getattr(p, "to_local", lambda p=p: p)().numel() for p in run.model.parameters()]
-    whole = [p.numel() for p in run.model.parameters()]
-    assert (local < whole) == (processes > 1 and options["parallel"] == "fsdp")
-    return steps, full_state(run.model), result
-
-
-def distance(ours, gold):
-    top = max(x.abs().max().item() for x in gold.values())
-    assert ours.keys() == gold.keys(), ours.keys() ^ gold.keys()
-    return max((ours[n] - gold[n]).abs().max().item() for n in gold) / top
-
-
-def run_case(rank, folder, name):
-    """[gradients, weights, log, checkpoint of the other number of processes] of two against one."""
-    if name == BEFORE:
-        return compute_before(rank, folder)
-    options, place = CASES[name], Path(folder) / name.replace(" ", "-")
-    steps, weights, _ = trained(place / "two", 2, **options)
-    if rank:
-        dist.barrier()
-    else:
-        own = alone(place / "one", options, steps, weights, place / "two")
-        dist.barrier()
-    # One process stopped two steps before the end; two go on.
-    resumed = make(place / "stopped", 2, **options)
-    resumed.train(resume=True)
-    again = full_state(resumed.model)
-    if rank:
-        return None
-    return [*own, distance(again, weights)]
-
-
-def alone(place, options, steps, weights, two):
-    """In the first process, the other waiting: the run of one process, and one that stops."""
-    with mock.patch.object(Ranks, "here", lambda device: Ranks()):
-        gold, gold_weights, _ = trained(place, 1, **options)
-
-        def stop(run, record):
-            if record["step"] == run.total_steps - 2:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            make(place.parent / "stopped", 1, callbacks=[stop], **options).train()
-    assert len(gold) == len(steps) == options.get("max_steps", STEPS)
-    gradients = max(distance(a, b) for a, b in zip(steps, gold, strict=True))
-    lines = zip(_steps(two), _steps(place), strict=True)
-    log = max(abs(a[k] - b[k]) for a, b in lines for k in a if b[k] is not None)
-    return [gradients, distance(weights, gold_weights), log]
-
-
-def _steps(out):
-    """All numbers of the log's lines about steps and about held-out data, but for the speed."""
-    rows, out = [r for r in log_of(out) if r["event"] in ("step", "eval")], []
-    for row in rows:
-        flat = {k: v for k, v in row.items() if not k.endswith(("_at", "tokens_per_s", "event"))}
-        for k, values in row.items():
-            flat |= {f"{k} {n}": v for n, v in enumerate(values)} if k.endswith("_at") else {}
-        out.append(flat)
-    return out
-
-
-def compute_before(rank, folder):
-    """`compute_reference` of two sharded processes: its files against one process's, and that a
-    run finds them. The largest difference of a log-probability."""
-    place, options = Path(folder) / "before", CASES["fsdp, kept anchors, a process without a row"]
-    made = make(place / "two", 2, **options).compute_reference()
-    with mock.patch("deepalign_kernels.train.reference.compute", side_effect=AssertionError):
-        make(place / "two", 2, **options).train()
-    dist.barrier()
-    if rank:
-        return None
-    with mock.patch.object(Ranks, "here", lambda device: Ranks()):
-        alone = make(place / "one", 1, **options).compute_reference()
-    assert [k.path.name for v in made.values() for k in v] == [
-        k.path.name for v in alone.values() for k in v
-    ]
-    pairs = [
-        [torch.frombuffer(bytearray((k.path / "logp.bin").read_bytes()), dtype=torch.float32)
-         for k in both] for name in alone for both in zip(made[name], alone[name], strict=True)
-    ]  # fmt: skip
-    return max((a - b).abs().max().item() for a, b in pairs)
-
-
 def work(rank, folder, names):
     start(rank, folder)
-    run_cases(rank, folder, {name: (folder, name) for name in names}, run_case)
+    before = CASES["fsdp, kept anchors, a process without a row"]
+    cases = {BEFORE: (compute_before, folder, before)}
+    cases |= {name: (run_case, folder, name, CASES[name]) for name in names}
+    run_cases(rank, folder, cases, lambda rank, case, *about: case(rank, *about))
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +72,7 @@ def results():
         pytest.skip("this torch has no gloo")
     present = importlib.util.find_spec("peft") is not None
     names = [name for name in CASES if present or "LoRA" not in name]
-    return spawn(work, [BEFORE, *names], limit=400.0)
+    return spawn(work, names, limit=400.0)
 
 
 @pytest.mark.slow
@@ -319,6 +193,10 @@ def test_what_is_wrong_in_one_process_ends_all(tmp_path):
     assert len(lines["a file"]) == 2 and all(line.startswith(why) for line in lines["a file"])
 
 
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true"}
+STATES = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+
+
 @pytest.mark.parametrize(
     "environment, arguments, expected",
     (
@@ -332,7 +210,22 @@ def test_what_is_wrong_in_one_process_ends_all(tmp_path):
          "parallel: accelerate is configured for FSDP1"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ("ddp", False, False),
          ("ddp", False)),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ("auto", False, False), "parallel: .*DeepSpeed"),
+        (ZERO, ("auto", False, False), ("zero2", False)),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("auto", False, False), ("zero3", False)),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, ("auto", False, False), ".*stage 1; set"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, ("ddp", False, False), ("ddp", False)),
+        (ZERO | STATES, ("auto", False, False), ("zero2", True)),
+        (ZERO | STATES | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("auto", False, False),
+         "cpu_offload: .*states on cpu, weights on none"),
+        (ZERO | STATES | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                          "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+         ("auto", False, False), ("zero3", True)),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, ("auto", False, False),
+         "cpu_offload: .*states on nvme"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "x.json"}, ("auto", False, False),
+         "parallel: .*deepspeed_config_file"),
+        (ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, ("auto", False, False),
+         "max_grad_norm: .*gradient_clipping 1.0"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", False, True), ("ddp", False)),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", False, False), "autocast_dtype: "),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ("auto", False, True), "autocast_dtype: "),
@@ -351,16 +244,20 @@ def test_what_accelerate_launch_says_is_done_or_refused(
         assert way_of(*arguments) == expected
 
 
-@pytest.mark.parametrize("file", ("ddp.yaml", "fsdp2.yaml"))
+@pytest.mark.parametrize("file", ("ddp.yaml", "fsdp2.yaml", "zero3.yaml"))
 def test_the_launch_files_are_what_accelerate_reads(file, monkeypatch):
     """As `accelerate launch` puts them into the environment of each process."""
     commands = pytest.importorskip("accelerate.commands.launch", reason="needs accelerate")
     path = str(Path(__file__).parents[2] / "examples" / "launch" / file)
     arguments = commands.launch_command_parser().parse_args(["--config_file", path, "x"])
     read = commands._validate_launch_command(arguments)[0]
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils import launch as launchers
 
-    environment = prepare_multi_gpu_env(read)
+    if read.use_deepspeed:
+        read.deepspeed_fields_from_accelerate_config = ""
+        environment = launchers.prepare_deepspeed_cmd_env(read)[1]
+    else:
+        environment = launchers.prepare_multi_gpu_env(read)
     assert read.num_processes > 1 and read.mixed_precision == "no"
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
