@@ -4,6 +4,7 @@ In fp32, which is what DeepSpeed sums in; a larger epsilon keeps AdamW from maki
 of the rounding of a gradient near 0.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -18,6 +19,7 @@ from parallel_runs import compute_before, distance, make, run_case, trained
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from two_processes import WORLD, run_cases, spawn, start
 
+from deepalign_kernels.train import TrainConfig, prepare
 from deepalign_kernels.train.checkpoint import checkpoints
 from deepalign_kernels.train.folder import read
 from deepalign_kernels.train.state import full_state
@@ -230,3 +232,41 @@ def test_trls_trainer_under_deepspeed(results, way, tmp_path):
     assert len(lines) == WORLD and len(gold) == 3
     for ours in lines:
         assert torch.tensor(ours).allclose(torch.tensor(gold), rtol=1e-5), lines
+
+
+@pytest.mark.parametrize(
+    "way, processes, options, dtype, said",
+    (
+        ("zero2", 1, {}, torch.float32, "cpu_offload: .*'zero2' offloads in several processes"),
+        ("zero2", 2, {"optimizer": torch.optim.SGD}, torch.float32, "optimizer: .*flat pieces"),
+        (
+            "zero2",
+            2,
+            {"optimizer": "adamw_kahan"},
+            torch.float32,
+            "optimizer: 'adamw_kahan' is not",
+        ),
+        ("zero3", 2, {"compile_layers": True}, torch.float32, "compile_layers: not known"),
+        ("zero3", 2, {}, torch.float64, "model: .*fp32 or bf16, got torch.float64"),
+        ("zero3", 2, {"reference": "frozen"}, torch.float32, "reference: with parallel='zero3' a"),
+        ("zero2", 2, {"reference": "frozen"}, torch.float32, None),
+        ("zero3", 2, {"objective": "sft", "reference": "frozen"}, torch.float32, None),
+        ("zero3", 2, {}, torch.bfloat16, None),
+    ),
+)
+def test_what_is_refused(tmp_path, monkeypatch, way, processes, options, dtype, said):
+    monkeypatch.setattr(prepare, "installed", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config = TrainConfig(tmp_path, parallel=way, **options)
+    about = config, way, processes, build_model(0).to(dtype), None
+    with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        prepare.check_several(*about)
+
+
+def test_without_deepspeed_or_a_launcher_the_reason_is_said(tmp_path, monkeypatch):
+    about = TrainConfig(tmp_path, parallel="zero3"), "zero3", 2, build_model(0), None
+    for there, said in ((False, "parallel: 'zero3' needs deepspeed"), (True, "needs LOCAL_RANK")):
+        monkeypatch.setattr(prepare, "installed", lambda there=there: there)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        with pytest.raises(ValueError, match=said):
+            prepare.check_several(*about)
