@@ -196,3 +196,24 @@ def test_module_prints_a_row_for_each_op() -> None:
         assert rows[op] in backends.BACKENDS
     for label in ("torch:", "triton:", "native"):
         assert label in rows
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout of git")
+def test_the_source_archive_has_every_file_of_git_and_building_it_warns_of_nothing(
+    tmp_path: pathlib.Path,
+) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tests" / "__pycache__").mkdir()
+    (tmp_path / "tests" / "__pycache__" / "conftest.pyc").touch()
+    (tmp_path / "deepalign_kernels" / "_native_cpu.so").touch()
+    made = call(tmp_path, "setup.py", "egg_info")
+    assert made.returncode == 0 and "warning" not in made.stdout, made.stdout
+    (sources,) = tmp_path.glob("*.egg-info/SOURCES.txt")
+    here_alone = (".github/", ".gitignore", ".pre-commit-config.yaml")  # of no use in an archive
+    wanted = {name for name in files if not name.startswith(here_alone)}
+    got = {name for name in sources.read_text().splitlines() if ".egg-info/" not in name}
+    assert got - {"setup.cfg"} == wanted
