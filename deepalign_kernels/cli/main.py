@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import deepalign_kernels.quiet  # noqa: F401
 from deepalign_kernels import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)

@@ -11,6 +11,7 @@ real model:
 Needs transformers; only benign content, see `lexicon.py`.
 """
 
+import deepalign_kernels.quiet  # noqa: F401  this room is a program, the demo
 from deepalign_kernels.toyworld.encoding import encode_record
 from deepalign_kernels.toyworld.judging import (
     PREFILL_DEPTHS,

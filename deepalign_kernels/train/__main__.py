@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 from typing import Any
 
+import deepalign_kernels.quiet  # noqa: F401
 from deepalign_kernels.train.command import Option, options_of, run
 
 

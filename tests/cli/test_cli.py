@@ -1,6 +1,7 @@
 """The `deepalign` command: finds a command, reads a file and flags, says what is wrong."""
 
 import dataclasses
+import logging
 import sys
 import types
 from typing import Literal
@@ -140,3 +141,13 @@ def test_info_and_help(capsys):
     assert cli.main(["info"]) == 0 and "native cpu" in capsys.readouterr().out
     assert cli.main([]) == 0 and "  info  " in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
+
+
+def test_noise_of_other_packages_is_left_out_and_nothing_else(caplog):
+    for name, left_out in (
+        ("torchao", "Failed to load /some/where/_C.so: no CUDA"),
+        ("torch.utils._pytree", "<enum 'Kind'> is an Enum subclass and is now natively supported"),
+    ):
+        logging.getLogger(name).warning(left_out)
+        logging.getLogger(name).warning("something of use")
+    assert [r.message for r in caplog.records] == ["something of use"] * 2
