@@ -1,8 +1,8 @@
 """Importing this leaves out what other packages log while a model is loaded and no user can act on.
 For programs that print for people, the command line and the demo; a library must not do it.
 
-transformers imports torchao wherever that is installed, and torchao warns of each of its kernels that
-this machine cannot load, and lets torch warn of how it registers its own types.
+transformers imports torchao wherever that is installed, and torchao warns of each of its kernels
+that this machine cannot load, and lets torch warn of how it registers its own types.
 """
 
 from __future__ import annotations
