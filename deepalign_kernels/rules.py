@@ -130,7 +130,7 @@ def run(
     return loss.to(logp.dtype), weight.to(logp.dtype)
 
 
-def attach(logp: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+def with_gradient(logp: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
     """`loss` [...] whose gradient is -weight times that of `logp` [...]."""
     return loss.detach() - weight.detach() * (logp - logp.detach())
 

@@ -44,7 +44,7 @@ struct Score {
 // How rows are laid over blocks (plan.h): a cluster of blocks shares a row, a block takes `share`
 // chunks of it and holds `tile` of them, of each matrix, in shared memory. With tile == share a row
 // stays on the chip and is read once; otherwise it is read again for each further sweep.
-struct Plan {
+struct LaunchPlan {
   int cluster = 1, share = 0, tile = 0;
 };
 
@@ -65,7 +65,7 @@ struct Rows {
   int64_t rows, tokens;
   int columns;
   Score score;
-  Plan plan;
+  LaunchPlan plan;
 };
 
 // token_logp and constrained_loss, with `out` the gradient too. Outputs may be absent.

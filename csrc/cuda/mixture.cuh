@@ -75,7 +75,7 @@ __device__ inline JsSums js_sums(const Rows& r, const Part<T>& part, Tiles<T>& t
 }
 
 // The same of the whole row. leave_cluster goes before it and after it.
-__device__ inline JsSums js_of_cluster(const Plan& plan, JsSums mine) {
+__device__ inline JsSums js_of_cluster(const LaunchPlan& plan, JsSums mine) {
   float sums[2] = {mine.q, mine.p};
   exchange(plan, sums, {0.0f, 0.0f});
   return {warp_sum(sums[0]), warp_sum(sums[1])};

@@ -56,13 +56,13 @@ inline size_t shared_bytes(int tile, int matrices, int scratch) {
 // The plan for rows of `chunks` chunks in `matrices` matrices: it depends on no row count, so that
 // a row's result does not depend on its neighbours. fits(plan, bytes) has the last word.
 template <class Fits>
-Plan make_plan(const Limits& limits, int chunks, int matrices, int scratch, const Fits& fits) {
+LaunchPlan make_plan(const Limits& limits, int chunks, int matrices, int scratch, const Fits& fits) {
   for (Choice choice : choices) {
     if (choice.cluster > 1 && !limits.clusters) continue;
     int share = (chunks + choice.cluster - 1) / choice.cluster;
     size_t bytes = shared_bytes(share, matrices, scratch);
     if (int64_t(bytes) > limits.each(choice.blocks)) continue;
-    Plan plan{choice.cluster, share, share};
+    LaunchPlan plan{choice.cluster, share, share};
     if (fits(plan, bytes)) return plan;
   }
   int cluster = limits.clusters ? 8 : 1, share = (chunks + cluster - 1) / cluster;
@@ -74,7 +74,7 @@ Plan make_plan(const Limits& limits, int chunks, int matrices, int scratch, cons
 struct Launch {
   cudaLaunchAttribute cluster_size{};
   cudaLaunchConfig_t config{};
-  Launch(const Plan& plan, int64_t rows, size_t bytes, cudaStream_t stream) {
+  Launch(const LaunchPlan& plan, int64_t rows, size_t bytes, cudaStream_t stream) {
     config.gridDim = dim3(unsigned(rows * plan.cluster));
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = bytes;
@@ -90,7 +90,7 @@ struct Launch {
 
 // Makes `kernel` ready for any launch on this device, and plans rows of `chunks` chunks.
 template <class Kernel>
-cudaError_t prepare(Kernel kernel, int device, int chunks, int matrices, int scratch, Plan& plan) {
+cudaError_t prepare(Kernel kernel, int device, int chunks, int matrices, int scratch, LaunchPlan& plan) {
   Limits limits;
   cudaError_t error = limits_of(device, limits);
   // A GPU newer than this build runs the PTX for sm_80, which knows no clusters.
@@ -107,7 +107,7 @@ cudaError_t prepare(Kernel kernel, int device, int chunks, int matrices, int scr
   auto carveout = cudaFuncAttributePreferredSharedMemoryCarveout;
   error = cudaFuncSetAttribute(kernel, carveout, int(cudaSharedmemCarveoutMaxShared));
   if (error != cudaSuccess) return error;
-  auto fits = [&](const Plan& candidate, size_t bytes) {
+  auto fits = [&](const LaunchPlan& candidate, size_t bytes) {
     if (candidate.cluster <= 8) return true;
     int found = 0;
     Launch launch(candidate, 1, bytes, nullptr);
@@ -124,11 +124,11 @@ cudaError_t prepare(Kernel kernel, int device, int chunks, int matrices, int scr
 // The plan, kept for each kernel, device and length: a vocabulary comes back in every step, and
 // asking the driver costs more than the launch.
 template <class Kernel>
-cudaError_t plan_of(Kernel kernel, int chunks, int matrices, int scratch, Plan& plan) {
+cudaError_t plan_of(Kernel kernel, int chunks, int matrices, int scratch, LaunchPlan& plan) {
   int device = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   static std::mutex mutex;
-  static std::map<std::tuple<Kernel, int, int, int>, Plan> plans;
+  static std::map<std::tuple<Kernel, int, int, int>, LaunchPlan> plans;
   std::lock_guard<std::mutex> lock(mutex);
   auto key = std::make_tuple(kernel, device, chunks, matrices);
   if (auto found = plans.find(key); found != plans.end()) return plan = found->second, cudaSuccess;
@@ -141,7 +141,7 @@ cudaError_t plan_of(Kernel kernel, int chunks, int matrices, int scratch, Plan& 
 template <class Args>
 cudaError_t launch_rows(void (*kernel)(Args), Args args, int matrices, int scratch, Type type,
                         cudaStream_t stream) {
-  Plan& plan = args.r.plan;
+  LaunchPlan& plan = args.r.plan;
   int chunks = chunks_of(args.r.columns, type);
   cudaError_t error = plan_of(kernel, chunks, matrices, scratch, plan);
   if (error != cudaSuccess) return error;

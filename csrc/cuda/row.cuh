@@ -36,7 +36,7 @@ struct Scratch {
 inline constexpr int scratch_bytes = (int(sizeof(Scratch)) + 127) / 128 * 128;
 
 __device__ inline Scratch& scratch() { return *reinterpret_cast<Scratch*>(shared_memory()); }
-__device__ inline uint4* buffer(const Plan& plan, int matrix) {
+__device__ inline uint4* buffer(const LaunchPlan& plan, int matrix) {
   return reinterpret_cast<uint4*>(shared_memory() + scratch_bytes) + int64_t(matrix) * plan.tile;
 }
 
@@ -102,18 +102,18 @@ __device__ inline void block_sums(float (&x)[N]) {
 
 // Barriers of the cluster; a cluster of one needs none beyond the block's own.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ inline void cluster_arrive(const Plan& plan) {
+__device__ inline void cluster_arrive(const LaunchPlan& plan) {
   if (plan.cluster > 1) cooperative_groups::this_cluster().barrier_arrive();
 }
-__device__ inline void cluster_wait(const Plan& plan) {
+__device__ inline void cluster_wait(const LaunchPlan& plan) {
   if (plan.cluster > 1) cooperative_groups::this_cluster().barrier_wait();
 }
 __device__ inline const float* partial_of(int rank) {
   return cooperative_groups::this_cluster().map_shared_rank(scratch().partial, rank);
 }
 #else
-__device__ inline void cluster_arrive(const Plan&) {}
-__device__ inline void cluster_wait(const Plan&) {}
+__device__ inline void cluster_arrive(const LaunchPlan&) {}
+__device__ inline void cluster_wait(const LaunchPlan&) {}
 __device__ inline const float* partial_of(int) { return scratch().partial; }
 #endif
 
@@ -121,7 +121,7 @@ __device__ inline const float* partial_of(int) { return scratch().partial; }
 // gets that of rank r, a lane beyond the cluster gets `nothing`. Whoever calls this calls
 // `leave_cluster` before it ends, since a block that is gone cannot be read.
 template <int N>
-__device__ inline void exchange(const Plan& plan, float (&mine)[N], const float (&nothing)[N]) {
+__device__ inline void exchange(const LaunchPlan& plan, float (&mine)[N], const float (&nothing)[N]) {
   static_assert(N <= 16);
   if (threadIdx.x == 0) {
 #pragma unroll
@@ -140,7 +140,7 @@ __device__ inline void exchange(const Plan& plan, float (&mine)[N], const float 
   cluster_arrive(plan);
 }
 // Between two exchanges and at the end: all have read the partial results of the last exchange.
-__device__ inline void leave_cluster(const Plan& plan) {
+__device__ inline void leave_cluster(const LaunchPlan& plan) {
   if (plan.cluster > 1) {
     cluster_wait(plan);
   } else {
@@ -213,7 +213,7 @@ struct Part {
 // one begins with the tile that is still there, and a row of one tile is never loaded again.
 template <class T>
 struct Tiles {
-  const Plan& plan;
+  const LaunchPlan& plan;
   const Part<T>& part;
   const T* rows[2];
   int matrices;

@@ -74,7 +74,7 @@ def _pair(example: Example, group: str, positions: int) -> Pair:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PairBatch:
     """A batch for one forward: right-padded [B, T]; `targets[:, t]` follows `input_ids[:, t]`."""
 
     input_ids: Tensor
@@ -83,7 +83,7 @@ class Rows:
     index: list[int]  # of the pairs
 
 
-def batches(pairs: Sequence[Pair], max_tokens: int, pad_id: int = 0) -> Iterator[Rows]:
+def batches(pairs: Sequence[Pair], max_tokens: int, pad_id: int = 0) -> Iterator[PairBatch]:
     """Pairs of like length together, `max_tokens` with padding in a batch; every sequence ends
     where its last analysed token is predicted."""
     order = sorted(range(len(pairs)), key=lambda i: _length(pairs[i]), reverse=True)
@@ -97,7 +97,7 @@ def _length(pair: Pair) -> int:
     return len(pair.context) + len(pair.answer) - 1
 
 
-def _rows(pairs: Sequence[Pair], index: list[int], pad_id: int) -> Rows:
+def _rows(pairs: Sequence[Pair], index: list[int], pad_id: int) -> PairBatch:
     width = max(_length(pairs[i]) for i in index)
     ids = torch.full((len(index), width), pad_id)
     mask, targets = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
@@ -106,7 +106,7 @@ def _rows(pairs: Sequence[Pair], index: list[int], pad_id: int) -> Rows:
         ids[row, :length] = torch.tensor((*pair.context, *pair.answer[:-1]))
         mask[row, :length] = 1
         targets[row, len(pair.context) - 1 : length] = torch.tensor(pair.answer)
-    return Rows(ids, mask, targets, index)
+    return PairBatch(ids, mask, targets, index)
 
 
 def device_of(model: nn.Module) -> torch.device:

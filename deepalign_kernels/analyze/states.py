@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deepalign_kernels import hf
-from deepalign_kernels.analyze.pairs import IGNORE, Pair, Rows, batches, device_of
+from deepalign_kernels.analyze.pairs import IGNORE, Pair, PairBatch, batches, device_of
 from deepalign_kernels.modes import evaluating
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -72,7 +72,7 @@ class Collector:
         return hf.LossOutput()
 
 
-def call(model: nn.Module, rows: Rows, loss: Callable[..., Any]) -> Any:
+def call(model: nn.Module, rows: PairBatch, loss: Callable[..., Any]) -> Any:
     """The forward of an attached model on one batch."""
     device = device_of(model)
     return model(
@@ -116,7 +116,7 @@ def collect(
     order: list[int] = []
     keep = Collector()
 
-    def run(rows: Rows) -> Tensor:
+    def run(rows: PairBatch) -> Tensor:
         call(model, rows, keep)
         return keep.rows.pop()
 

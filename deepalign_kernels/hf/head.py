@@ -76,7 +76,7 @@ class Head:
         )
 
 
-class Weights(NamedTuple):
+class HeadParameters(NamedTuple):
     """The fields of a Head that come from its module, see there."""
 
     weight: Tensor
@@ -86,7 +86,7 @@ class Weights(NamedTuple):
     lora_b: Tensor | None = None
     lora_scale: float = 1.0
 
-    def first(self, vocab: int) -> Weights:
+    def first(self, vocab: int) -> HeadParameters:
         """Those of the first `vocab` logits (a slice costs a copy in backward)."""
         if self.weight.shape[0] == vocab:
             return self
@@ -117,7 +117,7 @@ def computing_module(head: nn.Module) -> nn.Module:
     return head
 
 
-def read_weights(module: Any) -> Weights:
+def read_weights(module: Any) -> HeadParameters:
     """The weights `module` applies now. To be called inside its own call, where shards are whole.
 
     Raises:
@@ -134,11 +134,11 @@ def read_weights(module: Any) -> Weights:
         if module.disable_adapters or module.merged or not module.active_adapters:
             return base
         merged = module.get_merged_weights(module.active_adapters)
-        return Weights(merged, None, frozen=False)  # PEFT, too, drops the bias here
+        return HeadParameters(merged, None, frozen=False)  # PEFT, too, drops the bias here
     return _read_linear(module)
 
 
-def _read_linear(module: nn.Module) -> Weights:
+def _read_linear(module: nn.Module) -> HeadParameters:
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise TypeError(
             f"the output head is a {type(module).__module__}.{type(module).__qualname__}, expected"
@@ -151,10 +151,10 @@ def _read_linear(module: nn.Module) -> Weights:
     if module.bias is not None:
         gathered("the head's bias", module.bias)
         trained |= module.bias.requires_grad
-    return Weights(module.weight, module.bias, frozen=not trained)
+    return HeadParameters(module.weight, module.bias, frozen=not trained)
 
 
-def _read_lora(module: Any) -> Weights:
+def _read_lora(module: Any) -> HeadParameters:
     base = _read_linear(module.base_layer)
     if module.disable_adapters and module.merged:
         module.unmerge()  # as PEFT's own forward does

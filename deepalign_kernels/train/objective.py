@@ -343,7 +343,7 @@ class LogitsHead:
         name = rules.objective_of(self._rule).name
         each, weight = rules.run(name, 0.0, logp.detach(), ref_logp, beta)
         each, weight = (torch.where(trained, x, 0.0) for x in (each, weight))
-        loss = rules.attach(logp, each, weight)
+        loss = rules.with_gradient(logp, each, weight)
         if normalizer is not None:
             loss = reduce_tokens(loss, trained, normalizer=normalizer)
         shown = torch.zeros_like(weight) if ref_logp is None else ref_logp

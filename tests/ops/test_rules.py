@@ -59,7 +59,7 @@ def test_loss_and_weight(name):
     loss, weight = rules.run(rule.name, 0.3, logp.detach(), ref_logp, beta)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(weight, -slope, rtol=1e-12, atol=1e-12)
-    out = rules.attach(logp, loss, weight)
+    out = rules.with_gradient(logp, loss, weight)
     assert torch.equal(out, loss)
     assert torch.equal(torch.autograd.grad(out.sum(), logp)[0], -weight)
 

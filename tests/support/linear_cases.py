@@ -229,9 +229,9 @@ def _wide_addmm(
 def as_on_a_gpu(chunk: int = 4) -> Iterator[None]:
     """CPU tensors go the way of CUDA ones: its chunks and groups (here of `chunk` rows), 16-bit
     gradients of the scores, and GEMMs of 16-bit operands with an fp32 result."""
-    rules = {"cpu": plan.Rule(step=2, groups=True)}
+    rules = {"cpu": plan.Granularity(step=2, groups=True)}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(plan.RULES, rules))
+        stack.enter_context(mock.patch.dict(plan.GRANULARITY, rules))
         stack.enter_context(mock.patch.object(plan, "DEFAULT_CHUNK", chunk))
         tiles = dict(TILE_SCORES=1, LEAST_TILE=24, TILE_STEP=8)
         stack.enter_context(mock.patch.multiple(plan, **tiles))

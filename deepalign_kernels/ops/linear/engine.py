@@ -24,9 +24,9 @@ from deepalign_kernels.ops.linear.types import (
     KINDS,
     Inputs,
     Options,
+    RowFactors,
     Rows,
     Trained,
-    Weights,
     shares_head,
     trained,
 )
@@ -316,7 +316,7 @@ class Engine:
         a: int,
         b: int,
         index: Tensor | None,
-        by: Weights | None = None,
+        by: RowFactors | None = None,
     ) -> None:
         """Adds the gradients of rows a..b to `self.grads`. `by`: `dz` is a unit gradient, of which
         `rows` and `low` have been multiplied by `by.sums`."""

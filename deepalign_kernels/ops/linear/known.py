@@ -12,7 +12,7 @@ from torch import Tensor
 from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear.constrained_loss import values_of
 from deepalign_kernels.ops.linear.sharded import state_of
-from deepalign_kernels.ops.linear.torch_ops import attached, local_values
+from deepalign_kernels.ops.linear.torch_ops import local_values, with_gradient
 from deepalign_kernels.ops.linear.types import KINDS, KNOWN, Inputs, Options, RowFunction, Rows
 from deepalign_kernels.ops.shard import merge
 from deepalign_kernels.ops.shard.group import IGNORED
@@ -35,7 +35,7 @@ def _logp(x: Inputs, o: Options) -> Tensor:
     value, m, s = local_values("logp_state", x, o)
     zeros = value.new_zeros(len(value), 3)
     x = x._replace(state=torch.cat([_norm(value, m, s), zeros, torch.ones_like(m)[:, None]], 1))
-    return attached("logp_shard", x, o, value)[None]
+    return with_gradient("logp_shard", x, o, value)[None]
 
 
 def _kl_state(x: Inputs, o: Options, value: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
@@ -51,7 +51,7 @@ def _kl(x: Inputs, o: Options) -> Tensor:
     value, *found = local_values("kl_state", x, o)
     state = _kl_state(x, o, value, *found)
     x = x._replace(state=state_of(value.dtype, *state, torch.zeros_like(value)))
-    return attached("kl_shard", x, o, value)[None]
+    return with_gradient("kl_shard", x, o, value)[None]
 
 
 def _constrained(x: Inputs, o: Options) -> Tensor:
@@ -61,7 +61,7 @@ def _constrained(x: Inputs, o: Options) -> Tensor:
     x = x._replace(ref_hidden=None, ref_weight=None, ref_bias=None)
     zeros = loss.new_zeros(len(loss), 3)
     x = x._replace(state=torch.cat([_norm(loss, m, s), zeros, -weight[:, None]], 1))
-    return torch.stack([attached("logp_shard", x, o, loss), logp, ref_logp, weight])
+    return torch.stack([with_gradient("logp_shard", x, o, loss), logp, ref_logp, weight])
 
 
 def _constrained_kl(x: Inputs, o: Options) -> Tensor:
@@ -70,7 +70,7 @@ def _constrained_kl(x: Inputs, o: Options) -> Tensor:
     norm, norm_ref, center = _kl_state(x, o, kl, *found)
     norm = torch.where(logp.isnan()[:, None], torch.nan, norm)
     x = x._replace(state=state_of(loss.dtype, norm, norm_ref, center, -weight))
-    return torch.stack([attached("both_shard", x, o, loss), logp, ref_logp, weight, kl])
+    return torch.stack([with_gradient("both_shard", x, o, loss), logp, ref_logp, weight, kl])
 
 
 # Row functions

@@ -21,7 +21,7 @@ from deepalign_kernels.ops.linear import gemm
 DEFAULT_CHUNK = 1024
 
 
-class Rule(NamedTuple):
+class Granularity(NamedTuple):
     """What a kind of device makes of a number of rows."""
 
     step: int = 1  # chunks and groups are multiples of it, the height of a GEMM's tile
@@ -30,11 +30,11 @@ class Rule(NamedTuple):
 
 # Each product of a group with the hidden states reads and writes the whole gradient of the head in
 # fp32: at H = 4096 and V = 128256 4.2 GB, on an H100 as long as the GEMM of 1000 rows takes.
-RULES = {"cpu": Rule(), "cuda": Rule(step=128, groups=True)}
+GRANULARITY = {"cpu": Granularity(), "cuda": Granularity(step=128, groups=True)}
 
 
-def rule_of(device: str) -> Rule:
-    return RULES.get(device, RULES["cuda"])
+def granularity_of(device: str) -> Granularity:
+    return GRANULARITY.get(device, GRANULARITY["cuda"])
 
 
 # Eager row functions take this many scores at a time: their temporaries then stay in the cache, and
@@ -97,7 +97,7 @@ class Sizes(NamedTuple):
         That of fp32 operands takes as much memory as the scores, and the gradient of a head in fp32
         is its own accumulator: there one chunk is a group.
         """
-        if not rule_of(self.device).groups or self.phase in (Phase.SAVED, Phase.TILES):
+        if not granularity_of(self.device).groups or self.phase in (Phase.SAVED, Phase.TILES):
             return False
         summed = self.gradients and self.wanted[1] and self.grad_dtype.itemsize == 2
         return self.phase == Phase.SAVE or (summed and self.rows > DEFAULT_CHUNK)
@@ -190,7 +190,7 @@ def make_plan(s: Sizes, budget: int | None) -> ChunkPlan:
         groups = max(1, s.rows // DEFAULT_CHUNK)
     else:
         groups = math.ceil(s.rows / room.rows)
-    step = rule_of(s.device).step
+    step = granularity_of(s.device).step
     group = chunk = _piece(s.rows, groups, step, s.rows if unbounded else room.rows)
     if s.grouped:
         chunk = _piece(group, math.ceil(group / DEFAULT_CHUNK), step, DEFAULT_CHUNK)
@@ -263,7 +263,7 @@ def by_tiles(s: Sizes, budget: int | None) -> bool:
     """Whether a backward that makes the scores again goes over tiles of the vocabulary, where the
     normalisers are known: on a GPU, for a head that is trained, if the budget holds the least tile.
     """
-    if not rule_of(s.device).groups or not s.wanted[1] or any(_tiled(s)):
+    if not granularity_of(s.device).groups or not s.wanted[1] or any(_tiled(s)):
         return False
     if budget is None:
         return True

@@ -18,7 +18,7 @@ from deepalign_kernels.ops._register import accumulator
 from deepalign_kernels.ops.linear import gemm, plan
 from deepalign_kernels.ops.linear.engine import Engine, sizes_of
 from deepalign_kernels.ops.linear.plan import Phase
-from deepalign_kernels.ops.linear.types import Inputs, Options, Weights
+from deepalign_kernels.ops.linear.types import Inputs, Options, RowFactors
 
 _NOTHING = (False,) * 5
 
@@ -69,7 +69,7 @@ def gradients(
     return engine
 
 
-def _weights(engine: Engine, upstream: Tensor) -> tuple[Weights, Tensor | None]:
+def _weights(engine: Engine, upstream: Tensor) -> tuple[RowFactors, Tensor | None]:
     """The upstream gradients of the rows used, and what sums over rows are still to be multiplied
     by.
 
@@ -81,7 +81,7 @@ def _weights(engine: Engine, upstream: Tensor) -> tuple[Weights, Tensor | None]:
     elif valid is not None:
         upstream = torch.where(valid, upstream, 0.0)  # 0 * NaN of an ignored row
     if engine.o.compute != torch.float16:
-        return Weights(upstream, upstream), None
+        return RowFactors(upstream, upstream), None
     top = upstream.abs().amax()
     top = torch.where(top == 0, 1.0, top)
-    return Weights(upstream, upstream / top), top
+    return RowFactors(upstream, upstream / top), top

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepalign_kernels import rules
 from deepalign_kernels.ops._register import accumulator
-from deepalign_kernels.ops.linear.torch_ops import attached, local_values
+from deepalign_kernels.ops.linear.torch_ops import local_values, with_gradient
 from deepalign_kernels.ops.linear.types import KINDS, Inputs, Options, RowFunction, Rows
 from deepalign_kernels.ops.logits.token_logp import settled
 from deepalign_kernels.ops.shard import merge
@@ -59,7 +59,7 @@ def _attach(kind: str, x: Inputs, o: Options, shard: Shard, value: Tensor) -> Te
         return _Replicated.apply(t, shard.group)  # pyright: ignore[reportReturnType]
 
     x = x._replace(hidden=replicated(x.hidden), lora_a=replicated(x.lora_a))
-    return attached(kind, x, o, value)
+    return with_gradient(kind, x, o, value)
 
 
 def _placed(

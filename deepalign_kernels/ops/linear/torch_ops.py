@@ -377,6 +377,6 @@ def local_values(kind: str, x: Inputs, o: Options) -> Tensor:
     return _fwd(kind, *detached, *o)
 
 
-def attached(kind: str, x: Inputs, o: Options, value: Tensor) -> Tensor:
+def with_gradient(kind: str, x: Inputs, o: Options, value: Tensor) -> Tensor:
     """`value` [N], whose gradients are those that the row function `kind` writes."""
     return _shard(kind, *x, *o, value)

@@ -137,7 +137,7 @@ KINDS: dict[str, RowFunction] = {}
 KNOWN: dict[str, Callable[[Inputs, Options], Tensor]] = {}
 
 
-class Weights(NamedTuple):
+class RowFactors(NamedTuple):
     """Upstream gradients [n] of the rows of a unit gradient."""
 
     rows: Tensor  # what gradients by row are multiplied by

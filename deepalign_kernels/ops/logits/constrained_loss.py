@@ -18,7 +18,7 @@ from deepalign_kernels.ops._register import (
 )
 from deepalign_kernels.ops.logits.scale_grad import hand_over
 from deepalign_kernels.ops.logits.token_logp import _bwd as _logp_bwd
-from deepalign_kernels.ops.logits.token_logp import attached, settled
+from deepalign_kernels.ops.logits.token_logp import settled, with_gradient
 from deepalign_kernels.ops.shard import merge
 from deepalign_kernels.ops.shard.group import IGNORED, Shard, shard_of
 
@@ -311,4 +311,4 @@ def _sharded(
         loss, weight = rules.run(name, min_weight, logp, ref_logp, beta)
         keep = column != IGNORED
         loss, ref_logp, weight = merge.zeroed(keep, logp.dtype, loss, ref_logp, weight)
-    return attached(policy, column, loss, -weight, norm, *options), logp, ref_logp, weight
+    return with_gradient(policy, column, loss, -weight, norm, *options), logp, ref_logp, weight

@@ -126,7 +126,7 @@ def sharded(logits: Tensor, column: Tensor, shard: Shard, *options: float) -> Te
     with torch.no_grad():
         rows = merge.logp_rows(call, logits.detach(), column, *options)
         logp, norm = settled(shard.exchange(*rows), column, logits.dtype)
-    return attached(logits, column, logp, torch.ones_like(logp), norm, *options)
+    return with_gradient(logits, column, logp, torch.ones_like(logp), norm, *options)
 
 
 def settled(rows: Sequence[Tensor], column: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ def settled(rows: Sequence[Tensor], column: Tensor, dtype: torch.dtype) -> tuple
     return logp, norm
 
 
-def _attached_body(
+def _with_gradient_body(
     logits: Tensor, column: Tensor, value: Tensor, slope: Tensor, norm: Tensor, *options: float
 ) -> Tensor:
     return value.clone()
@@ -163,10 +163,10 @@ def _sharded_bwd_body(
 
 
 # `value` [N] of a loss that the other ranks' shards have a part in, and its derivative by logp
-attached = define_plain(
+with_gradient = define_plain(
     "token_logp_shard(Tensor logits, Tensor column, Tensor value, Tensor slope, Tensor norm,"
     " float temperature, float softcap) -> Tensor",
-    _attached_body,
+    _with_gradient_body,
 )
 _sharded_bwd = define_plain(
     "token_logp_shard_bwd(Tensor grad, Tensor logits, Tensor column, Tensor norm,"
