@@ -37,7 +37,7 @@ ABOUT, LOGP, HIDDEN, HEAD = "about.json", "logp.bin", "hidden.bin", "head.pt"
 NAMES = {  # of what an entry is made from, in messages
     "model": "weights of the reference",
     "data": "tokens than data gives now",
-    "anchors": "choice of positions or dtype (kl_positions, reference_dtype)",
+    "anchors": "choice of positions or dtype (kl_positions, reference_dtype, eval_kl)",
 }
 
 

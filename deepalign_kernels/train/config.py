@@ -124,6 +124,9 @@ class TrainConfig:
         seed: of data order and dropout; nothing outside the run depends on it.
         eval_every: steps between evaluations on `eval_data`; None: before the first step and at the
             end. "best.pt" keeps what is trained where `best_by` was least.
+        eval_kl: evaluations have the divergence from the reference over the whole vocabulary by
+            position, also without kl_coef: the reference's hidden states of `eval_data` are kept
+            for it, and its output head. For any objective; with reference="precomputed".
         best_by: "objective" or "nll", of the evaluation.
         early_stop: evaluations in a row without a better `best_by` after which the run ends; needs
             `eval_every`. `deepalign train` then writes what is in "best.pt" as the model.
@@ -184,6 +187,7 @@ class TrainConfig:
     cpu_offload: bool = False
     seed: int = 0
     eval_every: int | None = None
+    eval_kl: bool = False
     best_by: str = "objective"
     early_stop: int | None = None
     save_every: int | None = 100
@@ -292,10 +296,17 @@ class TrainConfig:
             _integer("kl_positions", self.kl_positions, 1)
             if self.kl_coef == 0:
                 raise ValueError("kl_positions: says where kl_coef acts, which is 0")
-        if self.kl_coef > 0 and self.reference == "precomputed" and self.head == "logits":
+        if self.eval_kl and self.reference != "precomputed":
             raise ValueError(
-                "kl_coef: what is kept of a reference are hidden states, which head='logits' does"
-                " not see; give head='fused', or reference='frozen'"
+                f"eval_kl: a reference that runs along, {self.reference!r}, gives the divergence"
+                " wherever the objective asks one; else give reference='precomputed'"
+            )
+        kept = self.kl_coef > 0 and self.reference == "precomputed"
+        if (kept or self.eval_kl) and self.head == "logits":
+            raise ValueError(
+                f"{'kl_coef' if kept else 'eval_kl'}: what is kept of a reference are hidden"
+                " states, which head='logits' does not see; give head='fused', or"
+                " reference='frozen'"
             )
         if self.kl_coef > 0 and self.parallel == "fsdp" and self.reference in ("frozen", "model"):
             raise ValueError(

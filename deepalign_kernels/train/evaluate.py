@@ -16,6 +16,21 @@ from deepalign_kernels.train.forwards import forwards
 from deepalign_kernels.train.objective import BatchObjective, TokenParts, untrained
 from deepalign_kernels.train.ranks import Ranks, is_sharded
 
+
+def reading(config: TrainConfig, kl: bool) -> BatchObjective:
+    """Reads log-probabilities, with `kl` also the divergence from the reference."""
+    return BatchObjective(
+        "nll",
+        config.beta_at,
+        head=config.head,
+        autocast_dtype=config.autocast_dtype,
+        temperature=config.temperature,
+        kl_coef=1.0 if kl else 0.0,
+        kl_direction=config.kl_direction,
+        kl_positions=config.kl_positions,
+    )
+
+
 POSITIONS = 15  # each has its own numbers, as in the paper's figures; later ones share one
 
 
@@ -37,24 +52,15 @@ class Evaluation:
     def measure(self, model: nn.Module, ref_model: nn.Module | None) -> dict[str, Any]:
         """Log fields: `objective` (as in training, less its constant), `nll`, and lists by position
         1 to 15 and, last, all other trained tokens: `tokens_at`, `nll_at`; with a reference
-        `log_ratio_at`, with one in memory or with kl_coef `kl_at`; None where there is no such
+        `log_ratio_at`, with one in memory, kl_coef or eval_kl `kl_at`; None where there is no such
         token.
 
         All processes must call.
         """
         config = self._config
         in_memory = ref_model is not None and not is_sharded(ref_model)
-        whole = in_memory or config.kl_coef > 0
-        reads = BatchObjective(
-            "nll",
-            config.beta_at,
-            head=config.head,
-            autocast_dtype=config.autocast_dtype,
-            temperature=config.temperature,
-            kl_coef=1.0 if whole else 0.0,
-            kl_direction=config.kl_direction,
-            kl_positions=config.kl_positions,
-        )
+        whole = in_memory or config.kl_coef > 0 or config.eval_kl
+        reads = reading(config, whole)
         sums = torch.zeros(POSITIONS + 1, 6, dtype=torch.float64, device=self._device)
         with evaluating(model), torch.no_grad():
             table, limits = self._table, config.limits

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "offload_activations",
     "output_dir",
     "eval_every",
+    "eval_kl",
     "best_by",
     "early_stop",
     "save_every",

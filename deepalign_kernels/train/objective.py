@@ -58,6 +58,7 @@ class BatchObjective:
 
     Attributes:
         needs_reference: whether a batch must bring `ref_logp`, or `loss` be given a `ref_model`.
+        anchors: whether it must bring `anchors` too.
 
     Raises:
         ValueError: an unknown rule or head. ImportError: "fused" without transformers.
@@ -81,7 +82,7 @@ class BatchObjective:
         self._asks, self._exact = about.needs_reference, rule == "exact"
         self.needs_reference = about.needs_reference or kl_coef > 0
         self._beta, self._positions = beta, kl_positions
-        self._anchors = kl_coef > 0
+        self.anchors = kl_coef > 0
         options = {"temperature": temperature, "min_weight": min_weight}
         if kl_coef > 0:
             options |= {"kl_coef": kl_coef, "kl_direction": kl_direction}
@@ -117,7 +118,7 @@ class BatchObjective:
         """
         beta = self._beta(batch.positions) if self._asks else None
         normalizer = batch.normalizer if batch.scale is None else None
-        anchored = self._anchored(batch) if self._anchors else None
+        anchored = self._anchored(batch) if self.anchors else None
         loss, parts = self._head.loss(model, batch, beta, ref_model, normalizer, anchored)
         parts = parts._replace(anchored=anchored)
         return (loss if batch.scale is None else (loss * batch.scale).sum()), parts
@@ -125,7 +126,7 @@ class BatchObjective:
     def reference(self, model: Any, batch: Batch) -> tuple[Tensor, Anchors | None]:
         """What a batch must bring, from the model that is the reference: (`ref_logp` [B, T] in
         nats, 0 where untrained; `anchors` with kl_coef). No gradient."""
-        if not self._anchors:
+        if not self.anchors:
             return self._head.logp(model, batch), None
         return self._head.anchors(model, batch, self._anchored(batch))
 

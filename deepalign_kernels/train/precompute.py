@@ -74,17 +74,19 @@ def _planned(run: TrainingRun) -> list[str]:
     config, model = run.config, run._models[-1]
     stored = torch.empty(0, dtype=getattr(torch, config.reference_dtype)).element_size()
 
-    def line(name: str, table: TokenTable) -> str:
+    def line(name: str, table: TokenTable, anchors: bool) -> str:
         tokens = sum(table.trained)
         size, anchored = 4 * tokens, ""
-        if config.kl_coef > 0:
+        if anchors:
             head: Any = model.get_output_embeddings().weight  # type: ignore[operator]
             count = sum(anchored_counts(table, config.kl_positions))
             size += count * head.shape[1] * stored + head.numel() * head.element_size()
             anchored = f", hidden states of {count} and the output head"
         return f"{name:<9} {tokens:,} tokens{anchored}: about {size:,} bytes"
 
-    out = [line("data", run.source.table(e)) for e in run.source.epochs_with_own_table(run.epochs)]
+    epochs = run.source.epochs_with_own_table(run.epochs) if config.needs_reference else ()
+    out = [line("data", run.source.table(epoch), config.kl_coef > 0) for epoch in epochs]
     if run.eval_source is not None:
-        out.append(line("eval_data", run.eval_source.table(0)))
+        whole = config.kl_coef > 0 or config.eval_kl
+        out.append(line("eval_data", run.eval_source.table(0), whole))
     return out

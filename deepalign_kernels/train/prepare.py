@@ -16,7 +16,7 @@ from deepalign_kernels.data.source import Source
 from deepalign_kernels.modes import evaluating
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.config import TrainConfig
-from deepalign_kernels.train.evaluate import Evaluation
+from deepalign_kernels.train.evaluate import Evaluation, reading
 from deepalign_kernels.train.log import Meter
 from deepalign_kernels.train.objective import BatchObjective
 from deepalign_kernels.train.optimizers import Released, make_optimizer
@@ -80,15 +80,16 @@ class Prepared(Resumable):
         self.step, self.metrics, self.step0_max_log_ratio = 0, {}, None
         self._rng, self._consistent = ckpt.rng_state(self.device), True
         self._meter = Meter(self.device, self.config.prefix_length)
-        if self.objective.needs_reference:  # its hash, before the model is sharded
+        asks = self.objective.needs_reference
+        if asks or self._eval_asks:  # its hash, before the model is sharded
             self.reference.begin(self.model, self._ref_arg, resumed=state is not None)
-            if state is not None:
+            if asks and state is not None:
                 self.reference.must_be(state["reference"])
         self._share_out()
         if self._zero is None:
             self._make_optimizer()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.objective.needs_reference:
+        if asks:
             self._take_reference(None if state is None else state["reference"])
             if state is None:
                 self._check_step0()
@@ -108,8 +109,8 @@ class Prepared(Resumable):
         on where it was. All processes must call; the model is not trained.
 
         Returns:
-            {"data": [an entry for each epoch with data of its own], "eval_data": [one]}, the second
-            if there are such data.
+            {"data": [an entry for each epoch with data of its own], "eval_data": [one]}; of each
+            only if there are such data, and something asks their reference.
 
         Raises:
             ValueError: this configuration keeps no reference.
@@ -125,8 +126,10 @@ class Prepared(Resumable):
             try:
                 self.reference.begin(self.model, self._ref_arg, resumed=False)
                 self._share_out()
-                self._take_reference(None)
-                out = {"data": self.reference.kept}
+                out = {}
+                if self.objective.needs_reference:
+                    self._take_reference(None)
+                    out["data"] = self.reference.kept
                 if self.eval_source is not None:
                     out["eval_data"] = self._eval_reference(self.eval_source, None).kept
             finally:
@@ -149,19 +152,26 @@ class Prepared(Resumable):
         self.eval_reference_keys: list[str] = []
         if self.eval_source is None:
             return
-        if self.objective.needs_reference:
+        if self._eval_asks:
             keys = None if state is None else state["eval_reference"]
             if keys == []:
                 raise ValueError(
-                    "eval_data: this run began without; what the reference says about other data"
-                    " cannot be known from a policy that has moved"
+                    "eval_data: this run began without, or without eval_kl; what the reference says"
+                    " about other data cannot be known from a policy that has moved"
                 )
             self.eval_reference_keys = self._eval_reference(self.eval_source, keys).keys
         table = self.eval_source.table(0)
         self._evaluation = Evaluation(self.config, table, self.ranks, self.device)
 
+    @property
+    def _eval_asks(self) -> bool:
+        """Whether an evaluation compares with the reference."""
+        wanted = self.objective.needs_reference or self.config.eval_kl
+        return wanted and self.eval_source is not None
+
     def _eval_reference(self, source: Source, keys: list[str] | None) -> Reference:
-        reference = Reference(self.config, self.objective, source, self.ranks)
+        objective = reading(self.config, True) if self.config.eval_kl else self.objective
+        reference = Reference(self.config, objective, source, self.ranks)
         reference.like(self.reference)
         model = self._called if self._ref_arg is None else self._ref_arg
         reference.take(model, range(1), self.device, self._reference_folder, keys)
@@ -262,10 +272,10 @@ def trained_of(model: nn.Module) -> list[nn.Parameter]:
 
 def check_keeps(config: TrainConfig) -> None:
     """Raises ValueError: a run would keep nothing of a reference."""
-    if not config.needs_reference:
+    if not config.needs_reference and not config.eval_kl:
         raise ValueError(
-            f"objective: {config.as_dict()['objective']!r} without kl_coef asks no reference, so"
-            " there is nothing to compute"
+            f"objective: {config.as_dict()['objective']!r} without kl_coef or eval_kl asks no"
+            " reference, so there is nothing to compute"
         )
     if config.reference != "precomputed":
         raise ValueError(

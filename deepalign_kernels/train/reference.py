@@ -225,7 +225,7 @@ class Reference:
 
     def _about(self, table: TokenTable) -> dict[str, Any]:
         config, anchors = self._config, None
-        if config.kl_coef > 0:
+        if self._objective.anchors:
             where = table.positions.contiguous().numpy().tobytes()
             anchors = {
                 "positions": config.kl_positions,

@@ -1,5 +1,6 @@
 """Held-out data: each number against fp64 by hand; the best state is kept and comes back."""
 
+import json
 import math
 
 import pytest
@@ -43,22 +44,32 @@ def by_hand(model, ref_model):
     return out
 
 
-@pytest.mark.parametrize("head", ("fused", "logits"))
-@pytest.mark.parametrize("reference", ("precomputed", "frozen"))
+@pytest.mark.parametrize(
+    "how",
+    (
+        {},
+        {"head": "logits"},
+        {"reference": "frozen"},
+        {"reference": "frozen", "head": "logits"},
+        {"eval_kl": True, "reference_dtype": "float32"},
+        {"eval_kl": True, "reference_dtype": "float32", "objective": "sft"},
+    ),
+    ids=str,
+)
 @torch.no_grad()
-def test_the_numbers_are_those_by_hand(tmp_path, reference, head):
+def test_the_numbers_are_those_by_hand(tmp_path, how):
     with torch.enable_grad():
-        run(
-            tmp_path, ref_model=build_model(1), reference=reference, head=head, batch_size=3
-        ).train()
+        run(tmp_path, ref_model=build_model(1), batch_size=3, **how).train()
     said = evaluations(tmp_path)[0]
     assert said["step"] == 0
     gold = by_hand(build_model(0), build_model(1))
     tokens = [row for rows in gold.values() for row in rows]
     mean = lambda rows, n: sum(row[n] for row in rows) / len(rows)  # noqa: E731
-    assert said["objective"] == pytest.approx(mean(tokens, 0), rel=1e-4)
+    objective = mean(tokens, 1 if how.get("objective") == "sft" else 0)
+    assert said["objective"] == pytest.approx(objective, rel=1e-4)
     assert said["nll"] == pytest.approx(mean(tokens, 1), rel=1e-5)
-    names = {"nll_at": 1, "log_ratio_at": 2} | ({"kl_at": 3} if reference == "frozen" else {})
+    whole = "eval_kl" in how or "reference" in how
+    names = {"nll_at": 1, "log_ratio_at": 2} | ({"kl_at": 3} if whole else {})
     for at in range(16):
         rows = gold.get(at + 1, [])
         assert said["tokens_at"][at] == len(rows)
@@ -68,7 +79,7 @@ def test_the_numbers_are_those_by_hand(tmp_path, reference, head):
                 assert said[name][at] == close, (name, at)
             else:
                 assert said[name][at] is None
-    assert ("kl_at" in said) == (reference == "frozen")
+    assert ("kl_at" in said) == whole
 
 
 def test_evaluation_changes_nothing_and_comes_when_it_is_due(tmp_path):
@@ -123,6 +134,37 @@ def test_a_resume_goes_on_with_the_evaluation(tmp_path):
         run(tmp_path / "late", callbacks=[stop], eval_data=None).train()
     with pytest.raises(ValueError, match="eval_data: this run began without"):
         run(tmp_path / "late").train(resume=True)
+
+
+def test_the_divergence_is_of_the_model_a_run_began_with(tmp_path):
+    """Also at a resume; training is what it is without."""
+
+    def stop(run, record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    about = {"objective": "sft", "eval_kl": True}
+    plain = run(tmp_path / "plain", objective="sft")
+    plain.train()
+    whole = run(tmp_path / "whole", **about)
+    whole.train()
+    assert all(map(torch.equal, whole.model.parameters(), plain.model.parameters()))
+    first, *later = (r["kl_at"][0] for r in evaluations(tmp_path / "whole"))
+    assert abs(first) < 1e-3 and min(later) > 0.1
+    (kept,) = (tmp_path / "whole").glob("reference-*/about.json")
+    assert json.loads(kept.read_text())["about"]["model"]  # no other model's may be taken for it
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", callbacks=[stop], **about).train()
+    run(tmp_path / "parts", **about).train(resume=True)
+    assert evaluations(tmp_path / "parts") == evaluations(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "late", callbacks=[stop], objective="sft").train()
+    with pytest.raises(ValueError, match="eval_data: this run began without, or without eval_kl"):
+        run(tmp_path / "late", **about).train(resume=True)
+    wrong = {"runs along": {"reference": "frozen"}, "hidden states": {"head": "logits"}}
+    for why, odd in wrong.items():
+        with pytest.raises(ValueError, match=f"eval_kl: .*{why}"):
+            run(tmp_path / "odd", **about, **odd)
 
 
 def test_fit_takes_held_out_data(tmp_path):

@@ -123,7 +123,7 @@ def test_a_killed_pass_goes_on_and_says_how_far_it_is(
         ("", "reference_cache: expected a folder to keep the reference in, or output"),
         (
             "--output o --objective sft --kl-coef 0 --kl-positions None",
-            "'sft' without kl_coef asks",
+            "'sft' without kl_coef or eval_kl asks",
         ),
         ("--output o --reference frozen", "reference: 'frozen' runs along and keeps nothing"),
         ("--output o --learning-rate -1", "learning_rate: expected"),
