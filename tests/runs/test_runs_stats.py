@@ -75,7 +75,11 @@ def test_cluster_bootstrap_knows_that_samples_of_a_prompt_agree():
 
 
 def test_cluster_bootstrap_weighs_samples_not_prompts():
-    assert stats.cluster_bootstrap([[1.0] * 3, [0.0]]).value == 0.75
+    """Of two drawn from these two, a quarter has the mean 0, half 3/4 and a quarter 1."""
+    found = stats.cluster_bootstrap([[1.0] * 3, [0.0]], confidence=0.4)
+    assert found == (0.75, 0.75, 0.75)
+    found = stats.cluster_bootstrap([[1.0] * 3, [0.0]], confidence=0.6)
+    assert found == (0.75, 0.0, 1.0)
 
 
 def test_calibration_undoes_a_known_judge():
