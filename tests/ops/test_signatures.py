@@ -55,7 +55,8 @@ LINEAR = {name: getattr(dak, name) for name in dak.__all__ if name.startswith("l
 def test_linear_ops_share_their_options(name):
     """One list, from which every op takes all; what an op names itself is not in it."""
     *own, rest = inspect.signature(LINEAR[name]).parameters.values()
-    shared = options.HeadOptions if name == "linear_token_stats" else options.LinearOptions
+    no_gradient = name in ("linear_token_stats", "linear_token_profile")
+    shared = options.HeadOptions if no_gradient else options.LinearOptions
     assert rest.annotation == f"Unpack[{shared.__name__}]"
     assert not {p.name for p in own} & shared.__annotations__.keys()
     assert shared.__annotations__.keys() <= options._Head._field_defaults.keys()
