@@ -28,6 +28,11 @@ class Chat:
         self._template = ChatTemplate(tokenizer) if self.templated else None
         if self._template is None and asking.system is not None:
             raise ValueError("system: a plain prompt has no system turn")
+        if asking.system is not None:  # a template that refuses it refuses every prompt
+            try:
+                self.text(Prompt("", "PROMPT"))
+            except ValueError as error:
+                raise ValueError(f"system: {error}") from error
 
     def messages(self, prompt: Prompt) -> list[Message]:
         """The turns before the reply."""
@@ -38,16 +43,25 @@ class Chat:
         return self._wrap.replace("{prompt}", prompt.asked)
 
     def text(self, prompt: Prompt) -> str:
-        """All that comes before the reply, as text."""
+        """All that comes before the reply, as text.
+
+        Raises:
+            ValueError: the chat template fails on this prompt, or changes or drops a turn.
+        """
+        import jinja2
+
         if self._template is None:
             return self._asked(prompt) + "\n\n"
-        text = self.tokenizer.apply_chat_template(
-            self.messages(prompt), tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                self.messages(prompt), tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template fails: {error}") from error
         if self._asked(prompt).strip() not in text:
             raise ValueError("the chat template does not render the user turn")
         if self._system and self._system.strip() not in text:
-            raise ValueError("system: the chat template does not render the system turn")
+            raise ValueError("the chat template does not render the system turn")
         return text
 
     def encode(self, texts: list[str]) -> list[Ids]:
@@ -95,6 +109,15 @@ class Ask:
     data: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     again: bool = False
+
+
+def begun(chat: Chat, prompts: Iterable[Prompt]) -> Iterator[tuple[Prompt, Ids, str | None]]:
+    """(prompt, all ids before the reply, None), or (prompt, none, why the template has none)."""
+    for prompt in prompts:
+        try:
+            yield prompt, chat.ids(prompt), None
+        except ValueError as error:
+            yield prompt, (), str(error)
 
 
 def replies(

@@ -15,7 +15,8 @@ from deepalign_kernels.runs.record import Record
 class Compose:
     """`then` on what `first` leaves: its suffixes, or its model.
 
-    Records are named "first+then"; those of the search or training come first.
+    Records are named "first+then"; those of the search or training come first. Replies behind a
+    universal suffix say "train" or "test".
 
     Args:
         first: GCG, RandomSearch or Finetune.
@@ -43,6 +44,11 @@ class Compose:
 
     def __call__(self, engine: Any, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """As `Attack`."""
+        mark = getattr(self.first, "marks", None)
+        marks = mark(prompts) if mark else {}
         records, engine, prompts = self.first.prepare(engine, prompts)
-        for record in (*records, *self.then(engine, prompts)):
+        for record in records:
             yield replace(record, name=self.name)
+        for record in self.then(engine, prompts):
+            cell = {**record.cell, **marks.get(record.item, {})}
+            yield replace(record, name=self.name, cell=cell)

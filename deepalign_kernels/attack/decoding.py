@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from deepalign_kernels.attack.attack import Asking
-from deepalign_kernels.attack.chat import Ask, Chat, replies
+from deepalign_kernels.attack.chat import Ask, Chat, begun, replies
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Engine, Sampling
 from deepalign_kernels.runs.record import Record
@@ -54,8 +54,8 @@ class Decoding(Asking):
         """As `Attack`; the cell has the parameter that is swept."""
         chat = Chat(engine.tokenizer, self)
         asks = [
-            Ask(p, ids, cell, n, sampling=sampling)
-            for p, ids in ((p, chat.ids(p)) for p in prompts)
+            Ask(p, ids, cell, n, sampling=sampling, error=why)
+            for p, ids, why in begun(chat, prompts)
             for cell, sampling in self.grid()
             for n in range(self.samples)
         ]

@@ -7,8 +7,10 @@ class measures what a harmless fine-tuning does, with its utility beside it.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +20,13 @@ import torch
 
 from deepalign_kernels import check
 from deepalign_kernels.attack.attack import Asking
-from deepalign_kernels.attack.chat import Ask, Chat, replies
+from deepalign_kernels.attack.chat import Ask, Chat, begun, replies
 from deepalign_kernels.attack.kept import Kept
 from deepalign_kernels.attack.utility import HARNESS, harness_utility, utility
 from deepalign_kernels.data.prompts import Prompt, load_prompts
 from deepalign_kernels.judge import Exchange, Judge
 from deepalign_kernels.runs.record import Record, derived_seed, digest
+from deepalign_kernels.runs.store import files_hash
 from deepalign_kernels.train import TrainConfig, fit
 from deepalign_kernels.train.checkpoint import checkpoints
 
@@ -109,8 +112,9 @@ class Finetune(Asking):
         )
 
     def about(self) -> dict[str, Any]:
-        """The config as plain values; data in memory by its number of rows."""
-        out = {k: v if _is_plain(v) else repr(v)[:200] for k, v in vars(self).items()}
+        """The config as plain values; data by its hash, and in memory by its number of rows."""
+        out = {k: v if _is_plain(v) else _named(v) for k, v in vars(self).items()}
+        out |= {name: _content(getattr(self, name)) for name in ("data", "utility")}
         return {"attack": self.name, **out}
 
     def cell(self, step: int) -> dict[str, Any]:
@@ -207,9 +211,10 @@ class Finetune(Asking):
                 (replace(p, suffix=self.trigger), self.cell(step) | {"trigger": True})
                 for p in prompts
             ]
+        made = begun(chat, [p for p, _ in rows])
         asks = [
-            Ask(p, chat.ids(p), cell, n, error=error)
-            for p, cell in rows
+            Ask(p, ids, cell, n, error=error or why)
+            for (p, cell), (_, ids, why) in zip(rows, made, strict=True)
             for n in range(self.samples)
         ]
         return list(replies(self.name, self, chat, engine, asks))
@@ -353,6 +358,23 @@ def _study(seed: int, trials: int) -> Any:
         return optuna.create_study(direction="maximize", sampler=sampler)
     finally:
         optuna.logging.set_verbosity(told)
+
+
+def _content(data: Any) -> Any:
+    """What names training data or prompts in a manifest; no text of theirs."""
+    if data is None or (isinstance(data, str) and data.startswith(HARNESS)):
+        return data
+    if isinstance(data, (str, Path)):
+        return {"path": str(data), "hash": files_hash(data)}
+    if not isinstance(data, Sequence):  # makes its examples itself
+        return {"kind": type(data).__name__}
+    rows = [vars(row) if hasattr(row, "__dict__") else row for row in data]
+    return {"rows": len(rows), "hash": hashlib.sha256(repr(rows).encode()).hexdigest()[:16]}
+
+
+def _named(value: Any) -> str:
+    """A rule or schedule by its name, or its fields; never where it lies in memory."""
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))[:200]
 
 
 def _is_plain(value: Any) -> bool:

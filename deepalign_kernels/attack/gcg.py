@@ -16,6 +16,7 @@ from deepalign_kernels.attack.suffix import distinct
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.runs.record import Record
 
+UNIVERSAL = {"universal": True}  # cell of the search
 # (scores [S, V], -inf where not allowed; current ids [S]; config; generator) -> candidates [B, S]
 Proposal = Callable[[Tensor, Tensor, "GCG", torch.Generator], Tensor]
 
@@ -43,7 +44,7 @@ class GCG(Search):
         momentum: of the gradient, in [0, 1); 0 is the method's.
         universal: one suffix for all prompts instead of one each.
         train: a universal suffix is searched on the first so many prompts, 0: all. Cells of
-            replies say "train" or "test".
+            replies say "train" or "test", which are rates of their own.
         progressive: a universal search begins with one prompt, and takes in the next when greedy
             decoding gives the target for all it has.
         early_stop: end when greedy decoding gives the target (for all prompts).
@@ -84,9 +85,14 @@ class GCG(Search):
         out = {k: v for k, v in vars(self).items() if k not in ("state", "proposal", "also")}
         return {"attack": self.name, **out, "proposal": self.proposal.__qualname__}
 
-    def cell(self) -> dict[str, Any]:
-        """Of the records of replies."""
-        return {"universal": True} if self.universal else {}
+    def marks(self, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+        """Of a universal suffix, whether the prompt was one of those it was searched on."""
+        if not self.universal:
+            return {}
+        train = self.train or len(prompts)
+        return {
+            p.id: {"universal": "train" if at < train else "test"} for at, p in enumerate(prompts)
+        }
 
     def prepare(
         self, engine: Any, prompts: Sequence[Prompt]
@@ -100,7 +106,7 @@ class GCG(Search):
             with searching(engine.model) as model:
                 record = self._searched(model, engine.tokenizer, prompts[: self.train or None])
         except ValueError as error:
-            return [Record("search", self.name, self.cell(), error=str(error))], engine, [*prompts]
+            return [Record("search", self.name, UNIVERSAL, error=str(error))], engine, [*prompts]
         return [record], engine, [replace(p, suffix=record.text["suffix"]) for p in prompts]
 
     def _searched(self, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Record:
@@ -141,8 +147,8 @@ class GCG(Search):
             "history": state["history"],
             "flops": field.flops(),
         }
-        item = "" if self.universal else prompts[0].id
-        return Record("search", self.name, self.cell(), item, 0, data, {"suffix": best["text"]})
+        item, cell = ("", UNIVERSAL) if self.universal else (prompts[0].id, {})
+        return Record("search", self.name, cell, item, 0, data, {"suffix": best["text"]})
 
     def _step(self, field: Field, state: dict[str, Any], generator: torch.Generator) -> None:
         """One step: gradient, candidates, the best of them is the next suffix."""

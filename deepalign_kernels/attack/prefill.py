@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from deepalign_kernels import check
 from deepalign_kernels.attack.attack import Asking
-from deepalign_kernels.attack.chat import Ask, Chat, Ids, replies
+from deepalign_kernels.attack.chat import Ask, Chat, Ids, begun, replies
 from deepalign_kernels.data.prompts import Prompt
-from deepalign_kernels.generate.engine import Engine, Request, Sampling
+from deepalign_kernels.generate.engine import Engine, Reply, Request, Sampling
 from deepalign_kernels.runs.record import Record
-from deepalign_kernels.runs.store import read_records, read_verdicts
+from deepalign_kernels.runs.store import (
+    RECORDS,
+    VERDICTS,
+    files_hash,
+    read_records,
+    read_verdicts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +31,11 @@ class Direct(Asking):
     def __call__(self, engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """As `Attack`."""
         chat = Chat(engine.tokenizer, self)
-        ids = {p.id: chat.ids(p) for p in prompts}
-        asks = [Ask(p, ids[p.id], {}, n) for p in prompts for n in range(self.samples)]
+        asks = [
+            Ask(p, ids, {}, n, error=why)
+            for p, ids, why in begun(chat, prompts)
+            for n in range(self.samples)
+        ]
         return replies(self.name, self, chat, engine, asks)
 
 
@@ -61,30 +71,44 @@ class Prefill(Asking):
         for k in self.depths:
             check.count("depths", k, 0)
 
+    def about(self) -> dict[str, Any]:
+        """The config as plain values; of the folder `native` what is in it, too."""
+        out = {"attack": self.name, **vars(self)}
+        if self.native:
+            folder = Path(self.native)
+            out["native_hash"] = files_hash(folder / RECORDS, folder / VERDICTS)
+        return out
+
     def __call__(self, engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """As `Attack`; the cell has "k", or "text"."""
         chat = Chat(engine.tokenizer, self)
         own = _successes(self.native) if self.native else {}
         asks = [
             ask
-            for p in prompts
-            for ask in self._asks(chat, p, own.get(p.id) if self.native else p.answer)
+            for p, ids, why in begun(chat, prompts)
+            for ask in self._asks(chat, p, ids, why, own.get(p.id) if self.native else p.answer)
         ]
         return replies(self.name, self, chat, engine, asks)
 
-    def _asks(self, chat: Chat, prompt: Prompt, answer: str | None) -> Iterator[Ask]:
+    def _asks(
+        self, chat: Chat, prompt: Prompt, ids: Ids, wrong: str | None, answer: str | None
+    ) -> Iterator[Ask]:
         header = tuple(chat.tokenizer(self.think, add_special_tokens=False)["input_ids"])
-        ids = chat.ids(prompt) + (header if self.think else ())
+        ids += header if self.think else ()
         origin = {"from": "native" if self.native else "foreign"}
-        cells: list[tuple[dict[str, Any], Ids, str | None]]
         if self.texts:
-            cells = [({"text": t}, chat.answer_ids(prompt, t), None) for t in self.texts]
-        elif answer is None:
-            cells = [(origin | {"k": k}, (), "no answer to prefill from") for k in self.depths]
+            rows = [({"text": t}, t, None) for t in self.texts]
         else:
-            whole = chat.answer_ids(prompt, answer)
-            cells = [(origin | {"k": k}, whole[:k], None) for k in self.depths]
-        for cell, prefix, why in cells:
+            rows = [(origin | {"k": k}, answer, k) for k in self.depths]
+        known: dict[str | None, Ids] = {}
+        for cell, text, k in rows:
+            why = wrong or ("no answer to prefill from" if text is None else None)
+            try:
+                if why is None and text not in known:
+                    known[text] = chat.answer_ids(prompt, text or "")
+            except ValueError as error:
+                why = str(error)
+            prefix = known.get(text, ())[:k]
             again = tuple(
                 chat.tokenizer(
                     chat.tokenizer.decode(prefix, skip_special_tokens=False),
@@ -133,16 +157,17 @@ class Insertion(Asking):
     def __call__(self, engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """As `Attack`; the cell has "after" and "span"."""
         chat = Chat(engine.tokenizer, self)
-        ids = [chat.ids(p) for p in prompts]
+        made = list(begun(chat, prompts))
         greedy = Sampling(max_new_tokens=max(self.after))
-        own = engine.generate([Request(i, greedy) for i in ids])
+        own = iter(engine.generate([Request(ids, greedy) for _, ids, why in made if not why]))
         asks = []
-        for prompt, before, reply in zip(prompts, ids, own, strict=True):
+        for prompt, before, why in made:
+            reply = Reply(finish="error", error=why) if why else next(own)
             for n in self.after:
-                begun = reply.ids[:n] if reply.finish == "length" else reply.ids[:-1][:n]
+                own_ids = reply.ids[:n] if reply.finish == "length" else reply.ids[:-1][:n]
                 for span in self.spans:
                     new = tuple(engine.tokenizer(" " + span, add_special_tokens=False)["input_ids"])
-                    prefix, cell = begun + new, {"after": n, "span": span}
+                    prefix, cell = own_ids + new, {"after": n, "span": span}
                     asks += [
                         Ask(
                             prompt,
@@ -192,10 +217,9 @@ class RankAssisted(Asking):
         phrases = [
             tuple(engine.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in self.refusals
         ]
-        for prompt in prompts:
-            ids = chat.ids(prompt)
+        for prompt, ids, wrong in begun(chat, prompts):
             for r in self.ranks:
-                placed, why = (), None
+                placed, why = (), wrong
                 for k in range(max(self.depths)):
                     try:
                         if why is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepalign_kernels import check, hf
 from deepalign_kernels.attack.attack import Asking
-from deepalign_kernels.attack.chat import Ask, Chat, Ids, replies
+from deepalign_kernels.attack.chat import Ask, Chat, Ids, begun, replies
 from deepalign_kernels.attack.suffix import Place, allowed_ids
 from deepalign_kernels.attack.target_loss import TargetLoss, plain_loss
 from deepalign_kernels.data.prompts import Prompt
@@ -62,16 +62,16 @@ class Search(Asking):
         """As `Attack`: a record of kind "search" per suffix, then replies to prompts with it."""
         records, _, found = self.prepare(engine, prompts)
         yield from records
-        chat = Chat(engine.tokenizer, self)
+        chat, marks = Chat(engine.tokenizer, self), self.marks(prompts)
         asks = [
-            Ask(p, chat.ids(p), self.cell(), n, error=None if p.suffix else "no suffix was found")
-            for p in found
+            Ask(p, ids, marks.get(p.id, {}), n, error=why if p.suffix else "no suffix was found")
+            for p, ids, why in begun(chat, found)
             for n in range(self.samples)
         ]
         yield from replies(self.name, self, chat, engine, asks)
 
-    def cell(self) -> dict[str, Any]:
-        """Of the records of replies."""
+    def marks(self, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+        """By prompt, what the cells of its replies say of the search."""
         return {}
 
     def prepare(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from deepalign_kernels.attack.attack import Asking
-from deepalign_kernels.attack.chat import Ask, Chat, replies
+from deepalign_kernels.attack.chat import Ask, Chat, begun, replies
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Engine
 from deepalign_kernels.modes import evaluating
@@ -53,7 +53,7 @@ def utility(
         raise ValueError(f"utility: no answer for {without[0]}")
     asking = replace(asking, temperature=0.0, top_k=0, top_p=1.0)
     chat = Chat(engine.tokenizer, asking)
-    asks = [Ask(p, chat.ids(p), {}, 0) for p in prompts]
+    asks = [Ask(p, ids, {}, 0, error=why) for p, ids, why in begun(chat, prompts)]
     got = list(replies(name, asking, chat, engine, asks))
     pairs = [(r.text["reply"], p.answer or "") for r, p in zip(got, prompts, strict=True)]
     values = {

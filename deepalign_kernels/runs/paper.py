@@ -47,4 +47,6 @@ def published(attack: str, setting: Mapping[str, Any], model: str) -> float | No
         return PREFILL[name].get(setting.get("k", -1))
     if attack == "finetune" and name == LLAMA and setting.get("step") == 50:
         return FINETUNE.get(str(setting.get("objective")))
+    if setting.get("universal") == "train":  # the paper's are of prompts that were not searched on
+        return None
     return WHOLE.get(attack, {}).get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -132,6 +133,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no run with a readable {MANIFEST}: {error}") from error
+
+
+def files_hash(*paths: str | Path) -> str:
+    """16 hex digits of what is in these files, in order, for a manifest; one that is not there
+    counts as empty."""
+    found = hashlib.sha256()
+    for path in map(Path, paths):
+        raw = path.read_bytes() if path.is_file() else b""
+        found.update(hashlib.sha256(raw).digest())
+    return found.hexdigest()[:16]
 
 
 def environment() -> dict[str, Any]:

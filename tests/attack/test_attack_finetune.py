@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import random
@@ -143,6 +144,21 @@ def test_prefilling_after_fine_tuning(engine):
     fresh = list(Prefill(depths=(2,), max_new_tokens=4)(engine, PROMPTS[:2]))
     assert [r.text["reply"] for r in records[-2:]] != [r.text["reply"] for r in fresh]
     assert plain(attack)["first"]["steps"] == 6
+
+
+def test_data_are_named_by_what_is_in_them(tmp_path):
+    """No text of theirs, in memory or on disk; another content is another unit."""
+    text = RECORDS[0]["messages"][0]["content"]
+    other = [*RECORDS[1:], RECORDS[0]]
+    path, found = tmp_path / "train.jsonl", []
+    for rows in (RECORDS, other):
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        prompts = [Prompt(f"p{n}", r["messages"][0]["content"]) for n, r in enumerate(rows)]
+        for data, benign in ((rows, prompts), (str(path), str(path)), (RECORDS, str(path))):
+            found.append(plain(Finetune(**{**QUICK, "data": data, "utility": benign})))
+    assert text not in json.dumps(found) and found[0]["data"]["rows"] == 4
+    assert len({json.dumps(about) for about in found}) == 6
+    assert plain(Finetune(**{**QUICK, "utility": "lm_eval:x"}))["utility"] == "lm_eval:x"
 
 
 def test_worst_of_several_trials(engine):

@@ -14,7 +14,7 @@ from peaked import peaked_model
 
 from deepalign_kernels.attack import Decoding, Direct, Insertion, Prefill, RankAssisted
 from deepalign_kernels.attack.chat import Chat
-from deepalign_kernels.attack.suite import evaluate, judge_run, units, verify
+from deepalign_kernels.attack.suite import evaluate, judge_run, plain, units, verify
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Reply
 from deepalign_kernels.generate.local import LocalEngine
@@ -145,6 +145,37 @@ def test_a_tokenizer_without_a_template():
         "{% if m.role == 'system' %}{% elif m.role == 'user' %}")  # fmt: skip
     with pytest.raises(ValueError, match="system: the chat template does not render"):
         list(Direct(system="Be kind")(Recording(tokenizer), PROMPTS))
+
+
+def test_prompts_that_the_template_spoils_fail_alone():
+    """One that it changes, and one on which it raises, as some do at a role they do not know."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    said, spoilt = (
+        "- message['content'] + '<|end|>' }}{%- endif",
+        (
+            "- message['content'] | replace('  ', ' ') if 'odd' not in message['content'] else"
+            " raise_exception('not supported') }}<|end|>{%- endif"
+        ),
+    )
+    assert said in TOKENIZER.chat_template
+    tokenizer.chat_template = TOKENIZER.chat_template.replace(said, spoilt)
+    odd, changed = Prompt("odd", "odd one", answer="mix"), Prompt("two", "a  b", answer="mix")
+    engine, prompts = Recording(tokenizer), [odd, PROMPTS[0], changed]
+    engine.next_ids = lambda ids, n: (9, 10)
+    engine.score = lambda rows, targets: [[-1.0]] * len(rows)
+    for attack in (
+        Direct(), Prefill(), Prefill(texts=("Sure",)), Insertion(), RankAssisted(ranks=(2,)),
+        Decoding(),
+    ):  # fmt: skip
+        engine.requests.clear()
+        found = {r.item: r.error for r in attack(engine, prompts)}
+        assert found["odd"] == "the chat template fails: not supported", attack.name
+        assert found["two"] == "the chat template does not render the user turn"
+        assert found["p0"] is None and all(r.prompt for r in engine.requests)
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('System" \
+        " role not supported') }}{% endif %}" + TOKENIZER.chat_template  # fmt: skip
+    with pytest.raises(ValueError, match="system: the chat template fails: System role not supp"):
+        list(Direct(system="Be kind")(engine, PROMPTS))
 
 
 def test_prompts_without_an_answer_fail_alone(engine):
@@ -339,6 +370,10 @@ def test_native_answers(tmp_path, engine):
     record = next(iter(attack(engine, PROMPTS)))
     assert record.cell == {"from": "native", "k": 2}
     assert first.text["reply"].startswith(record.text["prefix"])
+    known = plain(attack)
+    with Run(tmp_path, {"model": "toy"}) as run:
+        judge_run(run, [Keywords(["mix"])])
+    assert plain(attack) != known  # the folder's content is part of the config
 
 
 def test_verify_replays(tmp_path, engine):

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from peaked import peaked_model
 
-from deepalign_kernels.attack import GCG, Compose, Prefill, RandomSearch, target_loss
+from deepalign_kernels.attack import GCG, Compose, Direct, Prefill, RandomSearch, target_loss
 from deepalign_kernels.attack import gcg as gcg_module
 from deepalign_kernels.attack.chat import Chat
 from deepalign_kernels.attack.search import Field, searching
@@ -23,6 +23,7 @@ from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Request, Sampling
 from deepalign_kernels.generate.local import LocalEngine
 from deepalign_kernels.runs import Run
+from deepalign_kernels.runs.paper import published
 from deepalign_kernels.toyworld import World, build_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.clean_memory]
@@ -342,6 +343,12 @@ def test_universal_takes_prompts_in(engine):
     assert search.item == "" and search.data["prompts"] == 2 and config.together
     assert [s.item for s in samples] == ["p0", "p1", "p2"]
     assert {s.text["suffix"] for s in samples} == {search.text["suffix"]}
+    told = [{"universal": "train"}] * 2 + [{"universal": "test"}]  # never in one rate
+    assert [s.cell for s in samples] == told
+    assert published("gcg", told[0], "initial") is None
+    assert published("gcg", told[2], "initial") == 36.5
+    after = Compose(dataclasses.replace(config, steps=1), Direct(max_new_tokens=1))
+    assert [r.cell for r in after(engine, PROMPTS) if r.kind == "sample"] == told
     mean = 0.0
     for prompt in PROMPTS[:2]:
         chat = Chat(TOKENIZER, config)
