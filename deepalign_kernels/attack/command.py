@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from deepalign_kernels import check
-from deepalign_kernels.attack.config import attacks_of, judge_of, local_engine, near, with_state
+from deepalign_kernels.attack.config import (
+    attacks_of,
+    for_server,
+    judge_of,
+    local_engine,
+    near,
+    with_state,
+)
 from deepalign_kernels.attack.failures import failures
 from deepalign_kernels.attack.suite import STATE, evaluate, judge_run, plain, verify
 from deepalign_kernels.attack.worst import worst_trial
@@ -110,11 +117,16 @@ def run(options: Options) -> int:
     prompts = load_prompts(options.data, options.format)[: options.limit or None]
     attacks = attacks_of(options.suite, _shared(options))
     judges = [judge_of(j, View(options.judge_sees, options.separator)) for j in options.judge]
+    left_out: list[str] = []
+    if options.server:
+        attacks, left_out = for_server(options.suite, attacks)
     engine = _engine(options)
     folder = Path(options.out)
     if not options.verify:  # which computes everything anew
         attacks = {name: with_state(a, str(folder / STATE)) for name, a in attacks.items()}
-    with Run(folder, _manifest(options, engine, attacks, prompts)) as opened:
+    about = _manifest(options, engine, attacks, prompts)
+    about |= {"left_out": left_out} if left_out else {}
+    with Run(folder, about) as opened:
         if options.verify:
             wrong = verify(
                 opened, engine, attacks, prompts, options.verify, chunk=options.chunk,
@@ -150,6 +162,8 @@ def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | 
     samples, verdicts = [r for r in records if r.kind == "sample"], list(read_verdicts(folder))
     table = cells(samples, verdicts)
     parts = [text_table(table)]
+    if left_out := read_manifest(folder).get("left_out"):
+        parts.insert(0, f"NOT RUN: {', '.join(left_out)}: they need a local model, not a server")
     decoding = [c for c in table if c.attack == "decoding"]
     for judge in dict.fromkeys(c.judge for c in decoding):
         group = [c for c in decoding if c.judge == judge]

@@ -32,9 +32,14 @@ class Compose:
         return f"{self.first.name}+{self.then.name}"
 
     @property
-    def together(self) -> bool:
+    def together(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether all prompts are needed at once."""
         return self.first.together or self.then.together
+
+    @property
+    def local(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of them needs the model itself."""
+        return self.first.local or self.then.local
 
     def about(self) -> dict[str, Any]:
         """Both configs as plain values."""

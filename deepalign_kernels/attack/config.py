@@ -122,6 +122,18 @@ def attacks_of(suite: str, shared: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def for_server(suite: str, attacks: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(attacks that a server is enough for, names of the others, which a suite leaves out).
+
+    Raises:
+        ValueError: one that needs the model itself and was asked for by name or in a file.
+    """
+    left_out = [name for name, attack in attacks.items() if attack.local]
+    if left_out and suite not in SUITES:
+        raise ValueError(f"suite: {left_out[0]} needs a local model, got a server")
+    return {name: attack for name, attack in attacks.items() if not attack.local}, left_out
+
+
 def with_state(attack: Any, folder: str) -> Any:
     """The attack with a place for the state of its search, if it searches."""
     if isinstance(attack, Compose):

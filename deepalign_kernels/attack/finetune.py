@@ -79,6 +79,7 @@ class Finetune(Asking):
 
     name: ClassVar[str] = "finetune"
     together: ClassVar[bool] = True
+    local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -163,11 +163,13 @@ class Insertion(Asking):
         asks = []
         for prompt, before, why in made:
             reply = Reply(finish="error", error=why) if why else next(own)
+            said = reply.ids if reply.finish == "length" else reply.ids[:-1]
+            if not reply.ids:  # most servers give the text alone
+                said = tuple(engine.tokenizer(reply.text, add_special_tokens=False)["input_ids"])
             for n in self.after:
-                own_ids = reply.ids[:n] if reply.finish == "length" else reply.ids[:-1][:n]
                 for span in self.spans:
                     new = tuple(engine.tokenizer(" " + span, add_special_tokens=False)["input_ids"])
-                    prefix, cell = own_ids + new, {"after": n, "span": span}
+                    prefix, cell = said[:n] + new, {"after": n, "span": span}
                     asks += [
                         Ask(
                             prompt,
@@ -199,6 +201,7 @@ class RankAssisted(Asking):
     refusals: tuple[str, ...] = ("I cannot", "I'm sorry", "I apologize", "I am unable")
 
     name: ClassVar[str] = "rank_assisted"
+    local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,6 +49,7 @@ class Search(Asking):
     save_every: int = 25
 
     name: ClassVar[str] = "search"
+    local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

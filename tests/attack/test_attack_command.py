@@ -152,8 +152,20 @@ def test_a_server_is_evaluated(world, tmp_path, capsys):
     assert len(verdict.recoveries(sources)) == 2
     assert "100.0" in capsys.readouterr().out
     with planned(plan) as server:
-        assert main(words(world, tmp_path / "g", "--server", server.url, suite="gcg")) == 2
-    assert "local model" in capsys.readouterr().err
+        for suite in ("gcg", "suite.yaml"):
+            assert main(words(world, tmp_path / "g", "--server", server.url, suite=suite)) == 2
+            assert "needs a local model, got a server" in capsys.readouterr().err
+        assert not server.seen  # refused before it begins
+        args = words(world, tmp_path / "p", "--server", server.url, suite="paper")
+        assert main([*args, "--limit", "1"]) == 0
+    names = ["rank_assisted", "gcg", "random_search"]
+    told = f"NOT RUN: {', '.join(names)}: they need a local model"
+    assert capsys.readouterr().out.startswith(told)
+    assert told in (tmp_path / "p" / "summary.txt").read_text()
+    assert read_manifest(tmp_path / "p")["left_out"] == names
+    done = {r.name: r for r in read_records(tmp_path / "p")}
+    assert done["insertion"].text["prefix"].startswith("mix it")  # a server that gives no ids
+    assert set(done) == {"direct", "prefill", "insertion", "decoding"}
 
 
 def test_failures_of_a_server_are_tried_again(world, tmp_path, capsys, monkeypatch):
