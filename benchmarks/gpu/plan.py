@@ -23,7 +23,7 @@ WHEELS = (
 PART_BYTES = 45_000_000  # a wheel that is larger travels in parts, one with each call
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-LOGITS = "native,triton,eager,liger-ce,liger-jsd,trl,quack"
+LOGITS = "native,triton,plain,liger-ce,liger-jsd,trl,quack"
 LINEAR = (
     "native,triton,gemms,liger-flce-16,liger-flce-sm90,liger-flsce,liger-fljsd,liger-chunked,"
     "quack-linear,trl-chunked,trl-divergence,cce"
@@ -160,10 +160,10 @@ CALLS = (
 
 # Everything that only a GPU can say, and the command that says it.
 ONLY_A_GPU = (
-    ("Does every kernel launch, wait for nothing, replay in a graph, agree with eager?", "1"),
+    ("Does every kernel launch, wait for nothing, replay in a graph, agree with plain torch?", "1"),
     ("Do memcheck, racecheck and synccheck find nothing in the CUDA C++ kernels?", "1"),
     ("Do compiled Triton and CUDA C++ keep the error budget in every mode?", "2"),
-    ("How fast are the logits ops beside eager, torch.compile, Liger, TRL and QuACK?", "3"),
+    ("How fast are the logits ops beside plain torch, torch.compile, Liger, TRL and QuACK?", "3"),
     ("How fast are the linear ops beside their GEMMs and the fused heads of others?", "4"),
     ("Which workspace and chunk do the linear ops want?", "4"),
     ("Which launch plans win, and which ops belong into CUDA_CPP_VERIFIED?", "5"),

@@ -167,7 +167,7 @@ def _cell(
     ruler: Ruler | None,
 ) -> Iterator[Row]:
     if any(p.compiles for p in found):
-        torch._dynamo.reset()  # else its limit of recompilations makes eager of later cells
+        torch._dynamo.reset()  # else its limit of recompilations leaves later cells uncompiled
     mine = [cases.for_case(case, x) for x in sets]
     gold = gate.Gold(case, mine[0], phase)
     itemsize = cases.DTYPES[dtype].itemsize

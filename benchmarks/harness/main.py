@@ -1,4 +1,4 @@
-"""Time the ops beside eager, torch.compile and peers, after the correctness gate.
+"""Time the ops beside plain torch, torch.compile and peers, after the correctness gate.
 
 Exit status 1: one of this library's own kernels was refused by the gate.
 """
@@ -33,7 +33,7 @@ def parser(kind: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--providers",
         help="names, or ours, baselines, peers, all; default all that"
-        " import, without the specification (reference) where there is a faster backend",
+        " import, without the specification (eager) where there is a faster backend",
     )
     p.add_argument("--phase", choices=PHASES, help="default both")
     p.add_argument("--trained", type=float, default=1.0, help="fraction of targets not ignored")
@@ -42,7 +42,7 @@ def parser(kind: str) -> argparse.ArgumentParser:
     p.add_argument("--limit", type=float, default=math.inf, help="begin no cell after this, s")
     p.add_argument("--threads", type=int, help="torch threads")
     p.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
-    p.add_argument("--quick", action="store_true", help="one tiny shape, this library and eager")
+    p.add_argument("--quick", action="store_true", help="one tiny shape, ours and plain torch")
     p.add_argument("--json", metavar="FILE", help="write all results there")
     return p
 
@@ -84,7 +84,7 @@ def plan_of(args: argparse.Namespace) -> cells.RunPlan:
 def default_providers(args: argparse.Namespace) -> str | None:
     """All that can run, but the slow specification only where this library has nothing else."""
     if args.quick:
-        return "ours,eager"
+        return "ours,plain"
     if args.device == "cpu" and backends.native_library("cpu"):
         return None
     return "native,triton,baselines,peers"

@@ -19,8 +19,8 @@ from benchmarks.harness import peers
 from benchmarks.harness.plain import Inputs
 from deepalign_kernels import backends
 
-OURS = {"native": "native", "triton": "triton", "reference": "eager"}  # shown name -> backend
-BASELINES = ("eager", "compile")
+OURS = backends.BACKENDS
+BASELINES = ("plain", "compile")  # plain torch as one would write it, and torch.compile of it
 FLOOR = "gemms"  # the matrix products of a linear case: no loss, and no gate
 GROUPS = ("ours", "baselines", "peers")
 REHEARSAL = "DEEPALIGN_GPU_REHEARSAL"  # set: peers that cannot run here are played by plain torch
@@ -59,7 +59,7 @@ def forced(backend: str) -> Callable[[], AbstractContextManager[object]]:
 
 def _ours(case: Case, device: str, dtype: torch.dtype, phase: str) -> list[Provider | Absent]:
     found: list[Provider | Absent] = []
-    for shown, backend in OURS.items():
+    for backend in OURS:
         public = case.name.partition("/")[0]
         if not hasattr(dak, public):
             return [Absent("ours", f"deepalign_kernels has no {public}")]
@@ -68,9 +68,9 @@ def _ours(case: Case, device: str, dtype: torch.dtype, phase: str) -> list[Provi
         if backend == "triton" and device == "cpu":
             why = "Triton has no CPU code generator here, and its interpreter is not timed"
         if why:
-            found.append(Absent(shown, " ".join(why.split())))
+            found.append(Absent(backend, " ".join(why.split())))
         else:
-            found.append(Provider(shown, "ours", case.ours, case.reduction, forced(backend)))
+            found.append(Provider(backend, "ours", case.ours, case.reduction, forced(backend)))
     return found
 
 
@@ -79,7 +79,7 @@ def _baselines(case: Case, device: str, phase: str) -> list[Provider | Absent]:
         values = case.tokens(x)
         return mean(x, values) if case.reduction == "mean" else values
 
-    found: list[Provider | Absent] = [Provider("eager", "baselines", plain, case.reduction)]
+    found: list[Provider | Absent] = [Provider("plain", "baselines", plain, case.reduction)]
     if case.linear:
         found.append(Provider(FLOOR, "baselines", products(case, phase), note="products alone"))
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):

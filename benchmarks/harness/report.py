@@ -7,13 +7,14 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from benchmarks.harness.ceilings import Ceilings
 from benchmarks.harness.cells import Row, as_json
 
-FORMAT = 1
+FORMAT = 2
+NAMES_BEFORE = {"eager": "plain", "reference": "eager"}  # of providers in format 1
 
 
 def save(path: str, where: dict, ceilings: Ceilings, rows: Iterable[Row], **more: Any) -> None:
@@ -32,10 +33,12 @@ def save(path: str, where: dict, ceilings: Ceilings, rows: Iterable[Row], **more
 def load(path: str) -> tuple[dict, Ceilings, list[Row], dict]:
     """(machine, ceilings, rows, everything) of a result file."""
     data = json.loads(pathlib.Path(path).read_text())
-    if data.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, got {data.get('format')!r}")
+    if data.get("format") not in (FORMAT, FORMAT - 1):
+        raise ValueError(f"{path}: expected format <= {FORMAT}, got {data.get('format')!r}")
+    names = {} if data["format"] == FORMAT else NAMES_BEFORE
     known = {f.name for f in fields(Row)}
     rows = [Row(**{k: v for k, v in row.items() if k in known}) for row in data["rows"]]
+    rows = [replace(row, provider=names.get(row.provider, row.provider)) for row in rows]
     return data["machine"], Ceilings(**data["ceilings"]), rows, data
 
 
@@ -87,7 +90,7 @@ def _number(x: float | None, digits: int = 3) -> str:
     return f"{x:.{digits}g}" if x < 1000 else f"{x:.0f}"
 
 
-HEADER = ("op", "phase", "provider", "ms", "p10-p90", "GB/s", "in cache", "of", "x eager",
+HEADER = ("op", "phase", "provider", "ms", "p10-p90", "GB/s", "in cache", "of", "x plain",
           "extra MiB", "beyond grad", "error")  # fmt: skip
 
 
@@ -110,7 +113,7 @@ def line(row: Row, cell: dict[str, Row], ceilings: Ceilings) -> list[str]:
         f"{_number(tflops)} TF" if tflops else _number(gbs),
         _number(row.cached_rate / 1e9) if row.cached_rate else "-",
         of,
-        _number(ratio(cell.get("eager"), row)),
+        _number(ratio(cell.get("plain"), row)),
         mib(row.extra_bytes),
         mib(row.beyond_gradient),
         "-" if row.error is None else f"{row.error:.1e}",
@@ -183,7 +186,7 @@ def readme(path: str) -> str:
         "GB/s",
         "in cache",
         "of ceiling",
-        "vs eager",
+        "vs plain torch",
         "vs compile",
         "extra memory",
     ]
@@ -192,7 +195,7 @@ def readme(path: str) -> str:
         row = best_of_ours(cell)
         if row is None:
             continue
-        ratios = (ratio(cell.get(name), row) for name in ("eager", "compile"))
+        ratios = (ratio(cell.get(name), row) for name in ("plain", "compile"))
         shown = [f"{_number(r)}x" if r else "-" for r in ratios]
         full = line(row, cell, ceilings)
         name = f"`{row.op}` {row.phase.replace('fwd_bwd', 'fwd+bwd')}"

@@ -152,7 +152,7 @@ def figure(rows: Sequence[Row], axis: str, told: str, out: str, say: Callable[[s
 
     fig, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     ops = list(dict.fromkeys(r.op for r in rows))
-    styles = {"eager": ":", "compile": "--", "reference": "-."}
+    styles = {"plain": ":", "compile": "--", "eager": "-."}
     for (op, provider), points in series(rows, axis).items():
         sizes = [getattr(r, axis) for r in points]
         look = {
@@ -178,7 +178,7 @@ def command(argv: list[str]) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks growth", description=__doc__)
     p.add_argument("--out", metavar="DIR", help="figures and growth.json go here")
     p.add_argument("--quick", action="store_true", help="few small points")
-    p.add_argument("--providers", default="ours,eager")
+    p.add_argument("--providers", default="ours,plain")
     p.add_argument("--ops", default="token_kl/policy_ref,token_logp,constrained_loss/ref_logits")
     p.add_argument("--device", choices=("cpu", "cuda"), default=machine.default_device())
     args = p.parse_args(argv)

@@ -42,7 +42,7 @@ def command(argv: list[str]) -> int:
 
     from benchmarks.cases import logits as cases
     from benchmarks.harness.cells import Caller
-    from benchmarks.harness.providers import OURS, Provider, forced
+    from benchmarks.harness.providers import Provider, forced
 
     moved = {"read": 0, "written": 0}
     load, store = Builder.create_masked_load, Builder.create_masked_store
@@ -63,7 +63,7 @@ def command(argv: list[str]) -> int:
     inputs = cases.make_inputs(cases.Shape(T, V), torch.float32, "cpu")
     found = []
     for case in cases.LOGITS.values():
-        triton = Provider("triton", "ours", case.ours, case.reduction, forced(OURS["triton"]))
+        triton = Provider("triton", "ours", case.ours, case.reduction, forced("triton"))
         for phase in case.phases:
             moved.update(read=0, written=0)
             caller = Caller(triton, case, phase, [cases.for_case(case, inputs)])

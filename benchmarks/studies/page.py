@@ -31,14 +31,15 @@ LINEAR, LINEAR_LAPS = (
     "cpu-2core-linear-2026-11-29.json",
     "cpu-2core-linear-more-laps-2026-11-29.json",
 )
-WIDE = {d: f"cpu-2core-linear-wide-{d}-2026-11-29.json" for d in ("fp32", "bf16")}
-KEPT_HEAP = "cpu-2core-linear-wide-kept-heap-2026-11-29.json"
+WIDE = {d: f"cpu-2core-linear-wide-{d}-2026-11-24.json" for d in ("fp32", "bf16")}
+KEPT_HEAP = "cpu-2core-linear-wide-kept-heap-2026-11-24.json"
 PEERS = "cpu-2core-linear-peers-2026-11-29.json"
 GROWTH = "growth-cpu-2core-2026-11-23/growth.json"
 PIECES, GCG = "pieces-cpu-2core-2026-11-24.json", "gcg-cpu-2core-2026-11-24.json"
 HOST = "host-cpu-2core-2026-11-29.json"
 ROBUSTNESS = "robustness-toy-cpu-2core-2026-11-29.json"
-STEP, DEMO = "step-cpu-2core-2026-11-29.json", "demo-cpu-2core-2026-11-23.json"
+STEP, STEP_LONGER = (f"step{name}-cpu-2core-2026-11-29.json" for name in ("", "-longer"))
+DEMO = "demo-cpu-2core-2026-11-23.json"
 
 HEAD = "linear_constrained_loss"
 HEAD_CASES = (HEAD, f"{HEAD}/frozen_head", f"{HEAD}/70% masked")
@@ -112,20 +113,20 @@ def headline() -> str:
     logits, linear = "docs/benchmarks/logits.md", "docs/benchmarks/linear.md"
     lines = [
         (
-            "per-token KL, forward",
-            f"{span(f.all_times([KL], 'fwd', 'eager'), '{:.0f}')} times faster than plain torch,"
+            "per-token KL(policy &#124;&#124; ref), forward",
+            f"{span(f.all_times([KL], 'fwd', 'plain'), '{:.0f}')} times faster than plain torch,"
             f" {span(f.all_times([KL], 'fwd', 'compile'), '{:.1f}')} than torch.compile",
             f"[AVX-512]({logits})",
         ),
         (
-            "per-token KL, forward + backward",
-            f"{span(f.all_times([KL], 'fwd_bwd', 'eager'), '{:.0f}')} times faster than plain"
-            f" torch ({span(old.all_times([KL], 'fwd_bwd', 'eager'), '{:.0f}')} with AVX2 only)",
+            "per-token KL(policy &#124;&#124; ref), forward + backward",
+            f"{span(f.all_times([KL], 'fwd_bwd', 'plain'), '{:.0f}')} times faster than plain"
+            f" torch ({span(old.all_times([KL], 'fwd_bwd', 'plain'), '{:.0f}')} with AVX2 only)",
             f"[AVX-512, AVX2]({logits})",
         ),
         (
             "constrained loss, forward + backward",
-            f"{span(f.all_times(LOSSES, 'fwd_bwd', 'eager'), '{:.1f}')} times faster than plain"
+            f"{span(f.all_times(LOSSES, 'fwd_bwd', 'plain'), '{:.1f}')} times faster than plain"
             f" torch, {span(f.all_times(LOSSES, 'fwd_bwd', 'compile'), '{:.1f}')} than"
             " torch.compile",
             f"[AVX-512]({logits})",
@@ -137,10 +138,10 @@ def headline() -> str:
         ),
         (
             "output head and loss, 70 % prompt tokens, fp32",
-            f"{head.times(masked, 'fwd_bwd', fp32, 'eager'):.1f} times faster than plain torch in"
+            f"{head.times(masked, 'fwd_bwd', fp32, 'plain'):.1f} times faster than plain torch in"
             f" {head.mib(masked, 'fwd_bwd', fp32, 'native'):.0f} instead of"
-            f" {head.mib(masked, 'fwd_bwd', fp32, 'eager'):.0f} MiB; without prompt tokens"
-            f" {head.times(whole, 'fwd_bwd', fp32, 'eager'):.2f} times in"
+            f" {head.mib(masked, 'fwd_bwd', fp32, 'plain'):.0f} MiB; without prompt tokens"
+            f" {head.times(whole, 'fwd_bwd', fp32, 'plain'):.2f} times in"
             f" {head.mib(whole, 'fwd_bwd', fp32, 'native'):.0f} MiB",
             f"[AVX-512]({linear})",
         ),
@@ -156,7 +157,7 @@ def headline() -> str:
 
 def head_picture() -> str:
     f, place = load(LINEAR), "2048x2048x32000 fp32"
-    names = {"eager": "plain torch", "compile": "torch.compile", "native": "this library"}
+    names = {"plain": "plain torch", "compile": "torch.compile", "native": "this library"}
     cases = {"all tokens trained": HEAD, "70 % are prompt": f"{HEAD}/70% masked"}
     m = f.machine
     return picture.bars(
@@ -186,7 +187,7 @@ def logits_page() -> dict[str, str]:
     shown, phases = (KL, LOGP, *LOSSES), {"fwd": "fwd", "fwd_bwd": "fwd+bwd"}
 
     def line(op: str, phase: str) -> list[str]:
-        times = (avx2.times(op, phase, f"1024x32000 {d}", "eager") for d in ("fp32", "bf16"))
+        times = (avx2.times(op, phase, f"1024x32000 {d}", "plain") for d in ("fp32", "bf16"))
         return [f"`{op}`", phases[phase], *(f"{x:.1f}x" for x in times)]
 
     def share(place: str) -> str:
@@ -201,8 +202,8 @@ def logits_page() -> dict[str, str]:
         "share_long": share("1024x128256 fp32"),
         "old_file": old.name,
         "old_commit": old.machine["commit"],
-        "old_logp": span(old.all_times([LOGP], "fwd_bwd", "eager", "fp32"), "{:.1f}"),
-        "old_loss": span(old.all_times(LOSSES, "fwd_bwd", "eager", "fp32"), "{:.1f}"),
+        "old_logp": span(old.all_times([LOGP], "fwd_bwd", "plain", "fp32"), "{:.1f}"),
+        "old_loss": span(old.all_times(LOSSES, "fwd_bwd", "plain", "fp32"), "{:.1f}"),
         "avx2_source": avx2.source("run"),
         "avx2_table": table(
             ("op", "phase", "fp32", "bf16"), [line(op, p) for op in shown for p in phases]
@@ -260,7 +261,7 @@ def linear_page() -> dict[str, str]:
 def _peers(f: File, shape: str) -> str:
     ways = {
         "native": "native",
-        "eager": "eager",
+        "plain": "plain torch",
         "compile": "compile",
         "trl-chunked": "TRL chunked",
         "trl-divergence": "TRL divergence",
@@ -275,11 +276,11 @@ def _peers(f: File, shape: str) -> str:
             else "-"
             for p in ways
         ]
-        beyond = [f"{f.mib(op, 'fwd_bwd', at, p):.0f}" for p in ("native", "eager", "compile")]
+        beyond = [f"{f.mib(op, 'fwd_bwd', at, p):.0f}" for p in ("native", "plain", "compile")]
         return [f"`{op}` {at.split()[1]}", *times, ", ".join(beyond)]
 
     ops = ("linear_token_logp", "linear_token_logp/frozen_head", "linear_token_kl/policy_ref")
-    header = ["case", *ways.values(), "extra MiB: native, eager, compile"]
+    header = ["case", *ways.values(), "extra MiB: native, plain torch, compile"]
     return table(header, [line(op, f"{shape} {d}") for op in ops for d in ("fp32", "bf16")])
 
 
@@ -332,9 +333,12 @@ def _gcg(rows: list[dict[str, Any]]) -> str:
 
 
 def training_page() -> dict[str, str]:
-    document = _json(STEP)
-    told = source("python -m benchmarks step", STEP, document["machine"])
-    return {"source": told, **step.values(document)}
+    timed, longer = _json(STEP), _json(STEP_LONGER)
+    told = source("python -m benchmarks step", STEP, timed["machine"])
+    more = source(
+        "python -m benchmarks step --length 1024 --rounds 0", STEP_LONGER, longer["machine"]
+    )
+    return {"source": told, "longer_source": more, **step.values(timed, longer)}
 
 
 def robustness_page() -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import pathlib
 import statistics
@@ -114,7 +115,7 @@ WAYS = [
 ]
 
 
-def one(model: str, trainer: str, setting: str, steps: int, profiled: bool) -> float:
+def one(model: str, trainer: str, setting: str, steps: int, length: int, profiled: bool) -> float:
     """Peak bytes of two steps, or processor seconds of a step, the median without the last."""
     import torch
     import transformers
@@ -125,7 +126,7 @@ def one(model: str, trainer: str, setting: str, steps: int, profiled: bool) -> f
     kind, options = MODELS[model]
     config, chosen = getattr(transformers, kind)(**options), SETTINGS[setting]
     dtype = getattr(torch, chosen.get("dtype", "float32"))
-    batch, length = SIZES[model]
+    batch = SIZES[model][0]
     rows, starts = rows_of(batch, length, steps), []
     with tempfile.TemporaryDirectory() as folder:
 
@@ -143,30 +144,38 @@ def one(model: str, trainer: str, setting: str, steps: int, profiled: bool) -> f
     return statistics.median(b - a for a, b in zip(steps_only, steps_only[1:], strict=False))
 
 
-def values(document: dict[str, Any]) -> dict[str, str]:
-    """What the page's template asks for."""
-    rows = document["rows"]
-    header = ("setting", "way", "peak MiB", "tokens a processor second", "of trl's time")
+def values(timed: dict[str, Any], longer: dict[str, Any]) -> dict[str, str]:
+    """What the page's template asks for: times and peaks of `timed`, peaks of `longer`, the same
+    ways with longer rows."""
+    rows, far = timed["rows"], longer["rows"]
     speed = {(r["model"], r["way"], r["setting"]): min(r["seconds"]) for r in rows}
+    peaks = {(r["model"], r["way"], r["setting"]): r["peak"] / MIB for r in far}
+    lengths = (f"{r[0]['batch'] * r[0]['length']} tokens" for r in (rows, far))
+    header = ["setting", "way", *(f"peak MiB, {text}" for text in lengths)]
+    header += ["tokens a processor second", "of trl's time"]
     tables = {}
     for model in MODELS:
         lines = []
         for r in (r for r in rows if r["model"] == model):
-            least, trl = min(r["seconds"]), speed.get((model, "trl SFTTrainer", r["setting"]))
+            key = model, r["way"], r["setting"]
+            trl = speed.get((model, "trl SFTTrainer", r["setting"]))
             lines.append(
-                [r["setting"], r["way"], f"{r['peak'] / MIB:.0f}",
-                 f"{r['batch'] * r['length'] / least:.1f}", f"{least / trl:.2f}" if trl else "-"]
+                [r["setting"], r["way"], f"{r['peak'] / MIB:.0f}", f"{peaks[key]:.0f}",
+                 f"{r['batch'] * r['length'] / speed[key]:.1f}",
+                 f"{speed[key] / trl:.2f}" if trl else "-"]
             )  # fmt: skip
         tables[model.split("-")[0].lower()] = report.table(header, lines, markdown=True)
-    one = rows[0]
-    return {**tables, "tokens": f"{one['batch']} x {one['length']}"}
+    return tables
 
 
 def command(arguments: list[str]) -> int:
     """Run the rows, print a table and write step.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__)
     parser.add_argument("--only", nargs="*", default=(), help="words of a row's model and way")
-    parser.add_argument("--rounds", type=int, default=2, help="of the clock; the least counts")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="of the clock; the least counts; 0: none"
+    )
+    parser.add_argument("--length", type=int, help="tokens of a row; default 256")
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--out", type=pathlib.Path, help="folder for step.json")
     options = parser.parse_args(arguments)
@@ -175,18 +184,19 @@ def command(arguments: list[str]) -> int:
     seconds: dict[tuple[str, str, str], list[float]] = {row: [] for row in found}
     for _ in range(options.rounds):
         for row in found:
-            seconds[row].append(_apart(*row, options.steps, False))
+            length = options.length or SIZES[row[0]][1]
+            seconds[row].append(_apart(*row, options.steps, length, False))
     rows = []
     print("| model | way | setting | tokens | peak MiB | tokens per processor second |")
     print("|---|---|---|--:|--:|--:|")
     for model, way, setting in found:
-        batch, length = SIZES[model]
-        peak, took = _apart(model, way, setting, 2, True), seconds[model, way, setting]
+        batch, length = SIZES[model][0], options.length or SIZES[model][1]
+        peak, took = _apart(model, way, setting, 2, length, True), seconds[model, way, setting]
         about = {"model": model, "way": way, "setting": setting, "batch": batch, "length": length}
         rows.append({**about, "peak": peak, "seconds": took})
         print(
             f"| {model} | {way} | {setting} | {batch} x {length} | {peak / MIB:.0f}"
-            f" | {batch * length / min(took):.1f} |",
+            f" | {batch * length / min(took, default=math.nan):.1f} |",
             flush=True,
         )
     if options.out:

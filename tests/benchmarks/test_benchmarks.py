@@ -41,13 +41,13 @@ def test_every_logits_op_gets_finite_numbers_from_each_provider():
         finite(row)
     cells = {(r.op, r.phase, r.dtype) for r in rows}
     assert len(cells) == 2 * sum(len(c.phases) for c in LOGITS.values())
-    ours = {"reference", *["native"] * (backends.native_library("cpu") is None)}
-    assert {r.provider for r in rows} == {*ours, "eager"}
+    ours = {"eager", *["native"] * (backends.native_library("cpu") is None)}
+    assert {r.provider for r in rows} == {*ours, "plain"}
 
 
 @pytest.mark.slow
 def test_every_linear_op_gets_finite_numbers():
-    rows, _ = run(LINEAR.values(), shape=Shape(10, 96, 16), wanted="reference,eager")
+    rows, _ = run(LINEAR.values(), shape=Shape(10, 96, 16), wanted="eager,plain")
     assert {r.op for r in rows} == LINEAR.keys()
     for row in rows:
         finite(row)
@@ -78,7 +78,7 @@ def test_command_line_quick(tmp_path, capsys):
         main([*flags, "--ops", "token_kl/policy_ref", "--threads", "1", "--json", str(file)]) == 0
     )
     printed = capsys.readouterr().out
-    assert "token_kl fwd >= 10x eager" in printed and "eager" in printed
+    assert "token_kl fwd >= 10x plain" in printed and "plain" in printed
     data = json.loads(file.read_text())
     assert {"cpu", "threads", "torch", "commit", "dirty", "load_average"} <= data["machine"].keys()
     assert data["ceilings"]["read"] > 0 and len(data["rows"]) >= 4
@@ -153,10 +153,10 @@ def _raises(x):
 )
 def test_a_planted_wrong_kernel_gets_no_number(planted, said):
     wrong = dataclasses.replace(LOGITS["token_kl/policy_ref"], ours=planted)
-    rows, _ = run([wrong], wanted="reference,eager", phases=("fwd_bwd",))
-    ours, eager = rows
+    rows, _ = run([wrong], wanted="eager,plain", phases=("fwd_bwd",))
+    ours, plain = rows
     assert ours.ms is None and ours.failed is not None and said in ours.failed
-    finite(eager)
+    finite(plain)
 
 
 @pytest.mark.slow
@@ -170,14 +170,14 @@ def test_large_gradients_are_checked_in_slices_and_chunks(monkeypatch):
         return case.ours({**x, "weight": _Bent.apply(x["weight"], _last_row_off)})
 
     for wrong, said in ((case, None), (dataclasses.replace(case, ours=ours), "gradient of weight")):
-        rows, _ = run([wrong], "reference", shape=Shape(10, 96, 16), phases=("fwd_bwd",))
+        rows, _ = run([wrong], "eager", shape=Shape(10, 96, 16), phases=("fwd_bwd",))
         assert rows[0].failed is None if said is None else said in rows[0].failed
 
 
 def test_a_wrong_shape_is_refused():
     case = LOGITS["token_logp"]
     short = dataclasses.replace(case, ours=lambda x: case.ours(x).sum())
-    rows, _ = run([short], "reference", phases=("fwd",))
+    rows, _ = run([short], "eager", phases=("fwd",))
     assert rows[0].failed
 
 
@@ -188,7 +188,7 @@ def test_a_wrong_scalar_gradient_is_refused_though_its_entries_are_tiny():
     def ours(x):
         return case.ours({**x, "policy": _Bent.apply(x["policy"], lambda g: g * 1.001)})
 
-    rows, _ = run([dataclasses.replace(case, ours=ours)], "reference", shape=Shape(512, 320))
+    rows, _ = run([dataclasses.replace(case, ours=ours)], "eager", shape=Shape(512, 320))
     assert [bool(r.failed) for r in rows] == [False, True]  # fwd has no gradient
     assert "gradient of policy" in rows[1].failed
 
@@ -197,16 +197,16 @@ def test_a_wrong_peer_is_refused_and_the_exit_status_is_about_ours(monkeypatch):
     half = {"token_logp": lambda x: 0.5 * LOGITS["token_logp"].tokens(x)}
     wrong = peers.Peer("trl", "math:pi", half)
     monkeypatch.setattr(peers, "ALL", (wrong,))
-    rows, _ = run([LOGITS["token_logp"]], "trl,eager", phases=("fwd",))
+    rows, _ = run([LOGITS["token_logp"]], "trl,plain", phases=("fwd",))
     by_name = {r.provider: r for r in rows}
     assert "bound" in by_name["trl"].failed
-    finite(by_name["eager"])
+    finite(by_name["plain"])
     quick = ["--quick", "--shapes", "12x640", "--dtypes", "fp32", "--ops", "token_logp"]
-    assert main([*quick, "--providers", "trl,eager"]) == 0
+    assert main([*quick, "--providers", "trl,plain"]) == 0
     monkeypatch.setitem(
         LOGITS, "token_logp", dataclasses.replace(LOGITS["token_logp"], ours=_raises)
     )
-    assert main([*quick, "--providers", "reference"]) == 1
+    assert main([*quick, "--providers", "eager"]) == 1
 
 
 def test_a_provider_that_overwrites_its_inputs_gets_a_copy_each_time():
@@ -287,7 +287,7 @@ def test_ideal_bytes_are_those_of_the_tensors_that_cross_the_op(name, phase, dty
     case, itemsize = LOGITS[name], dtype.itemsize
     x = for_case(case, make_inputs(SHAPE, dtype, "cpu"))
     x["upstream"] = x["upstream"].requires_grad_(False)
-    reference = Provider("reference", "ours", case.ours)
+    reference = Provider("eager", "ours", case.ours)
     with dak.use_backend("eager"), _Bytes() as seen:
         Caller(reference, case, phase, [x]).call(0)
     assert work_of(case, SHAPE, itemsize, phase).bytes == seen.total

@@ -92,7 +92,7 @@ def test_a_step_that_runs_too_long_is_stopped(tmp_path):
 
 def test_results_are_kept_after_every_cell():
     kept = []
-    plan = cells.RunPlan([LOGITS["token_logp"]], [SHAPE], ["fp32"], wanted="eager", seconds=0.001)
+    plan = cells.RunPlan([LOGITS["token_logp"]], [SHAPE], ["fp32"], wanted="plain", seconds=0.001)
     cells.run(plan, ceilings.Ceilings(), lambda t: None, lambda rows, _: kept.append(len(rows)))
     assert kept[:2] == [1, 2]  # forward, then forward and backward
 

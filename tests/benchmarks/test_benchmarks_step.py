@@ -19,8 +19,8 @@ def test_every_way_makes_its_steps_and_logits_leave_the_peak(monkeypatch):
     here = [way for way, setting in step.WAYS if setting == "fp32" and "trl" not in way]
     assert len(here) == 3
     for way in here:
-        assert step.one("tiny", way, "fp32", 2, False) > 0
-    peaks = {way: step.one("tiny", way, "fp32", 2, True) for way in here}
+        assert step.one("tiny", way, "fp32", 2, 64, False) > 0
+    peaks = {way: step.one("tiny", way, "fp32", 2, 64, True) for way in here}
     logits = 2 * 64 * 3000 * 4  # of which the plain loop holds more than one
     assert peaks["plain loop"] - peaks["this library, sft"] > logits
     assert peaks["this library, constrained"] == pytest.approx(peaks["this library, sft"], rel=0.02)
