@@ -24,6 +24,7 @@ COMMANDS = {  # name -> (module, what it does)
     "gcg": ("studies.gcg", "a step of greedy coordinate gradient"),
     "depth": ("studies.depth", "does depth rank models by success under prefilling"),
     "toy": ("studies.toy", "what the contrast of the demo depends on"),
+    "robustness": ("studies.robustness", "all attacks on the toy world's models, over seeds"),
     "attack": ("studies.attack", "the attack harness beside nanoGCG and plain generate"),
     "interpreted": (
         "studies.interpreted",

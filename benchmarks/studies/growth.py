@@ -112,6 +112,32 @@ def text(rows: Sequence[Row], axis: str) -> str:
     return report.table(header, lines)
 
 
+def exponents(rows: Sequence[Row]) -> str:
+    """How time and memory grow, one line per sweep, in markdown."""
+    lines = []
+    for axis, other in (
+        ("T", "V"),
+        ("V", "T"),
+    ):  # the sweep over one has a single size of the other
+        fixed = max(
+            {getattr(r, other) for r in rows},
+            key=lambda n: len({getattr(r, axis) for r in rows if getattr(r, other) == n}),
+        )
+        swept = [r for r in rows if getattr(r, other) == fixed]
+        for (op, provider), points in series(swept, axis).items():
+            sizes = [float(getattr(r, axis)) for r in points]
+            powers = (
+                exponent(sizes, [r.ms or 0.0 for r in points]),
+                exponent(sizes, [float(r.extra_bytes or 0) for r in points]),
+            )
+            told = f"{axis} = {sizes[0]:.0f} to {sizes[-1]:.0f}, {other} = {fixed}"
+            shown = (f"{axis}^{x:.2f}" if x is not None else "-" for x in powers)
+            lines.append([f"`{op}`", provider, told, *shown])
+    return report.table(
+        ("op", "backend", "sizes", "time grows as", "memory grows as"), lines, markdown=True
+    )
+
+
 def figure(rows: Sequence[Row], axis: str, told: str, out: str, say: Callable[[str], None]) -> None:
     """growth_<axis>.png: time on the left, memory beyond the inputs on the right, both axes
     logarithmic.

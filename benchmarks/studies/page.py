@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import report
 from benchmarks.harness.cells import Row
-from benchmarks.studies import depth, growth, picture, toy
+from benchmarks.studies import depth, growth, picture, robustness, step, toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,18 +25,19 @@ WARNING = (
     "<!-- Written by `python -m benchmarks page` from benchmarks/results/. Do not edit. -->\n\n"
 )
 
-LOGITS, AVX2 = "cpu-2core-2026-11-24.json", "cpu-2core-avx2-2026-11-24.json"
-MORE_LAPS = "cpu-2core-more-laps-2026-11-24.json"
+LOGITS, AVX2 = "cpu-2core-2026-11-29.json", "cpu-2core-avx2-2026-11-29.json"
+OLD_AVX2 = "cpu-2core-avx2-2026-11-24.json"  # a processor with AVX2 alone
 LINEAR, LINEAR_LAPS = (
-    "cpu-2core-linear-2026-11-24.json",
-    "cpu-2core-linear-more-laps-2026-11-24.json",
+    "cpu-2core-linear-2026-11-29.json",
+    "cpu-2core-linear-more-laps-2026-11-29.json",
 )
-WIDE = {d: f"cpu-2core-linear-wide-{d}-2026-11-24.json" for d in ("fp32", "bf16")}
-KEPT_HEAP = "cpu-2core-linear-wide-kept-heap-2026-11-24.json"
-PEERS = "cpu-2core-linear-peers-2026-11-24.json"
+WIDE = {d: f"cpu-2core-linear-wide-{d}-2026-11-29.json" for d in ("fp32", "bf16")}
+KEPT_HEAP = "cpu-2core-linear-wide-kept-heap-2026-11-29.json"
+PEERS = "cpu-2core-linear-peers-2026-11-29.json"
 GROWTH = "growth-cpu-2core-2026-11-23/growth.json"
 PIECES, GCG = "pieces-cpu-2core-2026-11-24.json", "gcg-cpu-2core-2026-11-24.json"
-DEMO = "demo-cpu-2core-2026-11-23.json"
+ROBUSTNESS = "robustness-toy-cpu-2core-2026-11-29.json"
+STEP, DEMO = "step-cpu-2core-2026-11-29.json", "demo-cpu-2core-2026-11-23.json"
 
 HEAD = "linear_constrained_loss"
 HEAD_CASES = (HEAD, f"{HEAD}/frozen_head", f"{HEAD}/70% masked")
@@ -180,31 +181,33 @@ def head_picture() -> str:
 
 
 def logits_page() -> dict[str, str]:
-    f, old, laps = load(LOGITS), load(AVX2), load(MORE_LAPS)
-    where = LOGP, "fwd_bwd", "2048x32000 fp32"
-    few, many = f.rows[(*where, "native")], laps.rows[(*where, "native")]
+    f, avx2, old = load(LOGITS), load(AVX2), load(OLD_AVX2)
     shown, phases = (KL, LOGP, *LOSSES), {"fwd": "fwd", "fwd_bwd": "fwd+bwd"}
 
     def line(op: str, phase: str) -> list[str]:
-        times = (old.times(op, phase, f"1024x32000 {d}", "eager") for d in ("fp32", "bf16"))
+        times = (avx2.times(op, phase, f"1024x32000 {d}", "eager") for d in ("fp32", "bf16"))
         return [f"`{op}`", phases[phase], *(f"{x:.1f}x" for x in times)]
+
+    def share(place: str) -> str:
+        rows = [f.rows[op, "fwd", place, "native"] for op in shown]
+        of = [r.ideal_bytes / (r.ms or 0) * 1e3 / (r.ruler_rate or 0) for r in rows]
+        return span([100 * x for x in of], "{:.0f}") + " %"
 
     return {
         "file": f.name,
         "tables": report.readme(str(RESULTS / f.name)),
-        "few_laps": str(few.laps),
-        "few_ms": f"{few.ms:.1f}",
-        "few_p90": f"{few.p90_ms:.0f}",
-        "many_file": laps.name,
-        "many_laps": str(many.laps),
-        "many_ms": f"{many.ms:.1f}",
-        "many_times": f"{laps.times(*where, 'eager'):.2f}",
-        "avx2_source": old.source("run"),
+        "share_short": share("2048x32000 fp32"),
+        "share_long": share("1024x128256 fp32"),
+        "old_file": old.name,
+        "old_commit": old.machine["commit"],
+        "old_logp": span(old.all_times([LOGP], "fwd_bwd", "eager", "fp32"), "{:.1f}"),
+        "old_loss": span(old.all_times(LOSSES, "fwd_bwd", "eager", "fp32"), "{:.1f}"),
+        "avx2_source": avx2.source("run"),
         "avx2_table": table(
             ("op", "phase", "fp32", "bf16"), [line(op, p) for op in shown for p in phases]
         ),
         "avx2_compile": span(
-            [x for p in phases for x in old.all_times(shown, p, "compile")], "{:.1f}"
+            [x for p in phases for x in avx2.all_times(shown, p, "compile")], "{:.1f}"
         ),
         "trl_forward": span(f.all_times([LOGP], "fwd", "trl")),
         "trl_both": span(f.all_times([LOGP], "fwd_bwd", "trl")),
@@ -285,7 +288,7 @@ def other_page() -> dict[str, str]:
     hidden, layers, vocab = a["sizes"]
     return {
         "growth_source": grown.source("growth"),
-        "growth_table": _growth(list(grown.rows.values())),
+        "growth_table": growth.exponents(list(grown.rows.values())),
         "pieces_source": source("python -m benchmarks pieces", PIECES, pieces["machine"]),
         "pieces_table": table(
             ("part", "case", "variant", "threads", "median", "unit"),
@@ -309,29 +312,6 @@ def other_page() -> dict[str, str]:
     }
 
 
-def _growth(rows: list[Row]) -> str:
-    lines = []
-    for axis, other in (
-        ("T", "V"),
-        ("V", "T"),
-    ):  # the sweep over one has a single size of the other
-        fixed = max(
-            {getattr(r, other) for r in rows},
-            key=lambda n: len({getattr(r, axis) for r in rows if getattr(r, other) == n}),
-        )
-        swept = [r for r in rows if getattr(r, other) == fixed]
-        for (op, provider), points in growth.series(swept, axis).items():
-            sizes = [float(getattr(r, axis)) for r in points]
-            exponents = (
-                growth.exponent(sizes, [r.ms or 0.0 for r in points]),
-                growth.exponent(sizes, [float(r.extra_bytes or 0) for r in points]),
-            )
-            told = f"{axis} = {sizes[0]:.0f} to {sizes[-1]:.0f}, {other} = {fixed}"
-            shown = (f"{axis}^{x:.2f}" if x is not None else "-" for x in exponents)
-            lines.append([f"`{op}`", provider, told, *shown])
-    return table(("op", "backend", "sizes", "time grows as", "memory grows as"), lines)
-
-
 def _gcg(rows: list[dict[str, Any]]) -> str:
     parts = {
         "gradient": "token gradient",
@@ -346,11 +326,25 @@ def _gcg(rows: list[dict[str, Any]]) -> str:
     return table(("part", *ways.values()), lines)
 
 
+def training_page() -> dict[str, str]:
+    document = _json(STEP)
+    told = source("python -m benchmarks step", STEP, document["machine"])
+    return {"source": told, **step.values(document)}
+
+
+def robustness_page() -> dict[str, str]:
+    document = _json(ROBUSTNESS)
+    told = source("python -m benchmarks robustness", ROBUSTNESS, document["machine"])
+    return {"source": told, **robustness.values(document)}
+
+
 PAGES = {
     "logits": logits_page,
     "linear": linear_page,
     "other": other_page,
+    "training": training_page,
     "toy": lambda: toy.values(_json(depth.TOY)),
+    "robustness": robustness_page,
     "depth": depth.values,
 }
 

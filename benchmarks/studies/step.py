@@ -1,10 +1,10 @@
 """A step of full fine-tuning: this library's loop beside trl's SFTTrainer and a plain loop.
 
-Models with the shapes of real ones and random weights, fp32, torch's AdamW, one thread, the same
-rows in the same order, half of each trained. Every way runs in a process of its own, in turns:
-peak bytes of torch's allocator from building the model to the end of the second step, and, without
-the profiler, processor seconds from one optimizer step to the next. `--only WORDS` takes the rows
-that have all of them.
+Models with the shapes of real ones and random weights, torch's AdamW or the optimizer that the
+setting names, one thread, the same rows in the same order, half of each trained. Every way runs in
+a process of its own, in turns: peak bytes of torch's allocator from building the model to the end
+of the second step, and, without the profiler, processor seconds from one step's forward to the
+next's. `--only WORDS` takes the rows that have all of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import machine
-from benchmarks.studies.plan import MIB, MODELS
+from benchmarks.harness import machine, report
+from benchmarks.studies.plan import MIB, MODELS, SETTINGS
 
-SIZES = {"SmolLM2-135M": (1, 128), "Gemma-3-270M": (1, 128)}
+SIZES = {"SmolLM2-135M": (1, 256), "Gemma-3-270M": (1, 256)}
 RATE = 1e-5
+Rows = list[dict[str, list[int]]]
+Setting = dict[str, Any]  # as in `plan`; without a key: fp32 weights and torch's AdamW
 
 
-def rows_of(batch: int, length: int, steps: int) -> list[dict[str, list[int]]]:
+def rows_of(batch: int, length: int, steps: int) -> Rows:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -40,23 +42,25 @@ class Tokenizer:
 
 
 def ours(objective: str) -> Callable[..., None]:
-    def run(model: Any, rows: list[dict[str, list[int]]], batch: int, folder: str) -> None:
+    def run(model: Any, rows: Rows, batch: int, folder: str, setting: Setting) -> None:
         from deepalign_kernels.data import Example
         from deepalign_kernels.train import TrainConfig, TrainingRun
 
         half = len(rows[0]["labels"]) // 2
         places = [0] * half + list(range(1, len(rows[0]["labels"]) - half + 1))
         data = [Example(row["input_ids"], row["labels"], places) for row in rows]
+        chosen = {k: v for k, v in setting.items() if k not in ("dtype", "autocast")}
         config = TrainConfig(
             folder, objective=objective, batch_size=batch, gradient_accumulation_steps=1, epochs=1,
             warmup_steps=0, learning_rate=RATE, save_every=None, progress=False,
+            autocast_dtype="bfloat16" if setting.get("autocast") else None, **chosen,
         )  # fmt: skip
         TrainingRun(model, Tokenizer(), config, data).train()
 
     return run
 
 
-def trls(model: Any, rows: list[dict[str, list[int]]], batch: int, folder: str) -> None:
+def trls(model: Any, rows: Rows, batch: int, folder: str, setting: Setting) -> None:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
@@ -64,19 +68,22 @@ def trls(model: Any, rows: list[dict[str, list[int]]], batch: int, folder: str) 
     from deepalign_kernels import toyworld
 
     tokenizer: PreTrainedTokenizerFast = toyworld.build_tokenizer()
+    optimizer = {None: "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit"}
     config = SFTConfig(
         folder, per_device_train_batch_size=batch, num_train_epochs=1, learning_rate=RATE,
-        max_length=None, max_grad_norm=0.0, gradient_checkpointing=False, use_cpu=True, bf16=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, shuffle_dataset=False,
-        optim="adamw_torch_fused", logging_steps=1,
+        max_length=None, max_grad_norm=0.0, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True, shuffle_dataset=False, logging_steps=1,
+        bf16=setting.get("autocast", False), optim=optimizer[setting.get("optimizer")],
+        gradient_checkpointing=setting.get("gradient_checkpointing", False),
     )  # fmt: skip
     data = Dataset.from_list(rows)
     SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer).train()
 
 
-def plain(model: Any, rows: list[dict[str, list[int]]], batch: int, folder: str) -> None:
+def plain(model: Any, rows: Rows, batch: int, folder: str, setting: Setting) -> None:
     import torch
 
+    assert not setting, setting
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.5, 0.999), fused=True)
     model.train()
     for at in range(0, len(rows), batch):
@@ -87,40 +94,72 @@ def plain(model: Any, rows: list[dict[str, list[int]]], batch: int, folder: str)
         optimizer.zero_grad(set_to_none=True)
 
 
-WAYS: dict[str, Callable[..., None]] = {
+TRAINERS: dict[str, Callable[..., None]] = {
     "plain loop": plain,
     "trl SFTTrainer": trls,
     "this library, sft": ours("sft"),
     "this library, constrained": ours("constrained"),
 }
+# What trl can do with the same weights and optimizer stands above each setting of this library.
+ALIKE = ("fp32", "fp32 + autocast", "fp32 + checkpointing", "bf16 + 8 bits + checkpointing")
+FASTEST = "this library, constrained"
+WAYS = [
+    *((trainer, "fp32") for trainer in ("plain loop", "this library, sft")),
+    *(
+        (trainer, setting)
+        for setting in SETTINGS
+        for trainer in ("trl SFTTrainer", FASTEST)
+        if trainer == FASTEST or setting in ALIKE
+    ),
+]
 
 
-def one(model: str, way: str, steps: int, profiled: bool) -> float:
-    """Peak bytes of two steps, or processor seconds of a step, the median after the first."""
+def one(model: str, trainer: str, setting: str, steps: int, profiled: bool) -> float:
+    """Peak bytes of two steps, or processor seconds of a step, the median without the last."""
     import torch
     import transformers
-    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from deepalign_kernels._memory import measure
 
     torch.set_num_threads(1)
     kind, options = MODELS[model]
-    config = getattr(transformers, kind)(**options)
+    config, chosen = getattr(transformers, kind)(**options), SETTINGS[setting]
+    dtype = getattr(torch, chosen.get("dtype", "float32"))
     batch, length = SIZES[model]
-    rows, ends = rows_of(batch, length, steps), []
-    hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.process_time()))
+    rows, starts = rows_of(batch, length, steps), []
     with tempfile.TemporaryDirectory() as folder:
 
         def run() -> None:
-            built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            WAYS[way](built, rows, batch, folder)
+            built = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            clock = lambda *_: starts.append(time.process_time())  # noqa: E731
+            built.get_input_embeddings().register_forward_pre_hook(clock)
+            TRAINERS[trainer](built, rows, batch, folder, chosen)
 
         peak = measure(run)[1].peak if profiled else run()
-    hook.remove()
     if peak is not None:
         return float(peak)
-    assert len(ends) == steps, (way, len(ends))
-    return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+    assert len(starts) >= steps, (trainer, setting, len(starts))  # a reference comes before them
+    steps_only = starts[-steps:]
+    return statistics.median(b - a for a, b in zip(steps_only, steps_only[1:], strict=False))
+
+
+def values(document: dict[str, Any]) -> dict[str, str]:
+    """What the page's template asks for."""
+    rows = document["rows"]
+    header = ("setting", "way", "peak MiB", "tokens a processor second", "of trl's time")
+    speed = {(r["model"], r["way"], r["setting"]): min(r["seconds"]) for r in rows}
+    tables = {}
+    for model in MODELS:
+        lines = []
+        for r in (r for r in rows if r["model"] == model):
+            least, trl = min(r["seconds"]), speed.get((model, "trl SFTTrainer", r["setting"]))
+            lines.append(
+                [r["setting"], r["way"], f"{r['peak'] / MIB:.0f}",
+                 f"{r['batch'] * r['length'] / least:.1f}", f"{least / trl:.2f}" if trl else "-"]
+            )  # fmt: skip
+        tables[model.split("-")[0].lower()] = report.table(header, lines, markdown=True)
+    one = rows[0]
+    return {**tables, "tokens": f"{one['batch']} x {one['length']}"}
 
 
 def command(arguments: list[str]) -> int:
@@ -131,23 +170,24 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--out", type=pathlib.Path, help="folder for step.json")
     options = parser.parse_args(arguments)
-    found = [(m, w) for m in MODELS for w in WAYS]
-    found = [pair for pair in found if all(word in " ".join(pair) for word in options.only)]
-    seconds: dict[tuple[str, str], list[float]] = {pair: [] for pair in found}
+    found = [(m, *way) for m in MODELS for way in WAYS]
+    found = [row for row in found if all(word in " ".join(row) for word in options.only)]
+    seconds: dict[tuple[str, str, str], list[float]] = {row: [] for row in found}
     for _ in range(options.rounds):
-        for pair in found:
-            seconds[pair].append(_apart(*pair, options.steps, False))
+        for row in found:
+            seconds[row].append(_apart(*row, options.steps, False))
     rows = []
-    print("| model | way | tokens | peak MiB | tokens per processor second |")
-    print("|---|---|--:|--:|--:|")
-    for model, way in found:
+    print("| model | way | setting | tokens | peak MiB | tokens per processor second |")
+    print("|---|---|---|--:|--:|--:|")
+    for model, way, setting in found:
         batch, length = SIZES[model]
-        peak, least = _apart(model, way, 2, True), min(seconds[model, way])
-        about = {"model": model, "way": way, "batch": batch, "length": length}
-        rows.append({**about, "peak": peak, "seconds": seconds[model, way]})
-        speed = batch * length / least
+        peak, took = _apart(model, way, setting, 2, True), seconds[model, way, setting]
+        about = {"model": model, "way": way, "setting": setting, "batch": batch, "length": length}
+        rows.append({**about, "peak": peak, "seconds": took})
         print(
-            f"| {model} | {way} | {batch} x {length} | {peak / MIB:.0f} | {speed:.1f} |", flush=True
+            f"| {model} | {way} | {setting} | {batch} x {length} | {peak / MIB:.0f}"
+            f" | {batch * length / min(took):.1f} |",
+            flush=True,
         )
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -119,24 +119,32 @@ def attacked(
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference that the paper predicts: positive, or at most `limit` where that is given."""
+    """A difference that the paper predicts: positive, or at most `limit` where that is given.
+
+    `first` and `second` are the prompts' outcomes, 0 or 1, of the prompts that both scored.
+    """
 
     text: str
-    paired: stats.Paired
+    first: tuple[float, ...]
+    second: tuple[float, ...]
     limit: float | None = None
+
+    @property
+    def difference(self) -> float:
+        """Second minus first, of rates in [0, 1]."""
+        return (sum(self.second) - sum(self.first)) / len(self.first)
 
     @property
     def holds(self) -> bool:
         """Whether the sign is the paper's."""
-        d = self.paired.difference
-        return d > 0 if self.limit is None else d <= self.limit
+        return self.difference > 0 if self.limit is None else self.difference <= self.limit
 
     def line(self) -> str:
         """For a terminal, in points."""
-        low, high = 100 * self.paired.low, 100 * self.paired.high
+        d = stats.paired(self.first, self.second)
         verdict = "pass" if self.holds else "FAIL"
-        shown = f"{100 * self.paired.difference:+.1f} points ({low:+.1f} to {high:+.1f})"
-        return f"{verdict}  {self.text}: {shown}, p = {self.paired.p:.1g}"
+        shown = f"{100 * d.difference:+.1f} points ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
+        return f"{verdict}  {self.text} (n = {len(self.first)}): {shown}, p = {d.p:.1g}"
 
 
 def of_cell(table: Sequence[Cell], attack: str, judge: str, **setting: Any) -> Outcomes:
@@ -153,8 +161,8 @@ def of_cell(table: Sequence[Cell], attack: str, judge: str, **setting: Any) -> O
 def between(text: str, first: Outcomes, second: Outcomes, limit: float | None = None) -> Contrast:
     """Second minus first, on the prompts that both scored."""
     items = [i for i, values in first.items() if values and second.get(i)]
-    one, two = ([float(o[i][0]) for i in items] for o in (first, second))
-    return Contrast(f"{text} (n = {len(items)})", stats.paired(one, two), limit)
+    one, two = (tuple(float(o[i][0]) for i in items) for o in (first, second))
+    return Contrast(text, one, two, limit)
 
 
 def contrasts(tables: dict[str, list[Cell]]) -> list[Contrast]:

@@ -65,7 +65,7 @@ def test_contrasts_have_signs():
         "finetuned": tuned(1),
     }
     found = robustness.contrasts(tables)
-    assert [c.paired.difference for c in found] == pytest.approx([0.8, 0, 0.8, 0.5, 0.4, 0.4, 0.8])
+    assert [c.difference for c in found] == pytest.approx([0.8, 0, 0.8, 0.5, 0.4, 0.4, 0.8])
     assert all(c.holds for c in found)
     assert found[0].line().startswith("pass  prefill, aligned: k = 10 minus k = 0 (n = 10): +80.0")
     wrong = robustness.contrasts(tables | {"deep": tables["aligned"], "finetuned": tuned(9)})
