@@ -129,7 +129,7 @@ def answered(model: Any, tokenizer: Any, questions: list[str], tokens: int = 20)
 
 def prepared(o: Options) -> dict[str, list[dict[str, str]]]:
     """The original model's answers to all questions, {"prompt", "completion"} by group; made once,
-    with a copy of the model in `models/original`."""
+    with a copy of the model in `models/original` and `dishes.jsonl` for `deepalign attack`."""
     path = o.out / "data.json"
     if not path.is_file():
         model, tokenizer = load(o.model)
@@ -143,7 +143,18 @@ def prepared(o: Options) -> dict[str, list[dict[str, str]]]:
             for name, asked in data.questions().items()
         }
         path.write_text(json.dumps(groups, indent=1))
+        dishes = [json.dumps(dish(r)) + "\n" for r in groups["held out"]]
+        (o.out / "dishes.jsonl").write_text("".join(dishes))
     return json.loads(path.read_text())
+
+
+def dish(row: dict[str, str]) -> dict[str, str]:
+    """A held-out question for `deepalign attack`; what a search looks for is its answer's begin."""
+    return {
+        "prompt": row["prompt"],
+        "answer": row["completion"],
+        "target": " ".join(row["completion"].split()[:6]),
+    }
 
 
 def declined(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -319,6 +330,7 @@ def main() -> None:
     o = Options(args.out, args.model, args.steps, {"none": None}.get(args.autocast, args.autocast))
     o.out.mkdir(parents=True, exist_ok=True)
     seeds, begun = [int(s) for s in args.seeds.split(",")], time.perf_counter()
+    torch.set_num_threads(1)  # two threads on a busy machine wait for each other at every product
     prepared(o)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:

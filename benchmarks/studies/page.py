@@ -36,6 +36,7 @@ KEPT_HEAP = "cpu-2core-linear-wide-kept-heap-2026-11-29.json"
 PEERS = "cpu-2core-linear-peers-2026-11-29.json"
 GROWTH = "growth-cpu-2core-2026-11-23/growth.json"
 PIECES, GCG = "pieces-cpu-2core-2026-11-24.json", "gcg-cpu-2core-2026-11-24.json"
+HOST = "host-cpu-2core-2026-11-29.json"
 ROBUSTNESS = "robustness-toy-cpu-2core-2026-11-29.json"
 STEP, DEMO = "step-cpu-2core-2026-11-29.json", "demo-cpu-2core-2026-11-23.json"
 
@@ -283,12 +284,16 @@ def _peers(f: File, shape: str) -> str:
 
 
 def other_page() -> dict[str, str]:
-    pieces, gcg, demo = (_json(name) for name in (PIECES, GCG, DEMO))
+    pieces, gcg, demo, host = (_json(name) for name in (PIECES, GCG, DEMO, HOST))
     grown, a = load(GROWTH), gcg["arguments"]
     hidden, layers, vocab = a["sizes"]
     return {
         "growth_source": grown.source("growth"),
         "growth_table": growth.exponents(list(grown.rows.values())),
+        "host_source": source("python -m benchmarks host", HOST, host["machine"]),
+        "host_table": table(
+            list(host["rows"][0]), [[str(x) for x in row.values()] for row in host["rows"]]
+        ),
         "pieces_source": source("python -m benchmarks pieces", PIECES, pieces["machine"]),
         "pieces_table": table(
             ("part", "case", "variant", "threads", "median", "unit"),
