@@ -195,13 +195,20 @@ def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | 
 
 
 def _any(table: Sequence[Cell]) -> list[str]:
-    """Of cells with several samples of a prompt, the grid's apart."""
+    """Of cells with several samples of a prompt, the grid's apart: any of all and of fewer, and
+    the standard deviation between repetitions."""
     out = []
     for c in table:
         n, rate = max(map(len, c.outcomes.values()), default=0), rate_of(union([c]))
         if n > 1 and rate is not None and c.attack != "decoding":
             named = ", ".join([c.attack, *(f"{k}={v}" for k, v in c.setting.items())])
-            out.append(f"{named}, any of {n} samples ({c.judge}): {_shown(rate)}")
+            fewer = [k for k in (1, 2, 5, 10, 20, 50) if k < n]
+            parts = [f"{100 * c.any_of(k):.1f} % of {k}" for k in fewer]
+            if c.spread is not None:
+                parts.append(f"repetitions {100 * c.spread:.1f} points apart (standard deviation)")
+            out.append(
+                f"{named}, any of {n} samples ({c.judge}): {_shown(rate)}; {', '.join(parts)}"
+            )
     return out
 
 

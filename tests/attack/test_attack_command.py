@@ -21,7 +21,7 @@ from deepalign_kernels.generate import server as serving
 from deepalign_kernels.generate.server import ServerEngine
 from deepalign_kernels.judge import View
 from deepalign_kernels.report import read, verdict
-from deepalign_kernels.runs import read_manifest, read_records, read_verdicts
+from deepalign_kernels.runs import cells, read_manifest, read_records, read_verdicts
 from deepalign_kernels.runs.paper import published
 from deepalign_kernels.toyworld import World, build_model, build_tokenizer
 
@@ -125,7 +125,11 @@ def test_two_models_compared(world, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == len(found) + 1
     args = words(world, tmp_path / "2", "--limit", "2", "--samples", "3", suite="direct")
     assert main(args) == 0
-    assert "direct, any of 3 samples (keywords" in capsys.readouterr().out
+    line = next(x for x in capsys.readouterr().out.splitlines() if "any of 3 samples" in x)
+    (cell,) = cells(read_records(tmp_path / "2", "sample"), read_verdicts(tmp_path / "2"))
+    assert line.startswith("direct, any of 3 samples (keywords") and cell.spread is not None
+    assert f"; {100 * cell.any_of(1):.1f} % of 1, {100 * cell.any_of(2):.1f} % of 2" in line
+    assert f"repetitions {100 * cell.spread:.1f} points apart" in line
     with pytest.raises(ValueError, match="other prompts"):
         compare(tmp_path / "0", tmp_path / "2")
     with pytest.raises(ValueError, match="no run"):
