@@ -74,7 +74,7 @@ class Options:
         samples: replies per prompt and setting.
         max_new_tokens: of replies; 0 leaves each attack its own.
         seed: of the run.
-        chunk: prompts that are computed and written together.
+        chunk: prompts that are computed and written together; a run goes on with the same number.
         verify: replay so many random rows of a finished run and compare.
         paper: print the paper's numbers beside: initial or augmented (Llama-2-7B-Chat, HEx-PHI).
         title: of the model in tables and figures; without it the name of its folder.
@@ -298,6 +298,7 @@ def _manifest(
         "attacks": {name: plain(a) for name, a in attacks.items()},
         "data": {"hash": data_hash(prompts), "prompts": len(prompts)},
         "seed": options.seed,
+        "chunk": options.chunk,  # units of another size are other units, with the same records
     }
 
 

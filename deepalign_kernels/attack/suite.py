@@ -35,7 +35,8 @@ def evaluate(
         engine: of the model under test.
         attacks: by name; the name goes into the records.
         prompts: all of them, in the order of the data.
-        chunk: prompts of a unit: computed in common batches, and lost together when killed.
+        chunk: prompts of a unit: computed in common batches, and lost together when killed. The
+            same for all calls of a run: it belongs into its manifest.
         say: gets lines of progress.
 
     Raises:

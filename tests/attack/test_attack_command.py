@@ -95,8 +95,11 @@ def test_a_whole_evaluation(world, tmp_path, capsys):
     assert SECRET in capsys.readouterr().out
     assert main(words(world, out, "--verify", "1000")) == 0
     assert "no difference" in capsys.readouterr().out
-    assert main(words(world, out, "--seed", "1")) == 2
-    assert "another attacks, seed" in capsys.readouterr().err
+    for more, changed in ((("--seed", "1"), "attacks, seed"), (("--chunk", "2"), "chunk")):
+        assert main(words(world, out, *more)) == 2
+        told = f"another {changed}; choose another folder, or go on with the settings in its"
+        assert f"{told} manifest.json" in capsys.readouterr().err
+    assert (out / "records.jsonl").read_bytes() == before
 
 
 def test_refusals_of_harmless_prompts_are_a_rate_of_their_own(world, tmp_path, capsys):
