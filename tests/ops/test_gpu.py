@@ -57,7 +57,7 @@ def compiled_kernels():
     """How many variants of all kernels Triton has compiled in this process."""
     from deepalign_kernels.triton_kernels import _pretend
 
-    return sum(map(_pretend.compiled, kernels().values()))
+    return sum(map(_pretend.compiled, kernels()))
 
 
 def only(*pairs):

@@ -71,16 +71,17 @@ def linear(op):
 
 
 def kernels():
-    """Every Triton kernel of the package by name, in whatever module it stands."""
+    """Every Triton kernel of the package, in whatever module it stands, and the functions that
+    they call, which are never launched."""
     from deepalign_kernels import triton_kernels
 
     found = {}
     for module in pkgutil.iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}."):
         if not module.name.rpartition(".")[2].startswith("_"):
-            for name, it in vars(importlib.import_module(module.name)).items():
+            for it in vars(importlib.import_module(module.name)).values():
                 if hasattr(it, "device_caches"):
-                    found[name] = it
-    return found
+                    found[id(it)] = it
+    return list(found.values())
 
 
 def raw(op):
