@@ -192,7 +192,7 @@ ONLY_A_GPU = (
     ("How fast are all ops beside the kernels of TRL, QuACK, cce and the rest of Liger?", "6"),
     ("What does a step of GCG cost?", "python -m benchmarks gcg --json OUT/gcg.json"),
     ("Do results grow linearly with T and V?", "python -m benchmarks growth --out OUT"),
-    ("Do vocabulary shards work over NCCL?", "NCCL"),
+    ("Do vocabulary shards work over NCCL?", "torchrun --nproc-per-node 2 -m benchmarks.gpu.shards"),
     ("Do the Triton kernels run on ROCm?", "the same tests on such a GPU (call 2)"),
 )
 

@@ -55,7 +55,8 @@ def linear(op):
             value = dak.linear_token_logp(hidden, weight, target, **kw).sum()
         elif op == "linear_token_kl":
             kw |= {"valid": target != -100, **ref}
-            value = sum(dak.linear_token_kl(hidden, weight, direction=d, **kw).sum() for d in DIRECTIONS)
+            kl = dak.linear_token_kl
+            value = sum(kl(hidden, weight, direction=d, **kw).sum() for d in DIRECTIONS)
         else:
             kw |= {"beta": beta, **ref}
             loss = dak.linear_constrained_loss

@@ -37,7 +37,7 @@ def code(compiled):
 
 
 def every_kernel(arch):
-    """Each kernel by what the offline compilation launches: the same machine code, compiled once."""
+    """Each kernel, as the offline compilation launches it: the same code, compiled once."""
     seen = launch(arch, "bf16", "bf16", 128256, 0.7, 0.0)
     for x, compiled in {x.name: (x, k) for x, k in seen}.values():
         # what is compiled offline is what the launcher compiles
