@@ -178,6 +178,7 @@ CALLS = (
 LOGITS_FILES = ("logits.json", "logits-peers.json")
 LINEAR_FILES = ("linear.json", "linear-peers.json")
 
+TORCHRUN = "torchrun --nproc-per-node 2"  # on a machine with two GPUs
 # Everything that only a GPU can say, and the command that says it.
 ONLY_A_GPU = (
     ("Does every kernel launch, wait for nothing, replay in a graph, agree with eager?", "1"),
@@ -192,7 +193,7 @@ ONLY_A_GPU = (
     ("How fast are all ops beside the kernels of TRL, QuACK, cce and the rest of Liger?", "6"),
     ("What does a step of GCG cost?", "python -m benchmarks gcg --json OUT/gcg.json"),
     ("Do results grow linearly with T and V?", "python -m benchmarks growth --out OUT"),
-    ("Do vocabulary shards work over NCCL?", "torchrun --nproc-per-node 2 -m benchmarks.gpu.shards"),
+    ("Do vocabulary shards work over NCCL?", f"{TORCHRUN} -m benchmarks.gpu.shards"),
     ("Do the Triton kernels run on ROCm?", "the same tests on such a GPU (call 2)"),
 )
 
