@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ SHAPES = {"cuda": (2048, 1024, 128256), "cpu": (24, 16, 640)}  # tokens, hidden 
 MOST = 2e-2  # of the largest entry: two bf16 roundings of a gradient, and GEMMs of another width
 
 
-def results(x: Tensor, w: Tensor, ref: Tensor, target: Tensor, **group: object) -> list[Tensor]:
+def results(x: Tensor, w: Tensor, ref: Tensor, target: Tensor, **group: Any) -> list[Tensor]:
     """Loss, KL and their gradients by hidden states and head."""
     hidden, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
     loss = dak.linear_constrained_loss(
