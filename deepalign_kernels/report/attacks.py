@@ -11,7 +11,7 @@ import numpy as np
 from deepalign_kernels.report.figure import ATTACKS, BANDS, POSITION, TRAINING, Figure, Heat, Series
 from deepalign_kernels.report.read import Source
 from deepalign_kernels.runs import Cell, curves, paper, stats
-from deepalign_kernels.runs.table import rate_of, union
+from deepalign_kernels.runs.grids import beside_paper
 
 RATES = "Bands: 95 % intervals (Wilson's; over prompts where there are several replies to one)."
 
@@ -73,32 +73,25 @@ def _paper(name: str, points: Mapping[int, float]) -> Series:
 
 
 def beside_the_paper(sources: Sequence[Source]) -> list[list[str]]:
-    """A table of every rate that the paper has one for, first line the titles. Of decoding, success
-    at any of the settings, which bounds from above what the paper's scorer picks."""
+    """A table of every rate that the paper has one for, first line the titles."""
     head = [
         "model",
         "attack",
-        "success here (%)",
-        "prompts",
-        *(f"paper: {m}" for m in paper.MODELS),
+        "judge",
+        "success here",
+        "n",
+        *(f"paper: {m}, %" for m in paper.MODELS),
     ]
     lines = [head]
-    for source in sources:
-        judged = [c for c in source.cells if c.judge == source.cells[0].judge]
-        rows: list[tuple[str, Cell, Mapping]] = [
-            (f"{c.attack}, " + ", ".join(f"{k} = {v}" for k, v in c.setting.items()), c, c.outcomes)
-            for c in judged
-            if c.attack not in paper.WHOLE
-        ]
-        for attack in paper.WHOLE:
-            if found := [c for c in judged if c.attack == attack]:
-                many = f"{attack}, any of {len(found)} settings" if len(found) > 1 else attack
-                rows.append((many, found[0], union(found)))
-        for name, cell, outcomes in rows:
-            known = [paper.published(cell.attack, cell.setting, m) for m in paper.MODELS]
-            if (rate := rate_of(outcomes)) is not None and any(known):
-                shown = ["" if v is None else f"{v:.1f}" for v in known]
-                lines.append([source.title, name, percent(rate), str(len(outcomes)), *shown])
+    for source in (s for s in sources if s.cells):
+        judge = source.cells[0].judge
+        for row in beside_paper(source.cells, source.grids, source.manifest, judge):
+            rate = row.cell.rate
+            shown = ["" if v is None else f"{v:.1f}" for v in row.published.values()]
+            if rate is not None:
+                lines.append(
+                    [source.title, row.label, judge, percent(rate), str(row.cell.samples), *shown]
+                )
     return lines
 
 
@@ -212,11 +205,9 @@ def decoding(sources: Sequence[Source]) -> Iterator[Figure]:
     ):
         rows, values, columns = [], [], []
         for source in sources:
-            found = {float(c.setting[parameter]): c.rate for c in source.cells
-                     if parameter in c.setting}  # fmt: skip
-            if found:
+            for name, found in _swept(source, parameter).items():
                 columns = sorted({*columns, *found})
-                rows.append(source.title)
+                rows.append(name)
                 values.append(found)
         if rows:
             grid = [[100 * r.value if (r := v.get(c)) else None for c in columns] for v in values]
@@ -232,6 +223,15 @@ def decoding(sources: Sequence[Source]) -> Iterator[Figure]:
                 unit="%",
                 top=100.0,
             )
+
+
+def _swept(source: Source, parameter: str) -> dict[str, dict[float, stats.Interval | None]]:
+    """Rates by the value of a decoding parameter, as the first judge of the run sees them, by a
+    name that tells the grids of a run apart."""
+    out: dict[str, dict[float, stats.Interval | None]] = {}
+    for name, cells in sweeps(source, parameter).items():
+        out[name] = {float(c.setting[parameter]): c.rate for c in cells}
+    return out
 
 
 def searches(sources: Sequence[Source]) -> Iterator[Figure]:

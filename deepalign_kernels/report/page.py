@@ -181,8 +181,10 @@ def _tables(sources: Sequence[Source]) -> str:
          "Recovered: of the prompts refused without a prefix, the share that is no success behind"
          " one either."),
         (attacks.beside_the_paper(sources), "Beside the paper",
-         "Llama-2-7B-Chat on HEx-PHI (arXiv 2406.05946, table 3), before and after its"
-         " augmentation. Other prompts, another judge: compare the order."),
+         "Llama-2-7B-Chat on HEx-PHI (arXiv 2406.05946, tables 3, 4, 9, 10), before and after its"
+         " augmentation. Of decoding what the judge says of the reply that a scorer finds worst, as"
+         " there, or success in any setting where no judge gives scores; of fine-tuning 100 harmful"
+         " examples. Other prompts, another judge: compare the order."),
     ):  # fmt: skip
         if len(lines) > 1:
             out.append(f"<h3>{title}</h3><p class=soft>{about}</p>"
@@ -191,7 +193,7 @@ def _tables(sources: Sequence[Source]) -> str:
         if source.cells:
             out.append(
                 f"<h3>Attacks on {escape(source.title)}</h3>"
-                f'<pre tabindex="0">{escape(text_table(source.cells))}</pre>'
+                f'<pre tabindex="0">{escape(text_table([*source.cells, *source.grids]))}</pre>'
             )
     return "".join([*out, "</section>"]) if len(out) > 1 else ""
 
