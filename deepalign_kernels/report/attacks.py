@@ -240,17 +240,21 @@ def searches(sources: Sequence[Source]) -> Iterator[Figure]:
         for source in sources:
             names = dict.fromkeys(r.name for r in source.searches)
             for name in names:
-                histories = [h for r in source.searches if r.name == name
-                             if (h := _history(r.data, unit))]  # fmt: skip
-                if histories:
+                found = [r.data for r in source.searches if r.name == name]
+                whole = [d for d in found if losses(d) and (unit == "step" or d.get("flops"))]
+                if whole:
                     many = len(names) > 1 or len(sources) > 1
-                    label = f"{source.title}, {name}" if many else name
-                    series.append(_mean_history(label, histories, source.model))
+                    named = f"{source.title}, {name}" if many else name
+                    series.append(_mean_losses(named, whole, unit, source.model))
         if series:
             yield Figure(
                 f"search-{key}",
                 "Loss of the search" + (" by step" if unit == "step" else " by computation"),
-                "Best loss so far, mean over prompts. " + BANDS.replace("answers", "prompts"),
+                "Best loss so far, mean over prompts; a search that ended early keeps its last."
+                " GCG: mean over the target's tokens; random search: its first token. A suffix for"
+                " several prompts begins anew where a prompt is taken in: the line breaks there."
+                f" {BANDS.replace('answers', 'prompts')} Seconds of a step are not recorded (those"
+                " of whole units stand in times.jsonl), so there is no such curve by time.",
                 label,
                 "loss of the target (nats)",
                 ATTACKS,
@@ -258,27 +262,47 @@ def searches(sources: Sequence[Source]) -> Iterator[Figure]:
             )
 
 
-def _history(data: Mapping, unit: str) -> list[tuple[float, float]]:
-    """(step or TFLOP, best loss so far) from data["history"], losses by step, and data["flops"], of
-    the whole search."""
-    history = data.get("history") or []
-    if unit == "flops" and not data.get("flops"):
-        return []
-    each = 1.0 if unit == "step" else data["flops"] / len(history or [0]) / 1e12
-    best = np.minimum.accumulate(history) if history else []
-    return [(each * (i + 1), float(loss)) for i, loss in enumerate(best)]
+def losses(data: Mapping) -> list[float]:
+    """Best loss so far after each step of a search; steps before the first loss have that one.
+
+    From "history", losses by step, None where there was no candidate, and "grown", steps after
+    which the loss is another one; or from "improved", [step, best loss] where it fell.
+    """
+    known: dict[int, float] = {int(step): loss for step, loss in data.get("improved") or []}
+    history = data.get("history") or [known.get(i + 1) for i in range(data.get("steps", 0))]
+    grown = set(data.get("grown") or [])
+    first = next((v for v in history if v is not None), None)
+    now = known.get(0, first)
+    out = []
+    for i, loss in enumerate(history):
+        if i in grown and loss is not None:
+            grown.discard(i)
+            now = loss
+        elif i in grown:  # the first candidate under the new loss comes later
+            grown.discard(i)
+            grown.add(i + 1)
+        elif loss is not None and now is not None:
+            now = min(now, loss)
+        out.append(now)
+    return [] if now is None else out
 
 
-def _mean_history(
-    name: str, histories: Sequence[Sequence[tuple[float, float]]], model: str
-) -> Series:
-    length = min(map(len, histories))
-    values = np.array([[y for _, y in h[:length]] for h in histories])
+def _mean_losses(name: str, searches: Sequence[Mapping], unit: str, model: str) -> Series:
+    """Over prompts; what one step costs is the mean of the searches."""
+    histories = [losses(d) for d in searches]
+    length = max(map(len, histories))
+    values = np.array([[*h, *[h[-1]] * (length - len(h))] for h in histories])
     c = curves.curve(values)
-    x = np.array([[x for x, _ in h[:length]] for h in histories]).mean(0)
+    each = 1.0
+    if unit == "flops":
+        each = sum(d["flops"] for d in searches) / sum(map(len, histories)) / 1e12
+    x = each * np.arange(1, length + 1)
     every = max(1, length // 200)
     x, mean, low, high = ([float(v) for v in p[::every]] for p in (x, c.mean, c.low, c.high))
-    return Series(name, x, mean, low, high, c.count[::every].tolist(), model=model)
+    grown = sorted({step for d in searches for step in d.get("grown") or []})
+    breaks = [max(v for v in x if v <= each * step) for step in grown if each * step >= x[0]]
+    counts = c.count[::every].tolist()
+    return Series(name, x, mean, low, high, counts, model=model, breaks=breaks)
 
 
 def judges(sources: Sequence[Source]) -> Iterator[Figure]:

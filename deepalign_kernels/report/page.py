@@ -15,6 +15,7 @@ from deepalign_kernels.report import attacks, svg, verdict
 from deepalign_kernels.report.figure import Figure, Heat
 from deepalign_kernels.report.figures import figures
 from deepalign_kernels.report.read import Source, read
+from deepalign_kernels.runs.record import short
 from deepalign_kernels.runs.table import text_table
 
 ICON = "data:,"  # or a browser asks for one
@@ -238,10 +239,20 @@ def _terms(v: dict[str, Any]) -> str:
     )
 
 
+def _named(value: Any, key: str = "") -> Any:
+    """A manifest with the name of a text, as it stands in the cells, for every text that an attack
+    puts into a model's mouth."""
+    if isinstance(value, dict):
+        return {k: _named(v, k) for k, v in value.items()}
+    if key in ("texts", "spans") and isinstance(value, list):
+        return [short(v) if isinstance(v, str) else v for v in value]
+    return value
+
+
 def _manifest(sources: Sequence[Source]) -> str:
     out = ['<section><h2 id="manifest">Manifest</h2>']
     for source in sources:
-        shown = json.dumps(source.manifest, indent=1, sort_keys=True, default=str)
+        shown = json.dumps(_named(source.manifest), indent=1, sort_keys=True, default=str)
         out.append(
             f"<details><summary>{escape(source.title)}: {escape(source.folder.name)}</summary>"
             f'<pre tabindex="0">{escape(shown)}</pre></details>'
