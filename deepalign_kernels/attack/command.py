@@ -42,7 +42,8 @@ class Options:
             from it, and attacks that need the weights are refused.
         send: what goes to the server: ids, text or chat.
         tokenizer: folder of the tokenizer, if it is not the model's.
-        suite: quick, paper, one attack's name, or a YAML file with attacks by name.
+        suite: quick, paper, one attack's name, or a YAML file with attacks by name; fine-tuning
+            needs settings, so a file.
         format: of the data, if it is not to be told from its columns.
         limit: only the first so many prompts; 0 takes all.
         judge: judges: keywords[:LIST], classifier:FOLDER:LABEL, judgezoo:NAME, score:MODEL,
@@ -94,7 +95,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Attack, judge, print; 1 if nothing could be scored, or `verify` finds a difference."""
+    """Attack, judge, print; 1 if nothing could be scored, or `verify` finds a difference
+    or nothing to compare."""
     if options.paper and options.paper not in paper.MODELS:
         raise near("paper", options.paper, paper.MODELS)
     check.count("chunk", options.chunk, 1)
@@ -112,12 +114,15 @@ def run(options: Options) -> int:
     about |= {"left_out": left_out} if left_out else {}
     with Run(folder, about) as opened:
         if options.verify:
-            wrong = verify(
+            compared, wrong = verify(
                 opened, engine, attacks, prompts, options.verify, chunk=options.chunk,
                 seed=options.seed,
             )  # fmt: skip
-            print("\n".join(wrong) or f"{options.verify} rows replayed: no difference")
-            return 1 if wrong else 0
+            told = f"{len(wrong)} differ" if wrong else "no difference"
+            print("\n".join([*wrong, f"{compared} rows replayed: {told}"]))
+            if not compared:
+                _say(f"error: {folder} has no finished rows of this suite: nothing was verified")
+            return 1 if wrong or not compared else 0
         evaluate(opened, engine, attacks, prompts, chunk=options.chunk, say=_say)
         records = list(read_records(folder))
         about = json.dumps({j.name: j.about() for j in judges}, indent=1)

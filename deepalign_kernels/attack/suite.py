@@ -139,8 +139,8 @@ def verify(
     *,
     chunk: int = 8,
     seed: int = 0,
-) -> list[str]:
-    """Replay random units until n rows are compared; returns what differs, in words.
+) -> tuple[int, list[str]]:
+    """Replay random units until n rows are compared; (how many were, what differs in words).
 
     In mode "exact" nothing may differ; in mode "fast" nothing on the same machine and versions.
     """
@@ -158,4 +158,4 @@ def verify(
                 wrong.append(f"{unit.name}: {record.item} {dict(record.cell)} differs")
         if compared >= n:
             break
-    return wrong
+    return compared, wrong

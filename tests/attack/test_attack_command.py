@@ -95,12 +95,19 @@ def test_a_whole_evaluation(world, tmp_path, capsys):
     assert (out / "records.jsonl").read_bytes() == before
     assert SECRET in capsys.readouterr().out
     assert main(words(world, out, "--verify", "1000")) == 0
-    assert "no difference" in capsys.readouterr().out
+    rows = len(list(read_records(out)))
+    assert capsys.readouterr().out == f"{rows} rows replayed: no difference\n"
     for more, changed in ((("--seed", "1"), "attacks, seed"), (("--chunk", "2"), "chunk")):
         assert main(words(world, out, *more)) == 2
         told = f"another {changed}; choose another folder, or go on with the settings in its"
         assert f"{told} manifest.json" in capsys.readouterr().err
     assert (out / "records.jsonl").read_bytes() == before
+
+
+def test_nothing_replayed_is_nothing_verified(world, tmp_path, capsys):
+    assert main(words(world, tmp_path / "none", "--verify", "50", suite="direct")) == 1
+    out, err = capsys.readouterr()
+    assert out == "0 rows replayed: no difference\n" and "nothing was verified" in err
 
 
 def test_refusals_of_harmless_prompts_are_a_rate_of_their_own(world, tmp_path, capsys):
@@ -238,6 +245,7 @@ def test_failures_of_a_server_are_tried_again(world, tmp_path, capsys, monkeypat
     "more,why",
     [
         (("--suite", "papper"), "did you mean 'paper'"),
+        (("--suite", "finetune"), "so a YAML file: a line such as `finetune: {attack: finetune,"),
         (("--judge", "keyword"), "did you mean 'keywords'"),
         (("--judge", "score"), "score needs details"),
         (("--paper", "initail"), "did you mean 'initial'"),
