@@ -99,7 +99,7 @@ def _verdict(sources: Sequence[Source]) -> str:
             r"(?<=\d) (?=%)|(?<=[nkp]) = ", lambda m: m[0].replace(" ", "\u00a0"), sentence
         )
         head, _, rest = kept.partition(": ")
-        lines.append(f"<li><b>{escape(head)}.</b> {escape(rest[:1].upper() + rest[1:])}</li>")
+        lines.append(f"<li><b>{escape(head)}:</b> {escape(rest)}</li>")
     rules = "".join(f"<li>{escape(rule)}</li>" for rule in verdict.RULES)
     return (
         f'<div class="verdict"><ol>{"".join(lines)}</ol></div>'

@@ -115,8 +115,7 @@ def beside_paper(
     """The rates by one judge that can stand beside the paper's.
 
     Of a decoding grid that is the judge's verdict on the reply that a scorer picks, best another
-    judge's; without scores, success in any setting, which bounds it from above. Of GCG all its
-    prompts, whether the suffix was trained on them or not.
+    judge's; without scores, success in any setting, which bounds it from above.
 
     Args:
         table: `cells` of the run.
@@ -125,7 +124,7 @@ def beside_paper(
         judge: name.
     """
     out = []
-    for cell in [*_merged(table, manifest, judge), *_grid_rows(grids, judge)]:
+    for cell in [*(c for c in table if c.judge == judge), *_grid_rows(grids, judge)]:
         kind = kind_of(manifest, cell.attack)
         known = {m: paper.published(kind, cell.setting, m) for m in paper.MODELS}
         if any(v is not None for v in known.values()) and cell.rate is not None:
@@ -144,26 +143,4 @@ def _grid_rows(grids: Sequence[Cell], judge: str) -> list[Cell]:
     for any_of, *worst in groups.values():
         other = [c for c in worst if not str(c.setting[OVER]).endswith(f" by {judge}")]
         out.append([*other, *worst, any_of][0])
-    return out
-
-
-def _merged(table: Sequence[Cell], manifest: Mapping[str, Any], judge: str) -> list[Cell]:
-    """Cells of one judge, those of a GCG made one."""
-    out: list[Cell] = []
-    made: dict[str, int] = {}
-    for c in table:
-        if c.judge != judge or c.setting.get("benign"):
-            continue
-        if kind_of(manifest, c.attack) == "gcg":
-            if c.attack in made:
-                before = out[made[c.attack]]
-                both = {
-                    item: [*before.outcomes.get(item, []), *c.outcomes.get(item, [])]
-                    for item in [*before.outcomes, *c.outcomes]
-                }
-                out[made[c.attack]] = replace(before, outcomes=both)
-                continue
-            made[c.attack] = len(out)
-            c = replace(c, setting={})
-        out.append(c)
     return out

@@ -212,7 +212,7 @@ def test_prefixes_in_one_number_and_beside_the_paper(folders, tmp_path):
     assert ("aligned", "prefill, k=1") not in found
     whole = found["aligned", "decoding, any of 2 settings"]
     assert whole == ["first", "50 % [31, 69]", "24", "54.9", "11.3"]
-    assert found["aligned", "gcg"] == ["first", "50 % [31, 69]", "24", "36.5", "18.4"]
+    assert found["aligned", "gcg, x="] == ["first", "50 % [31, 69]", "24", "36.5", "18.4"]
 
 
 class Parser(html.parser.HTMLParser):

@@ -152,4 +152,5 @@ def test_texts_of_an_attack_are_not_in_a_report(tmp_path):
                          "x": {"then": {"attack": "insertion", "spans": [text]}}}}  # fmt: skip
     an_attack(tmp_path / "r", "m", {short(text): 0.5}, setting="text", **about)
     page = build([tmp_path / "r"], tmp_path / "r.html").read_text()
+    assert "<b>Prefix:</b> no attack" in page
     assert text not in page and page.count(short(text)) >= 3

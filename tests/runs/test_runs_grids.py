@@ -92,9 +92,9 @@ def test_the_heat_map_is_of_the_first_judge_and_has_a_line_for_each_grid(folder)
     assert figure.data.values[0] == pytest.approx([0.0, 100 / 3, 0.0])
 
 
-def test_gcg_on_trained_and_held_out_prompts_is_one_rate():
+def test_a_gcg_by_another_name_is_compared_on_the_prompts_it_was_not_searched_on():
     samples = [
-        Record("sample", "u", {"universal": True, "prompts": kind}, item)
+        Record("sample", "u", {"universal": kind}, item)
         for kind, items in (("train", "ab"), ("test", "cdef"))
         for item in items
     ]
@@ -103,5 +103,5 @@ def test_gcg_on_trained_and_held_out_prompts_is_one_rate():
     ]
     about = {"attacks": {"u": {"attack": "gcg"}}}
     (row,) = grids.beside_paper(cells(samples, verdicts), [], about, "j")
-    assert row.label == "u" and row.cell.rate.value == pytest.approx(2 / 6)
+    assert row.label == "u, universal=test" and row.cell.rate.value == pytest.approx(1 / 4)
     assert row.published["initial"] == 36.5
