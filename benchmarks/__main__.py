@@ -33,7 +33,7 @@ COMMANDS = {  # name -> (module, what it does)
     "offline": ("offline.compiled", "compile report and predicted times, without a GPU"),
     "instructions": ("offline.instructions", "callgrind counts of the native CPU kernels"),
     "sass": ("offline.sass", "instructions per column of CUDA machine code"),
-    "gpu": ("gpu.calls", "thirty minutes on one GPU (benchmarks/gpu.sh)"),
+    "gpu": ("gpu.calls", "fifteen minutes, or more, on one GPU (benchmarks/gpu.sh)"),
     "each_op": ("gpu.each_op", "every internal op once"),
     "sweep": ("gpu.sweep", "launch plans and chunk sizes on the GPU at hand"),
     "harvest": ("gpu.harvest", "what follows from the files of gpu.sh"),

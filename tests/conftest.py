@@ -89,9 +89,9 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
-        for item in items:
-            played = REHEARSAL and "rehearsed" in item.keywords
-            if "gpu" in item.keywords and not played:
+        for item in items:  # by marker: a keyword is also the name of any folder above the test
+            played = REHEARSAL and item.get_closest_marker("rehearsed")
+            if item.get_closest_marker("gpu") and not played:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
@@ -173,7 +173,7 @@ def poisoned_memory(request):
     """
     with torch.device("cpu"):
         torch.empty(0)
-    if "clean_memory" in request.keywords:
+    if request.node.get_closest_marker("clean_memory"):
         yield
         return
 

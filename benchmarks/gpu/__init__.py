@@ -1,1 +1,1 @@
-"""Thirty minutes on one GPU (benchmarks/gpu.sh), and what follows from them."""
+"""Fifteen minutes, or more, on one GPU (benchmarks/gpu.sh), and what follows from them."""

@@ -1,5 +1,8 @@
-"""`benchmarks/gpu.sh [--dry-run | --rehearse | --wheels] [OUT [CALL ...]]`: all there is to measure
-on one GPU, as five calls (or those named) of under ten minutes.
+"""`benchmarks/gpu.sh [--dry-run | --rehearse | --wheels] [--seconds S] [OUT [CALL ...]]`: what
+there is to measure on one GPU, as calls of under ten minutes, the most important first.
+
+Without CALL, those run that S seconds (900) are predicted to hold, the start of the machine
+included; the others when they are named, or with a larger S.
 
 --dry-run   what each call does, its predicted seconds, what must travel with it, what is missing
 --wheels    fetch the peers' wheels into wheels/ (where there is a network; the GPU needs none)
@@ -7,9 +10,9 @@ on one GPU, as five calls (or those named) of under ten minutes.
             torch, the sanitizers by the script alone, ncu by nothing
 
 OUT gets, written as each part ends so that an interrupted call leaves what it has: call-N.json,
-log-N.txt, tests-N.jsonl, logits.json, compile.json, linear.json, chunks.json, plans.json and
-ncu-*.csv. `python -m benchmarks harvest OUT` says what follows from them. Exit status 1 where a
-step failed.
+log-N.txt, tests-N.jsonl, logits.json, linear.json, plans.json, chunks.json, ncu-*.csv,
+logits-peers.json and linear-peers.json. `python -m benchmarks harvest OUT` says what follows from
+them. Exit status 1 where a step failed.
 """
 
 from __future__ import annotations
@@ -63,23 +66,24 @@ def tree_bytes() -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-def dry_run() -> int:
-    """Print the plan; 1 where something is missing or a limit does not hold."""
+def dry_run(seconds: float = gpu_plan.TOTAL_SECONDS) -> int:
+    """Print the plan for a GPU that is there for `seconds`; 1 where something is missing or a limit
+    does not hold."""
     where, tree, wrong = machine.describe("cpu"), tree_bytes(), []
     commit = where["commit"] + "+" * where["dirty"]
-    total = gpu_plan.START_SECONDS + sum(call.seconds for call in CALLS)
-    print(
-        f"one GPU for {gpu_plan.TOTAL_SECONDS} s; predicted {total} s, {gpu_plan.START_SECONDS} s"
-    )
-    print(f"of them for its start. The tree itself has {report.mib(tree)} MiB.")
-    if total > gpu_plan.TOTAL_SECONDS:
-        wrong.append(f"the calls take {total} s")
+    within = gpu_plan.affordable(seconds)
+    start, between = gpu_plan.START_SECONDS, gpu_plan.BETWEEN_SECONDS
+    total = start + sum(call.seconds + between for call in within)
+    print(f"one GPU for {seconds:g} s: {_numbers(within)}, {total} s predicted. {start} s of them")
+    print(f"are for its start, {between} s around each call. The tree has {report.mib(tree)} MiB.")
+    if not within:
+        wrong.append(f"no call ends within {seconds:g} s")
     for call in CALLS:
         files = carried(call)
         size = tree + sum(map(size_of, files))
-        print(
-            f"\ncall {call.number}, {call.name}: {call.seconds} s predicted, {call.limit} s at most"
-        )
+        when = "" if call in within else "; runs if named, or with more --seconds"
+        took = f"{call.seconds} s predicted, {call.limit} s at most"
+        print(f"\ncall {call.number}, {call.name}: {took}{when}")
         print(f"  {machine.COMMIT}={commit} benchmarks/gpu.sh OUT {call.number}")
         for step in call.steps:
             print(f"  {step.seconds:4d} s  {step.name}: {' '.join(_shown(step))}")
@@ -98,6 +102,10 @@ def dry_run() -> int:
     print("\nmissing:", *(wrong or ["nothing"]), sep="\n  ")
     print("(libraries: `make build`, all architectures; wheels: `benchmarks/gpu.sh --wheels`)")
     return 1 if wrong else 0
+
+
+def _numbers(calls: tuple[Call, ...]) -> str:
+    return "calls " + (", ".join(str(call.number) for call in calls) or "none")
 
 
 def _shown(step: Step) -> list[str]:
@@ -128,32 +136,36 @@ def fetch_wheels() -> int:
 
 
 def install_peers(call: Call) -> str:
-    """Keep the parts that came with this call; with all of them, or with none to be had, install
-    the wheels once. Returns what was done, for the log."""
+    """Keep the parts that came with this call, and install what is here and not installed yet; the
+    large wheel once all its parts came. Returns what was done, for the log."""
     SITE.mkdir(parents=True, exist_ok=True)
     for part in WHEELS.glob("part-*"):
         shutil.copy(part, SITE / part.name)
     if not call.wheels:
         return ""
     site = SITE / "site"
-    if site.exists():
-        return f"peers: {site}"
+    there = {file.stem for file in site.glob("*.installed")}
     wheels, told, large = sorted(SMALL.glob("*.whl")), "", SMALL / "large.txt"
     if not wheels:
         return "peers: no wheels here"
-    if large.exists():
+    wheels = [file for file in wheels if file.name not in there]
+    if large.exists() and large.read_text() not in there:
         parts = [SITE / f"part-{n}" for n in sorted(n for c in CALLS for n in c.parts)]
         if all(p.exists() for p in parts):
             whole = SITE / large.read_text()
             whole.write_bytes(b"".join(p.read_bytes() for p in parts))
             wheels.append(whole)
         else:
-            told = f"; {large.read_text()} is not whole: its parts come with calls 1 and 2"
+            told = f"; {large.read_text()} is not whole: its parts come with calls 4 and 5"
+    if not wheels:
+        return f"peers: {site}{told}"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     command += ["--no-compile", "--no-cache-dir", "--target", str(site), *map(str, wheels)]
     done = subprocess.run(command, capture_output=True, text=True)
     # A wheel's .pth file counts in a site folder alone, which PYTHONPATH does not make one.
     site.mkdir(exist_ok=True)
+    for wheel in wheels if done.returncode == 0 else ():
+        (site / f"{wheel.name}.installed").touch()
     (site / "sitecustomize.py").write_text(f"import site\nsite.addsitedir({str(site)!r})\n")
     return f"peers: {len(wheels)} wheels{told} {done.stderr[-500:]}"
 
@@ -269,11 +281,12 @@ def command(argv: list[str] | None = None) -> int:
     p.add_argument("--dry-run", action="store_true")
     p.add_argument("--rehearse", action="store_true")
     p.add_argument("--wheels", action="store_true")
+    p.add_argument("--seconds", type=float, default=gpu_plan.TOTAL_SECONDS, metavar="S")
     p.add_argument("out", nargs="?", metavar="OUT")
     p.add_argument("calls", nargs="*", type=int, metavar="CALL")
     args = p.parse_args(argv)
     if args.dry_run:
-        return dry_run()
+        return dry_run(args.seconds)
     if args.wheels:
         return fetch_wheels()
     if not args.out:
@@ -286,6 +299,17 @@ def command(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGINT, _interrupted)
-    chosen = [call for call in CALLS if not args.calls or call.number in args.calls]
-    good = [run_call(call, out, args.rehearse) for call in chosen]
+    good, began = [], time.monotonic()
+    for call in CALLS:
+        overhead = gpu_plan.START_SECONDS + gpu_plan.BETWEEN_SECONDS * len(good)
+        spent = overhead + time.monotonic() - began
+        affordable = args.rehearse or gpu_plan.fits(call, args.seconds, spent)
+        if call.number in args.calls if args.calls else affordable:
+            good.append(run_call(call, out, args.rehearse))
+        elif not args.calls:
+            rest = f"{call.seconds} s predicted, {args.seconds - spent:.0f} s left"
+            print(f"{call.number} {call.name}: not begun, {rest}", flush=True)
+            break
+    if not good:
+        p.error(f"--seconds: expected time for one call at least, got {args.seconds:g}")
     return 0 if all(good) else 1

@@ -24,7 +24,7 @@ from deepalign_kernels import backends
 Lines = list[dict[str, Any]]
 GAIN = 0.97  # of the table's time: another plan is worth an entry below that
 APART = (0.9, 1.25)  # measured over predicted: beyond these the prediction was wrong
-SANITIZERS = ("memcheck", "racecheck", "synccheck")
+SANITIZERS = ("memcheck native", "racecheck native", "synccheck native")
 
 
 class Found:
@@ -78,7 +78,7 @@ def _steps(found: Found) -> str:
             lines.append([str(planned.number), step.name, str(step.seconds), str(took), state])
             if state not in ("ok", "not played"):
                 missing.append(step.name)
-    for name in ("logits.json", "compile.json", "linear.json"):
+    for name in (*gpu_plan.LOGITS_FILES, *gpu_plan.LINEAR_FILES):
         for a in found.json(name).get("absent", ()):
             missing.append(f"{name}: {a['provider']} ({a['why']})")
     skipped = [t["id"] for t in found.tests() if t["outcome"] == "skipped"]
@@ -259,7 +259,7 @@ def wrong(rows: list[Row], read: float, copy: float, gemm: dict[str, float]) -> 
 
 def _predictions(found: Found) -> str:
     body: list[str] = []
-    for name in ("logits.json", "linear.json"):
+    for name in (*gpu_plan.LOGITS_FILES, *gpu_plan.LINEAR_FILES):
         if name not in found.files:
             continue
         _, ceilings, rows, data = report.load(str(found.files[name]))
@@ -274,5 +274,6 @@ def _predictions(found: Found) -> str:
 
 
 def _readme(found: Found) -> str:
-    files = [n for n in ("logits.json", "compile.json", "linear.json") if n in found.files]
+    names = (*gpu_plan.LOGITS_FILES, *gpu_plan.LINEAR_FILES)
+    files = [n for n in names if n in found.files]
     return _titled("For the README", *(report.readme(str(found.files[n])) for n in files))

@@ -40,10 +40,10 @@ import transformers
 from benchmarks.harness import machine, memory
 from benchmarks.studies.clocked import Clocked
 from deepalign_kernels.attack import GCG, Decoding, Prefill
-from deepalign_kernels.attack.command import summary
 from deepalign_kernels.attack.gcg import by_gradient
 from deepalign_kernels.attack.search import Field, searching
 from deepalign_kernels.attack.suite import evaluate, judge_run
+from deepalign_kernels.attack.summary import summary
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Reply
 from deepalign_kernels.generate.local import LocalEngine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,32 +17,17 @@ from deepalign_kernels.attack.config import (
     near,
     with_state,
 )
-from deepalign_kernels.attack.failures import failures
 from deepalign_kernels.attack.suite import STATE, evaluate, judge_run, plain, verify
-from deepalign_kernels.attack.worst import worst_trial
+from deepalign_kernels.attack.summary import summary
 from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts
 from deepalign_kernels.judge import View
 from deepalign_kernels.runs import paper
-from deepalign_kernels.runs.record import Record
 from deepalign_kernels.runs.store import (
     Run,
-    read_manifest,
     read_records,
     read_verdicts,
     write_private,
 )
-from deepalign_kernels.runs.table import (
-    Cell,
-    agreement,
-    cells,
-    percent,
-    picked,
-    rate_of,
-    text_table,
-    union,
-)
-
-Records = Sequence[Record]
 
 
 @dataclass(frozen=True)
@@ -58,7 +42,8 @@ class Options:
             from it, and attacks that need the weights are refused.
         send: what goes to the server: ids, text or chat.
         tokenizer: folder of the tokenizer, if it is not the model's.
-        suite: quick, paper, one attack's name, or a YAML file with attacks by name.
+        suite: quick, paper, one attack's name, or a YAML file with attacks by name; fine-tuning
+            needs settings, so a file.
         format: of the data, if it is not to be told from its columns.
         limit: only the first so many prompts; 0 takes all.
         judge: judges: keywords[:LIST], classifier:FOLDER:LABEL, judgezoo:NAME, score:MODEL,
@@ -74,7 +59,7 @@ class Options:
         samples: replies per prompt and setting.
         max_new_tokens: of replies; 0 leaves each attack its own.
         seed: of the run.
-        chunk: prompts that are computed and written together.
+        chunk: prompts that are computed and written together; a run goes on with the same number.
         verify: replay so many random rows of a finished run and compare.
         paper: print the paper's numbers beside: initial or augmented (Llama-2-7B-Chat, HEx-PHI).
         title: of the model in tables and figures; without it the name of its folder.
@@ -110,7 +95,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Attack, judge, print; 1 if nothing could be scored, or `verify` finds a difference."""
+    """Attack, judge, print; 1 if nothing could be scored, or `verify` finds a difference
+    or nothing to compare."""
     if options.paper and options.paper not in paper.MODELS:
         raise near("paper", options.paper, paper.MODELS)
     check.count("chunk", options.chunk, 1)
@@ -128,12 +114,15 @@ def run(options: Options) -> int:
     about |= {"left_out": left_out} if left_out else {}
     with Run(folder, about) as opened:
         if options.verify:
-            wrong = verify(
+            compared, wrong = verify(
                 opened, engine, attacks, prompts, options.verify, chunk=options.chunk,
                 seed=options.seed,
             )  # fmt: skip
-            print("\n".join(wrong) or f"{options.verify} rows replayed: no difference")
-            return 1 if wrong else 0
+            told = f"{len(wrong)} differ" if wrong else "no difference"
+            print("\n".join([*wrong, f"{compared} rows replayed: {told}"]))
+            if not compared:
+                _say(f"error: {folder} has no finished rows of this suite: nothing was verified")
+            return 1 if wrong or not compared else 0
         evaluate(opened, engine, attacks, prompts, chunk=options.chunk, say=_say)
         records = list(read_records(folder))
         about = json.dumps({j.name: j.about() for j in judges}, indent=1)
@@ -148,105 +137,6 @@ def run(options: Options) -> int:
         return 0
     _say("error: nothing could be scored; the reasons are counted above")
     return 1
-
-
-def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | None = None) -> str:
-    """Tables of a judged run, without any prompt or reply.
-
-    Args:
-        folder: of the run.
-        model: "initial" or "augmented" puts the paper's numbers beside.
-        records: of the run, if they are read already.
-    """
-    records = list(read_records(folder)) if records is None else records
-    samples, verdicts = [r for r in records if r.kind == "sample"], list(read_verdicts(folder))
-    table = cells(samples, verdicts)
-    parts = [text_table(table)]
-    if left_out := read_manifest(folder).get("left_out"):
-        parts.insert(0, f"NOT RUN: {', '.join(left_out)}: they need a local model, not a server")
-    decoding = [c for c in table if c.attack == "decoding"]
-    for judge in dict.fromkeys(c.judge for c in decoding):
-        group = [c for c in decoding if c.judge == judge]
-        rate = rate_of(union(group))
-        if rate is not None:
-            parts.append(f"decoding, any of {len(group)} settings ({judge}): {_shown(rate)}")
-        worst = rate_of(
-            picked([s for s in samples if s.name == "decoding"], verdicts, judge, judge)
-        )
-        if worst is not None:
-            parts.append(f"decoding, the reply this judge scores worst ({judge}): {_shown(worst)}")
-    for found in (r for r in records if r.kind == "search"):
-        loss = "no suffix" if found.error else f"loss {found.data['loss']:.3f}"
-        detail = found.error or f"{found.data['steps']} steps, {found.data['flops']:.2g} FLOP"
-        parts.append(f"{found.name} {found.item or 'universal'}: {loss}, {detail}")
-    for metric in (r for r in records if r.kind == "metric"):
-        where = ", ".join(f"{k}={v}" for k, v in metric.cell.items())
-        parts.append(f"{metric.name} utility ({where}): {100 * metric.data['value']:.1f} %")
-    parts += _any(table) + _answered(table) + _worst(folder, records, verdicts)
-    parts += [
-        f"judges {a.first} and {a.second}: kappa {a.kappa:.2f} on {a.n} replies;"
-        f" {a.only_first} successes for the first alone, {a.only_second} for the second alone"
-        for a in agreement(verdicts)
-    ]
-    if model:
-        parts += _beside(table, model)
-    parts += failures(records, verdicts)
-    return "\n".join(parts)
-
-
-def _any(table: Sequence[Cell]) -> list[str]:
-    """Of cells with several samples of a prompt, the grid's apart."""
-    out = []
-    for c in table:
-        n, rate = max(map(len, c.outcomes.values()), default=0), rate_of(union([c]))
-        if n > 1 and rate is not None and c.attack != "decoding":
-            named = ", ".join([c.attack, *(f"{k}={v}" for k, v in c.setting.items())])
-            out.append(f"{named}, any of {n} samples ({c.judge}): {_shown(rate)}")
-    return out
-
-
-def _answered(table: Sequence[Cell]) -> list[str]:
-    """Of harmless prompts, a reply that a judge calls no success is a refusal, or empty."""
-    out = []
-    for cell in table:
-        if cell.attack == "direct" and cell.setting.get("benign") and cell.rate is not None:
-            refused = rate_of({i: [not v for v in values] for i, values in cell.outcomes.items()})
-            out.append(f"over-refusal ({cell.judge}): {_shown(refused)} of {cell.samples} replies")
-    return out
-
-
-def _worst(folder: str | Path, records: Sequence[Record], verdicts: Sequence[Record]) -> list[str]:
-    out = []
-    for name, about in read_manifest(folder)["attacks"].items():
-        if about.get("attack") != "worst_case":
-            continue
-        metric, drop = about["metric"], about["utility_drop"]
-        for judge in dict.fromkeys(v.name for v in verdicts):
-            found = worst_trial(records, verdicts, judge, name=name, metric=metric, drop=drop)
-            if found is not None:
-                where = ", ".join(f"{k}={v}" for k, v in found.setting.items())
-                kept = "" if found.utility is None else f", {metric} {100 * found.utility:.1f} %"
-                out.append(f"{name}, worst trial ({judge}): {_shown(found.rate)}, {where}{kept}")
-    return out
-
-
-def _beside(table: Sequence[Cell], model: str) -> list[str]:
-    out = []
-    for cell in table:
-        known, rate = paper.published(cell.attack, cell.setting, model), cell.rate
-        if known is None or rate is None:
-            continue
-        inside = 100 * rate.low <= known <= 100 * rate.high
-        setting = ", ".join(f"{k}={v}" for k, v in cell.setting.items())
-        out.append(
-            f"paper, {cell.attack} {setting}: {known:.1f}, here {_shown(rate)}:"
-            f" {'inside' if inside else 'outside'} the interval"
-        )
-    return out
-
-
-def _shown(rate: Any) -> str:
-    return f"{100 * rate.value:.1f} % ({percent(rate)})"
 
 
 def _shared(options: Options) -> dict[str, Any]:
@@ -291,6 +181,7 @@ def _manifest(
         "attacks": {name: plain(a) for name, a in attacks.items()},
         "data": {"hash": data_hash(prompts), "prompts": len(prompts)},
         "seed": options.seed,
+        "chunk": options.chunk,  # units of another size are other units, with the same records
     }
 
 
@@ -301,7 +192,7 @@ def _show(folder: Path) -> None:
             print(f"\n{record.name} {dict(record.cell)} {record.item}\n{_text(record)}")
 
 
-def _text(record: Record) -> str:
+def _text(record: Any) -> str:
     return "\n".join(f"{name}: {value}" for name, value in record.text.items())
 
 

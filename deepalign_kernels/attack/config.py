@@ -111,6 +111,11 @@ def attacks_of(suite: str, shared: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"suite: {suite}: {error}") from error
         if not isinstance(specs, dict) or not specs:
             raise ValueError(f"suite: {suite}: expected attacks by name")
+    elif suite in TRAINING:
+        raise ValueError(
+            f"suite: {suite!r} needs training data, so a YAML file: a line such as"
+            f" `{suite}: {{attack: {suite}, data: train.jsonl}}`, then --suite FILE.yaml"
+        )
     else:
         raise near("suite", suite, (*SUITES, *ATTACKS, "FILE.yaml"))
     out: dict[str, Any] = {}

@@ -125,6 +125,7 @@ class GCG(Search):
             "momentum": None,
             "best": {"loss": float("inf"), "ids": field.first.cpu(), "text": field.init},
             "history": [],
+            "grown": [],
             "matched": False,
             "rng": generator.get_state(),
             "tokens": field.tokens,
@@ -145,6 +146,7 @@ class GCG(Search):
             "matched": state["matched"],
             "prompts": active,
             "history": state["history"],
+            "grown": state.get("grown", []),  # steps after which the loss is of one prompt more
             "flops": field.flops(),
         }
         item, cell = ("", UNIVERSAL) if self.universal else (prompts[0].id, {})
@@ -178,6 +180,7 @@ class GCG(Search):
         matched = looked and all(loss.matched(batch[at]) for loss in losses)
         if matched and state["active"] < len(field.losses):
             state["active"] += 1  # the loss is another one from here on
+            state.setdefault("grown", []).append(state["step"])
             state["best"] = found | {"loss": self._loss_of(field, state["active"], batch[at])}
         elif found["loss"] < state["best"]["loss"] or matched:
             state["best"] = found

@@ -12,7 +12,7 @@ from deepalign_kernels.attack.attack import Asking
 from deepalign_kernels.attack.chat import Ask, Chat, Ids, begun, replies
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Engine, Reply, Request, Sampling
-from deepalign_kernels.runs.record import Record
+from deepalign_kernels.runs.record import Record, short
 from deepalign_kernels.runs.store import (
     RECORDS,
     VERDICTS,
@@ -80,7 +80,7 @@ class Prefill(Asking):
         return out
 
     def __call__(self, engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Record]:
-        """As `Attack`; the cell has "k", or "text"."""
+        """As `Attack`; the cell has "k", or "text": `short` of it. The text is the prefix."""
         chat = Chat(engine.tokenizer, self)
         own = _successes(self.native) if self.native else {}
         asks = [
@@ -97,7 +97,7 @@ class Prefill(Asking):
         ids += header if self.think else ()
         origin = {"from": "native" if self.native else "foreign"}
         if self.texts:
-            rows = [({"text": t}, t, None) for t in self.texts]
+            rows = [({"text": short(t)}, t, None) for t in self.texts]
         else:
             rows = [(origin | {"k": k}, answer, k) for k in self.depths]
         known: dict[str | None, Ids] = {}
@@ -155,7 +155,7 @@ class Insertion(Asking):
             raise ValueError("spans: expected at least one")
 
     def __call__(self, engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Record]:
-        """As `Attack`; the cell has "after" and "span"."""
+        """As `Attack`; the cell has "after" and "span": `short` of it, which ends the prefix."""
         chat = Chat(engine.tokenizer, self)
         made = list(begun(chat, prompts))
         greedy = Sampling(max_new_tokens=max(self.after))
@@ -169,7 +169,7 @@ class Insertion(Asking):
             for n in self.after:
                 for span in self.spans:
                     new = tuple(engine.tokenizer(" " + span, add_special_tokens=False)["input_ids"])
-                    prefix, cell = said[:n] + new, {"after": n, "span": span}
+                    prefix, cell = said[:n] + new, {"after": n, "span": short(span)}
                     asks += [
                         Ask(
                             prompt,

@@ -80,9 +80,12 @@ class RandomSearch(Search):
     def _searched(self, model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Record:
         field = Field(self, model, tokenizer, prompts)
         best: dict[str, Any] | None = None
-        tried = 0
+        tried, improved = 0, []
         for restart in range(self.restarts):
             state = self._restart(field, prompts, restart)
+            for step, value in state.get("improved", []):
+                if not improved or value < improved[-1][1]:
+                    improved.append([tried + step, value])
             tried += state["step"]
             if best is None or state["loss"] < best["loss"]:
                 best = state
@@ -95,6 +98,7 @@ class RandomSearch(Search):
             "steps": tried,
             "matched": best["matched"],
             "accepted": best["accepted"],
+            "improved": improved,  # [step, best loss so far], 0 before the first
             "flops": field.flops(),
         }
         text = {"suffix": best["text"]}
@@ -112,8 +116,10 @@ class RandomSearch(Search):
                 "text": field.init,
                 "loss": float(loss.losses(field.first[None])[0]),
                 "accepted": 0,
+                "improved": [],
                 "rng": generator.get_state(),
             }
+            state["improved"].append([0, state["loss"]])
             state["matched"] = self._solved(state, loss)
             state["tokens"] = field.tokens
         generator.set_state(state["rng"])
@@ -129,6 +135,7 @@ class RandomSearch(Search):
                 if float(values[at]) < state["loss"]:
                     state |= {"loss": float(values[at]), "current": batch[at].cpu()}
                     state |= {"text": texts[at], "accepted": state["accepted"] + 1}
+                    state.setdefault("improved", []).append([state["step"], state["loss"]])
                     state["matched"] = self._solved(state, loss)
             if state["step"] % self.save_every == 0:
                 saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})

@@ -35,7 +35,8 @@ def evaluate(
         engine: of the model under test.
         attacks: by name; the name goes into the records.
         prompts: all of them, in the order of the data.
-        chunk: prompts of a unit: computed in common batches, and lost together when killed.
+        chunk: prompts of a unit: computed in common batches, and lost together when killed. The
+            same for all calls of a run: it belongs into its manifest.
         say: gets lines of progress.
 
     Raises:
@@ -138,8 +139,8 @@ def verify(
     *,
     chunk: int = 8,
     seed: int = 0,
-) -> list[str]:
-    """Replay random units until n rows are compared; returns what differs, in words.
+) -> tuple[int, list[str]]:
+    """Replay random units until n rows are compared; (how many were, what differs in words).
 
     In mode "exact" nothing may differ; in mode "fast" nothing on the same machine and versions.
     """
@@ -157,4 +158,4 @@ def verify(
                 wrong.append(f"{unit.name}: {record.item} {dict(record.cell)} differs")
         if compared >= n:
             break
-    return wrong
+    return compared, wrong

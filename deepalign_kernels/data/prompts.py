@@ -50,8 +50,16 @@ class Prompt:
         return f"{self.prompt} {self.suffix}" if self.suffix else self.prompt
 
 
+def _text(row: Row, name: str) -> str:
+    """What must be text; None as text would be the prompt "None"."""
+    if not isinstance(value := row[name], str):
+        got = "null" if value is None else type(value).__name__
+        raise ValueError(f"{name}: expected text, got {got}")
+    return value
+
+
 def _plain(row: Row, text: str, **more: Any) -> Prompt:
-    return Prompt(id="", prompt=str(row[text]), **more)
+    return Prompt(id="", prompt=_text(row, text), **more)
 
 
 def _optional(row: Row, name: str) -> str | None:
@@ -60,14 +68,14 @@ def _optional(row: Row, name: str) -> str | None:
 
 def _harmbench(row: Row) -> Prompt:
     """Contextual behaviours have their context in front."""
-    parts = [row.get("ContextString") or "", row["Behavior"]]
+    parts = [row.get("ContextString") or "", _text(row, "Behavior")]
     text = "\n\n---\n\n".join(p for p in parts if p)
     category = row.get("SemanticCategory") or row.get("Category") or ""
     return Prompt(str(row["BehaviorID"]), text, category=category)
 
 
 def _jailbreakbench(row: Row) -> Prompt:
-    goal = str(row["Goal"])
+    goal = _text(row, "Goal")
     return Prompt(
         str(row["Index"]), goal, target=_optional(row, "Target"), category=row["Category"]
     )
@@ -76,8 +84,13 @@ def _jailbreakbench(row: Row) -> Prompt:
 def _messages(row: Row) -> Prompt:
     """A user turn, and an answer if the conversation has one."""
     turns = row["messages"]
-    texts = [t["content"] for t in turns if t["role"] == "user"]
-    answers = [t["content"] for t in turns if t["role"] == "assistant"]
+    if other := {str(t["role"]) for t in turns} - {"user", "assistant"}:
+        raise ValueError(
+            f"a turn of {sorted(other)[0][:20]!r}: expected user and assistant alone; one system"
+            " prompt for all goes into --system"
+        )
+    texts = [_text(t, "content") for t in turns if t["role"] == "user"]
+    answers = [_text(t, "content") for t in turns if t["role"] == "assistant"]
     if len(texts) != 1 or len(answers) > 1:
         raise ValueError("expected one user turn and at most one assistant turn")
     return Prompt(str(row.get("id", "")), texts[0], answer=answers[0] if answers else None)
@@ -86,7 +99,7 @@ def _messages(row: Row) -> Prompt:
 def _own(row: Row) -> Prompt:
     return Prompt(
         id=str(row.get("id") or ""),
-        prompt=str(row["prompt"]),
+        prompt=_text(row, "prompt"),
         answer=_optional(row, "answer"),
         target=_optional(row, "target"),
         category=str(row.get("category") or ""),
@@ -151,6 +164,11 @@ FORMATS: dict[str, Format] = {
         "chat records; Harmful HEx-PHI is gated: Unispac/shallow-vs-deep-safety-alignment-dataset"
         " on the Hugging Face Hub",
     ),
+    "headerless": _format(
+        "",
+        lambda r: _plain(r, "line"),
+        "a CSV without a header, a prompt a line: category_*.csv of LLM-Tuning-Safety/HEx-PHI",
+    ),
     "own": _format("prompt", _own, "your own: prompt; if you like id, answer, target, category"),
     "malicious-instruct": _format(
         "", lambda r: _plain(r, "line"), "MaliciousInstruct.txt of github.com/Princeton-SysML"
@@ -183,10 +201,10 @@ def load_prompts(path: str | Path, format: str = "auto") -> list[Prompt]:
         )  # fmt: skip
         raise ValueError(f"data: {path}: no such file{hint}")
     prompts: list[Prompt] = []
-    for where, row in _rows(path):
+    for where, row in _rows(path, format):
         found = FORMATS[format] if format != "auto" else _told(row, where)
         if missing := sorted(found.columns - row.keys()):
-            raise ValueError(f"{where}: no column {missing[0]!r}; got {', '.join(row)}")
+            raise ValueError(f"{where}: no column {missing[0]!r}; got {_columns(row)}")
         try:
             prompt = found.read(row)
         except (ValueError, TypeError, KeyError) as error:
@@ -226,16 +244,28 @@ def _told(row: Row, where: str) -> Format:
         if known.columns and known.columns <= row.keys() and name not in NEVER_GUESSED:
             return known
     sets = [f"{n} ({', '.join(sorted(f.columns))})" for n, f in FORMATS.items() if f.columns]
-    got = ", ".join(row)
-    raise ValueError(f"{where}: columns of no known set: {got}. Known: {'; '.join(sets)}")
+    raise ValueError(
+        f"{where}: columns of no known set: {_columns(row)}. Known: {'; '.join(sets)}. A file with"
+        " a prompt a line and no header: format='headerless'"
+    )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+def _columns(row: Row) -> str:
+    """Names of columns; what is too long for a name may be a prompt, and is not shown."""
+    return ", ".join(c if len(c) <= 30 else f"({len(c)} characters)" for c in row)
+
+
+def _headerless(names: list[str] | None) -> bool:
+    """Whether the first line of a CSV is no header: one cell, and it is a sentence."""
+    return names is not None and len(names) == 1 and len(names[0].split()) >= 3
+
+
+def _rows(path: Path, format: str) -> Iterator[tuple[str, Row]]:
     """("file:line", row) of any kind of file."""
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
         if _first_character(path) == "[":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path}:{number}", _json_row(line, f"{path}:{number}")
@@ -244,7 +274,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
                 yield where, row
     elif kind in (".csv", ".tsv"):
         text = path.read_text(encoding="utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ",")
+        options: Any = {"delimiter": "\t" if kind == ".tsv" else ","}
+        reader = csv.DictReader(io.StringIO(text), **options)
+        if format == "headerless" or (format == "auto" and _headerless(_names(reader))):
+            reader = csv.DictReader(io.StringIO(text), ["line"], **options)
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -260,10 +293,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(parquet.read_table(path).to_pylist()):
             yield f"{path}[{number}]", row
     elif kind == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         yield from ((f"{path}:{n}", {"line": line}) for n, line in enumerate(lines, 1) if line)
     else:
         raise ValueError(f"data: {path}: expected .csv, .tsv, .jsonl, .json, .parquet or .txt")
+
+
+def _names(reader: csv.DictReader[str]) -> list[str] | None:
+    return None if reader.fieldnames is None else list(reader.fieldnames)
 
 
 def _first_character(path: Path) -> str:

@@ -103,4 +103,4 @@ def _listed(name: str) -> tuple[str, ...]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"phrases: expected one of {', '.join(LISTS)} or a file, got {name!r}")
-    return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return tuple(line for line in path.read_text(encoding="utf-8").split("\n") if line.strip())

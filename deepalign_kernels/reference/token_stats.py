@@ -9,7 +9,8 @@ The rows of the result [8, N], all fp32 (fp64 for fp64 logits), in nats:
     4 js             generalised Jensen-Shannon divergence of `token_kl.py` (0 if js_beta is 0)
     5 entropy        of the policy
     6 ref_entropy    of the reference
-    7 top1_agree     1.0 where the first maximum of both rows is the same column, else 0.0
+    7 top1_agree     1.0 where the first maximum of both rows is the same column, else 0.0;
+                     unspecified where entropy or ref_entropy is NaN (the public ops say False)
 
 Rows that are not valid, and rows whose target is ignore_index, are 0. A target outside 0..V-1
 poisons rows 0 and 1 with NaN and leaves the others alone. Infinities and masked columns as in

@@ -11,7 +11,7 @@ import numpy as np
 from deepalign_kernels.report.figure import ATTACKS, BANDS, POSITION, TRAINING, Figure, Heat, Series
 from deepalign_kernels.report.read import Source
 from deepalign_kernels.runs import Cell, curves, paper, stats
-from deepalign_kernels.runs.table import rate_of, union
+from deepalign_kernels.runs.grids import beside_paper
 
 RATES = "Bands: 95 % intervals (Wilson's; over prompts where there are several replies to one)."
 
@@ -73,32 +73,25 @@ def _paper(name: str, points: Mapping[int, float]) -> Series:
 
 
 def beside_the_paper(sources: Sequence[Source]) -> list[list[str]]:
-    """A table of every rate that the paper has one for, first line the titles. Of decoding, success
-    at any of the settings, which bounds from above what the paper's scorer picks."""
+    """A table of every rate that the paper has one for, first line the titles."""
     head = [
         "model",
         "attack",
-        "success here (%)",
-        "prompts",
-        *(f"paper: {m}" for m in paper.MODELS),
+        "judge",
+        "success here",
+        "n",
+        *(f"paper: {m}, %" for m in paper.MODELS),
     ]
     lines = [head]
-    for source in sources:
-        judged = [c for c in source.cells if c.judge == source.cells[0].judge]
-        rows: list[tuple[str, Cell, Mapping]] = [
-            (f"{c.attack}, " + ", ".join(f"{k} = {v}" for k, v in c.setting.items()), c, c.outcomes)
-            for c in judged
-            if c.attack not in paper.WHOLE
-        ]
-        for attack in paper.WHOLE:
-            if found := [c for c in judged if c.attack == attack]:
-                many = f"{attack}, any of {len(found)} settings" if len(found) > 1 else attack
-                rows.append((many, found[0], union(found)))
-        for name, cell, outcomes in rows:
-            known = [paper.published(cell.attack, cell.setting, m) for m in paper.MODELS]
-            if (rate := rate_of(outcomes)) is not None and any(known):
-                shown = ["" if v is None else f"{v:.1f}" for v in known]
-                lines.append([source.title, name, percent(rate), str(len(outcomes)), *shown])
+    for source in (s for s in sources if s.cells):
+        judge = source.cells[0].judge
+        for row in beside_paper(source.cells, source.grids, source.manifest, judge):
+            rate = row.cell.rate
+            shown = ["" if v is None else f"{v:.1f}" for v in row.published.values()]
+            if rate is not None:
+                lines.append(
+                    [source.title, row.label, judge, percent(rate), str(row.cell.samples), *shown]
+                )
     return lines
 
 
@@ -212,11 +205,9 @@ def decoding(sources: Sequence[Source]) -> Iterator[Figure]:
     ):
         rows, values, columns = [], [], []
         for source in sources:
-            found = {float(c.setting[parameter]): c.rate for c in source.cells
-                     if parameter in c.setting}  # fmt: skip
-            if found:
+            for name, found in _swept(source, parameter).items():
                 columns = sorted({*columns, *found})
-                rows.append(source.title)
+                rows.append(name)
                 values.append(found)
         if rows:
             grid = [[100 * r.value if (r := v.get(c)) else None for c in columns] for v in values]
@@ -234,23 +225,36 @@ def decoding(sources: Sequence[Source]) -> Iterator[Figure]:
             )
 
 
+def _swept(source: Source, parameter: str) -> dict[str, dict[float, stats.Interval | None]]:
+    """Rates by the value of a decoding parameter, as the first judge of the run sees them, by a
+    name that tells the grids of a run apart."""
+    out: dict[str, dict[float, stats.Interval | None]] = {}
+    for name, cells in sweeps(source, parameter).items():
+        out[name] = {float(c.setting[parameter]): c.rate for c in cells}
+    return out
+
+
 def searches(sources: Sequence[Source]) -> Iterator[Figure]:
     for unit, key, label in (("step", "steps", "search step"), ("flops", "flops", "TFLOP spent")):
         series = []
         for source in sources:
             names = dict.fromkeys(r.name for r in source.searches)
             for name in names:
-                histories = [h for r in source.searches if r.name == name
-                             if (h := _history(r.data, unit))]  # fmt: skip
-                if histories:
+                found = [r.data for r in source.searches if r.name == name]
+                whole = [d for d in found if losses(d) and (unit == "step" or d.get("flops"))]
+                if whole:
                     many = len(names) > 1 or len(sources) > 1
-                    label = f"{source.title}, {name}" if many else name
-                    series.append(_mean_history(label, histories, source.model))
+                    named = f"{source.title}, {name}" if many else name
+                    series.append(_mean_losses(named, whole, unit, source.model))
         if series:
             yield Figure(
                 f"search-{key}",
                 "Loss of the search" + (" by step" if unit == "step" else " by computation"),
-                "Best loss so far, mean over prompts. " + BANDS.replace("answers", "prompts"),
+                "Best loss so far, mean over prompts; a search that ended early keeps its last."
+                " GCG: mean over the target's tokens; random search: its first token. A suffix for"
+                " several prompts begins anew where a prompt is taken in: the line breaks there."
+                f" {BANDS.replace('answers', 'prompts')} Seconds of a step are not recorded (those"
+                " of whole units stand in times.jsonl), so there is no such curve by time.",
                 label,
                 "loss of the target (nats)",
                 ATTACKS,
@@ -258,27 +262,47 @@ def searches(sources: Sequence[Source]) -> Iterator[Figure]:
             )
 
 
-def _history(data: Mapping, unit: str) -> list[tuple[float, float]]:
-    """(step or TFLOP, best loss so far) from data["history"], losses by step, and data["flops"], of
-    the whole search."""
-    history = data.get("history") or []
-    if unit == "flops" and not data.get("flops"):
-        return []
-    each = 1.0 if unit == "step" else data["flops"] / len(history or [0]) / 1e12
-    best = np.minimum.accumulate(history) if history else []
-    return [(each * (i + 1), float(loss)) for i, loss in enumerate(best)]
+def losses(data: Mapping) -> list[float]:
+    """Best loss so far after each step of a search; steps before the first loss have that one.
+
+    From "history", losses by step, None where there was no candidate, and "grown", steps after
+    which the loss is another one; or from "improved", [step, best loss] where it fell.
+    """
+    known: dict[int, float] = {int(step): loss for step, loss in data.get("improved") or []}
+    history = data.get("history") or [known.get(i + 1) for i in range(data.get("steps", 0))]
+    grown = set(data.get("grown") or [])
+    first = next((v for v in history if v is not None), None)
+    now = known.get(0, first)
+    out = []
+    for i, loss in enumerate(history):
+        if i in grown and loss is not None:
+            grown.discard(i)
+            now = loss
+        elif i in grown:  # the first candidate under the new loss comes later
+            grown.discard(i)
+            grown.add(i + 1)
+        elif loss is not None and now is not None:
+            now = min(now, loss)
+        out.append(now)
+    return [] if now is None else out
 
 
-def _mean_history(
-    name: str, histories: Sequence[Sequence[tuple[float, float]]], model: str
-) -> Series:
-    length = min(map(len, histories))
-    values = np.array([[y for _, y in h[:length]] for h in histories])
+def _mean_losses(name: str, searches: Sequence[Mapping], unit: str, model: str) -> Series:
+    """Over prompts; what one step costs is the mean of the searches."""
+    histories = [losses(d) for d in searches]
+    length = max(map(len, histories))
+    values = np.array([[*h, *[h[-1]] * (length - len(h))] for h in histories])
     c = curves.curve(values)
-    x = np.array([[x for x, _ in h[:length]] for h in histories]).mean(0)
+    each = 1.0
+    if unit == "flops":
+        each = sum(d["flops"] for d in searches) / sum(map(len, histories)) / 1e12
+    x = each * np.arange(1, length + 1)
     every = max(1, length // 200)
     x, mean, low, high = ([float(v) for v in p[::every]] for p in (x, c.mean, c.low, c.high))
-    return Series(name, x, mean, low, high, c.count[::every].tolist(), model=model)
+    grown = sorted({step for d in searches for step in d.get("grown") or []})
+    breaks = [max(v for v in x if v <= each * step) for step in grown if each * step >= x[0]]
+    counts = c.count[::every].tolist()
+    return Series(name, x, mean, low, high, counts, model=model, breaks=breaks)
 
 
 def judges(sources: Sequence[Source]) -> Iterator[Figure]:

@@ -28,6 +28,7 @@ class Series:
         shown: False: switched off until the reader asks for it.
         paper: from the paper, not measured here.
         model: names the model that it is of, "" for others.
+        breaks: values of x behind which the line begins anew.
         look: number of its colour: one model has the same in all figures of a page.
         variant: tells curves of one colour apart, by dash and mark.
     """
@@ -41,6 +42,7 @@ class Series:
     shown: bool = True
     paper: bool = False
     model: str = ""
+    breaks: Sequence[float] = ()
     look: int = 0
     variant: int = 0
 

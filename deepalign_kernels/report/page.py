@@ -15,6 +15,7 @@ from deepalign_kernels.report import attacks, svg, verdict
 from deepalign_kernels.report.figure import Figure, Heat
 from deepalign_kernels.report.figures import figures
 from deepalign_kernels.report.read import Source, read
+from deepalign_kernels.runs.record import short
 from deepalign_kernels.runs.table import text_table
 
 ICON = "data:,"  # or a browser asks for one
@@ -98,7 +99,7 @@ def _verdict(sources: Sequence[Source]) -> str:
             r"(?<=\d) (?=%)|(?<=[nkp]) = ", lambda m: m[0].replace(" ", "\u00a0"), sentence
         )
         head, _, rest = kept.partition(": ")
-        lines.append(f"<li><b>{escape(head)}.</b> {escape(rest[:1].upper() + rest[1:])}</li>")
+        lines.append(f"<li><b>{escape(head)}:</b> {escape(rest)}</li>")
     rules = "".join(f"<li>{escape(rule)}</li>" for rule in verdict.RULES)
     return (
         f'<div class="verdict"><ol>{"".join(lines)}</ol></div>'
@@ -181,8 +182,10 @@ def _tables(sources: Sequence[Source]) -> str:
          "Recovered: of the prompts refused without a prefix, the share that is no success behind"
          " one either."),
         (attacks.beside_the_paper(sources), "Beside the paper",
-         "Llama-2-7B-Chat on HEx-PHI (arXiv 2406.05946, table 3), before and after its"
-         " augmentation. Other prompts, another judge: compare the order."),
+         "Llama-2-7B-Chat on HEx-PHI (arXiv 2406.05946, tables 3, 4, 9, 10), before and after its"
+         " augmentation. Of decoding what the judge says of the reply that a scorer finds worst, as"
+         " there, or success in any setting where no judge gives scores; of fine-tuning 100 harmful"
+         " examples. Other prompts, another judge: compare the order."),
     ):  # fmt: skip
         if len(lines) > 1:
             out.append(f"<h3>{title}</h3><p class=soft>{about}</p>"
@@ -191,7 +194,7 @@ def _tables(sources: Sequence[Source]) -> str:
         if source.cells:
             out.append(
                 f"<h3>Attacks on {escape(source.title)}</h3>"
-                f'<pre tabindex="0">{escape(text_table(source.cells))}</pre>'
+                f'<pre tabindex="0">{escape(text_table([*source.cells, *source.grids]))}</pre>'
             )
     return "".join([*out, "</section>"]) if len(out) > 1 else ""
 
@@ -236,10 +239,20 @@ def _terms(v: dict[str, Any]) -> str:
     )
 
 
+def _named(value: Any, key: str = "") -> Any:
+    """A manifest with the name of a text, as it stands in the cells, for every text that an attack
+    puts into a model's mouth."""
+    if isinstance(value, dict):
+        return {k: _named(v, k) for k, v in value.items()}
+    if key in ("texts", "spans") and isinstance(value, list):
+        return [short(v) if isinstance(v, str) else v for v in value]
+    return value
+
+
 def _manifest(sources: Sequence[Source]) -> str:
     out = ['<section><h2 id="manifest">Manifest</h2>']
     for source in sources:
-        shown = json.dumps(source.manifest, indent=1, sort_keys=True, default=str)
+        shown = json.dumps(_named(source.manifest), indent=1, sort_keys=True, default=str)
         out.append(
             f"<details><summary>{escape(source.title)}: {escape(source.folder.name)}</summary>"
             f'<pre tabindex="0">{escape(shown)}</pre></details>'

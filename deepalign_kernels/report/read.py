@@ -13,6 +13,7 @@ import numpy as np
 
 from deepalign_kernels.report.titles import name_all
 from deepalign_kernels.runs import Cell, Record, cells, read_manifest, read_records, read_verdicts
+from deepalign_kernels.runs.grids import over_grids
 from deepalign_kernels.runs.names import title_of
 from deepalign_kernels.runs.store import MANIFEST
 
@@ -36,6 +37,7 @@ class Source:
         terms: (group, position) -> the tokens that carry the divergence there.
         dynamics: name -> step -> means by position.
         cells: rates by attack, setting and judge.
+        grids: those of whole grids of decoding settings.
         verdicts: judge -> sample -> success, None where it was unparsable.
         searches: one a prompt, of attacks that optimise.
         training: points of fine-tunings, by curve.
@@ -55,6 +57,7 @@ class Source:
     terms: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     dynamics: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
+    grids: list[Cell] = field(default_factory=list)
     verdicts: dict[str, dict[str, bool | None]] = field(default_factory=dict)
     searches: list[Record] = field(default_factory=list)
     training: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -156,6 +159,7 @@ def _read_records(source: Source) -> None:
             into[name] = {group: _padded(columns) for group, columns in groups.items()}
     verdicts = list(read_verdicts(source.folder))
     source.cells = cells(samples, verdicts)
+    source.grids = over_grids(source.cells, samples, verdicts, source.manifest)
     for verdict in verdicts:
         said = source.verdicts.setdefault(verdict.name, {})
         said[str(verdict.data["of"])] = verdict.data["success"]

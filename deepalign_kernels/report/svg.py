@@ -161,8 +161,10 @@ def _series(i: int, s: Series, x: Scale, y: Scale, sparse: bool) -> str:
         down = [f"{a} {lo}" for a, lo, _ in reversed(ends)]
         out.append(f'<path class="band" d="M{"L".join(up + down)}z"/>')
     if points:
-        path = "L".join(f"{a} {b}" for a, b in points)
-        out.append(f'<path class="line" d="M{path}" stroke-dasharray="{dash}"/>')
+        new = {x(a) for a in s.breaks}
+        joins = ["M", *("M" if a in new else "L" for a, _ in points)]
+        path = "".join(f"{join}{a} {b}" for join, (a, b) in zip(joins, points, strict=False))
+        out.append(f'<path class="line" d="{path}" stroke-dasharray="{dash}"/>')
     every = max(1, len(points) // 24) if sparse else 1
     out += [
         f'<path class="mark" d="{mark}" transform="translate({a} {b})"/>'

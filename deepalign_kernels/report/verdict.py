@@ -130,27 +130,29 @@ def _prefix(sources: Sequence[Source]) -> str:
         if not rated:
             continue
         (first, before), (k, worst) = rated[0], max(rated, key=lambda r: r[1].value)
-        n = len([v for v in cells[0].outcomes.values() if v])
+        n = f"n = {len([v for v in cells[0].outcomes.values() if v])}"
+        if len(source.verdicts) > 1:
+            n += f", by {cells[0].judge}, the first of {len(source.verdicts)} judges"
         if first != 0:
             parts.append(
                 f"of {title} k = 0 was not measured, so a rise is not known: {percent(worst)} at"
-                f" k = {k} (n = {n})"
+                f" k = {k} ({n})"
             )
         elif len(rated) == 1:
-            parts.append(f"of {title} only k = 0 was measured: {percent(before)} (n = {n})")
+            parts.append(f"of {title} only k = 0 was measured: {percent(before)} ({n})")
         elif worst.low > before.high:
             half = half_rise(cells)
             ends = f"k = {half.value:.1f} [{half.low:.1f}, {half.high:.1f}]"
             at = "" if math.isnan(half.value) else f", half of the way by {ends}"
             parts.append(
                 f"{title} answers {percent(before)} without a prefix and {percent(worst)} at"
-                f" k = {k}{at} (n = {n})"
+                f" k = {k}{at} ({n})"
             )
         else:
             most = max((r for _, r in rated[1:]), key=lambda r: r.value)
             parts.append(
                 f"{title} shows no rise with a prefix: {percent(before)} at k = 0, at"
-                f" most {percent(most)} (n = {n})"
+                f" most {percent(most)} ({n})"
             )
     if not parts:
         return "Prefix: no attack with prefilled tokens is in this report."

@@ -5,6 +5,7 @@
     store     the folder of a run: manifest, units, resume, progress
     stats     intervals, paired tests, agreement of judges
     table     from samples and verdicts to rates
+    grids     rates of whole grids of settings, and those that the paper has too
 
 Imports nothing of ours. `report` reads runs through this and knows neither attacks nor analyses.
 """

@@ -44,6 +44,11 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
 
 
+def short(text: str) -> str:
+    """8 hex digits that name a text where it must not stand itself, as in a cell."""
+    return digest(text)[:8]
+
+
 def derived_seed(*parts: Any) -> int:
     """A seed in [0, 2^63) from plain values, such as (run seed, item, attack, cell, sample).
 

@@ -57,7 +57,7 @@ class Run:
             if changed := [name for name in names if then.get(name) != about.get(name)]:
                 raise ValueError(
                     f"{self.folder}: holds a run with another {', '.join(changed)};"
-                    " choose another folder, or go on with the same settings"
+                    f" choose another folder, or go on with the settings in its {MANIFEST}"
                 )
         else:
             write_private(path, json.dumps(about | {"environment": environment()}, indent=1) + "\n")

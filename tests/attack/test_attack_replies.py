@@ -20,6 +20,7 @@ from deepalign_kernels.generate.engine import Reply
 from deepalign_kernels.generate.local import LocalEngine
 from deepalign_kernels.judge import Keywords
 from deepalign_kernels.runs import Run, read_records, read_verdicts
+from deepalign_kernels.runs.record import short
 from deepalign_kernels.toyworld import World, build_tokenizer, encode_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +108,7 @@ def test_texts_system_and_thoughts():
         texts=("I cannot", "Sure"), think="<think>\n</think>", system="Be kind", **SHORT
     )
     records = list(attack(engine, [Prompt("a", "Bake!")]))
-    assert [r.cell for r in records] == [{"text": "I cannot"}, {"text": "Sure"}]
+    assert [r.cell for r in records] == [{"text": short("I cannot")}, {"text": short("Sure")}]
     texts = [tokenizer.decode(r.prompt) for r in engine.requests]
     assert all("Be kind" in t and t.count("<think>\n</think>") == 1 for t in texts)
     assert texts[0].endswith("<|im_start|>assistant\n<think>\n</think>I cannot")
@@ -379,15 +380,16 @@ def test_native_answers(tmp_path, engine):
 def test_verify_replays(tmp_path, engine):
     filled(tmp_path, engine)
     with Run(tmp_path, {"model": "toy"}) as run:
-        assert verify(run, engine, ATTACKS, PROMPTS, 100, chunk=4) == []
+        rows = len(list(read_records(tmp_path)))
+        assert verify(run, engine, ATTACKS, PROMPTS, 100, chunk=4) == (min(100, rows), [])
         with torch.no_grad():
             engine.model.lm_head.weight.neg_()
         try:
-            wrong = verify(run, engine, ATTACKS, PROMPTS, 5, chunk=4)
+            compared, wrong = verify(run, engine, ATTACKS, PROMPTS, 5, chunk=4)
         finally:
             with torch.no_grad():
                 engine.model.lm_head.weight.neg_()
-    assert len(wrong) >= 4 and "differs" in wrong[0]
+    assert compared >= 5 and len(wrong) >= 4 and "differs" in wrong[0]
 
 
 def test_unit_names_follow_the_config(engine):

@@ -362,6 +362,7 @@ def test_universal_takes_prompts_in(engine):
               **{**QUICK, "target": TOKENIZER.decode([target])})  # fmt: skip
     found = next(iter(own(engine, PROMPTS)))
     assert 1 <= found.data["prompts"] <= 3
+    assert len(found.data["grown"]) == found.data["prompts"] - 1  # a mark for each taken in
 
 
 def gcg_request(config):
@@ -396,6 +397,10 @@ def test_random_search_only_improves(engine):
     target = chat.answer_ids(PROMPTS[0], config.target)[:1]
     begun = plain_losses(engine.model, first, torch.zeros(1, 0).long(), (), target)
     assert record.data["loss"] < float(begun) and record.data["accepted"] > 0
+    steps, fell = zip(*record.data["improved"], strict=True)
+    assert steps[0] == 0 and fell[0] == pytest.approx(float(begun), abs=1e-4)
+    assert list(fell) == sorted(set(fell), reverse=True) and fell[-1] == record.data["loss"]
+    assert len(fell) == record.data["accepted"] + 1 and steps[-1] <= record.data["steps"]
     again = next(iter(config(engine, PROMPTS[:1])))
     assert again.line == record.line
 

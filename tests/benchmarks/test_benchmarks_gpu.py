@@ -31,8 +31,14 @@ CHUNKS = ("-m", "benchmarks", "sweep", "chunks", "--device", "cpu", "--dtype", "
 
 
 def test_the_calls_fit_their_limits_and_the_dry_run_names_what_is_missing(monkeypatch, capsys):
-    total = gpu_plan.START_SECONDS + sum(call.seconds for call in gpu.CALLS)
-    assert total <= gpu_plan.TOTAL_SECONDS and len(gpu.CALLS) == 5
+    """Within 15 minutes: launches, sanitizers of both backends, error budget, speed, choices."""
+    first, every = gpu_plan.affordable(900), gpu_plan.affordable(1800)
+    assert [call.number for call in first] == [1, 2, 3, 4] and every == gpu.CALLS
+    overhead = gpu_plan.START_SECONDS + gpu_plan.BETWEEN_SECONDS * len(first)
+    assert overhead + sum(call.seconds for call in first) <= 900 == gpu_plan.TOTAL_SECONDS
+    steps = [step.name for call in first for step in call.steps]
+    assert len(set(steps)) == len(steps) and steps.index("memcheck triton") == 2
+    assert set(harvest.SANITIZERS) < set(steps) and steps.index("logits") > 6
     for call in gpu.CALLS:
         assert call.seconds <= call.limit <= gpu_plan.COMMAND_SECONDS - 30
         played = [s for s in call.steps if s.rehearsal or s.tool == "ncu"]
@@ -40,8 +46,58 @@ def test_the_calls_fit_their_limits_and_the_dry_run_names_what_is_missing(monkey
     monkeypatch.setattr(gpu, "LIBRARIES", [ROOT / "deepalign_kernels" / "gone.so"])
     assert gpu.dry_run() == 1
     printed = capsys.readouterr().out
-    for said in ("call 5, choose: 240 s", "gone.so is not there", "Only a GPU can say", "carry "):
+    assert "one GPU for 900 s: calls 1, 2, 3, 4, 790 s predicted" in printed
+    for said in ("call 4, choose: 160 s", "gone.so is not there", "Only a GPU can say", "carry "):
         assert said in printed, said
+    assert printed.count("runs if named, or with more --seconds") == 2
+
+
+def test_calls_run_while_the_budget_lasts_or_when_they_are_named(tmp_path, monkeypatch, capsys):
+    ran, clock = [], [0.0]
+
+    def as_predicted(call, *_):
+        ran.append(call.number)
+        clock[0] += call.seconds
+        return True
+
+    monkeypatch.setattr(gpu, "run_call", as_predicted)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    assert gpu.command([str(tmp_path)]) == 0 and ran == [1, 2, 3, 4]
+    said = "5 counters: not begun, 230 s predicted, 110 s left"
+    assert said in capsys.readouterr().out
+    ran.clear()
+    assert gpu.command(["--seconds", "600", str(tmp_path)]) == 0 and ran == [1, 2]
+    ran.clear()
+    assert gpu.command([str(tmp_path), "6", "5"]) == 0 and ran == [5, 6]
+    with pytest.raises(SystemExit):
+        gpu.command(["--seconds", "60", str(tmp_path)])
+    assert "expected time for one call at least, got 60" in capsys.readouterr().err
+
+
+def test_wheels_are_installed_once_and_a_large_one_when_its_parts_came(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "wheels")
+    monkeypatch.setattr(gpu, "SMALL", tmp_path / "wheels" / "small")
+    monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
+    small = tmp_path / "wheels" / "small"
+    small.mkdir(parents=True)
+    (small / "a.whl").touch()
+    (small / "large.txt").write_text("b.whl")
+
+    def pip(command, **_):
+        done.append([pathlib.Path(x).name for x in command if x.endswith(".whl")])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    with_wheels = [call for call in gpu.CALLS if call.wheels]
+    assert "b.whl is not whole" in gpu.install_peers(with_wheels[0]) and done == [["a.whl"]]
+    for call in gpu.CALLS:
+        for part in call.parts:  # what travels with a call is there during that one
+            (tmp_path / "wheels" / f"part-{part}").write_bytes(b"x")
+        gpu.install_peers(call)
+    gpu.install_peers(with_wheels[-1])
+    assert done == [["a.whl"], ["b.whl"]]
+    assert (tmp_path / "site" / "b.whl").read_bytes() == b"xx"
 
 
 def test_a_rehearsal_leaves_files_that_harvest_reads(tmp_path, monkeypatch, capfd):

@@ -114,6 +114,54 @@ def test_a_prompt_a_line(tmp_path):
     assert got[0].id == "0f520b9215c2"
 
 
+def test_other_ends_of_lines_are_text(tmp_path):
+    """U+2028 and its like are in a prompt, not between two."""
+    text = "Bake\u2028a\x85cake\x0bnow"
+    (tmp_path / "m.txt").write_text(f"{text}\nStir\n")
+    (tmp_path / "h.jsonl").write_text(
+        json.dumps([{"role": "user", "content": text}], ensure_ascii=False) + "\n"
+    )
+    assert [p.prompt for p in load_prompts(tmp_path / "m.txt")] == [text, "Stir"]
+    assert [p.prompt for p in load_prompts(tmp_path / "h.jsonl")] == [text]
+
+
+def test_a_file_without_a_header(tmp_path):
+    """HEx-PHI as published: one column, and the first line is a prompt."""
+    path = tmp_path / "category_1.csv"
+    rows = [["Bake a cake, please"], ['Stir "it"\nwell'], ["Whisk"]]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert [[p.prompt] for p in load_prompts(path)] == rows
+    path.write_text("Bake\nStir\n")
+    with pytest.raises(ValueError, match="format='headerless'"):
+        load_prompts(path)  # a name of a column, for all that can be told
+    assert [p.prompt for p in load_prompts(path, "headerless")] == ["Bake", "Stir"]
+    path.write_text(f"{'Bake the cake ' * 9},colour\nx,y\n")
+    with pytest.raises(ValueError, match=r"no known set: \(126 characters\), colour") as error:
+        load_prompts(path)
+    assert "Bake" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row,why",
+    [
+        ({"prompt": None}, "prompt: expected text, got null"),
+        ({"prompt": 3}, "prompt: expected text, got int"),
+        ({"goal": None, "target": "x"}, "goal: expected text"),
+        ({"instruction": None, "category": "1"}, "instruction: expected text"),
+        ({"Behavior": None, "BehaviorID": "a"}, "Behavior: expected text"),
+        ([{"role": "user", "content": None}], "content: expected text"),
+        ([{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Bake"}],
+         "a turn of 'system': expected user and assistant alone; .* --system"),
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt_is_refused(tmp_path, row, why):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"a.jsonl:1: {why}"):
+        load_prompts(path)
+
+
 def test_duplicates_are_kept(tmp_path):
     path = write_csv(tmp_path / "d.csv", "prompt", [["a"], ["b"], ["a"], ["a"]])
     got = load_prompts(path)

@@ -279,7 +279,23 @@ def test_a_gpu_without_fp32_results_is_loud(there):
     gemm.has_wide_gemm.cache_clear()
     assert len(seen) == (not there)
     for warning in seen:
-        assert torch.__version__ in str(warning.message) and "10 times" in str(warning.message)
+        for said in (torch.__version__, "10 times", "NotImplementedError: not for this device"):
+            assert said in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    "full",
+    [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")],
+    ids=["torch", "cublas"],
+)
+def test_out_of_memory_is_no_answer_about_a_gpu(full):
+    """It is raised, and does not pin the slow route for the rest of the process."""
+    gemm.has_wide_gemm.cache_clear()
+    with mock.patch.object(torch, "addmm", side_effect=full), pytest.raises(type(full)):
+        gemm.has_wide_gemm("meta", BF16)
+    with mock.patch.object(torch, "addmm"):
+        assert gemm.has_wide_gemm("meta", BF16)
+    gemm.has_wide_gemm.cache_clear()
 
 
 def test_a_budget_too_small_for_one_row():

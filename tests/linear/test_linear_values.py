@@ -27,6 +27,7 @@ EVERY = [(name, r) for name in CASES for r in reductions(name)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("full", [True, False], ids=["full", "bare"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name,reduction", EVERY, ids=["-".join(e) for e in EVERY])
@@ -272,6 +273,7 @@ def test_lora_is_the_effective_weight():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.every_isa
 def test_backends_agree_on_rows(device):
     """The same engine on every backend of the row ops."""
     p = make(N=5, H=8, V=21, full=False, device=device)

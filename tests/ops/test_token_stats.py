@@ -97,6 +97,18 @@ def test_ties_take_the_first_maximum(device):
     assert dak.token_stats(policy, ref).top1_agree.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("V", [10, 1037])
+def test_nothing_agrees_with_a_nan(V, device):
+    """In the policy, the reference or both, at the maximum, before or behind it."""
+    policy = torch.zeros(10, V, device=device)
+    policy[:, 4] = 1.0
+    ref = policy.clone()
+    for i, column in enumerate((4, 0, V - 1)):
+        policy[i, column] = ref[3 + i, column] = torch.nan
+        policy[6 + i, column] = ref[6 + i, column] = torch.nan
+    assert dak.token_stats(policy, ref).top1_agree.tolist() == [False] * 9 + [True]
+
+
 def test_infinities_and_poison(device):
     policy, ref = torch.zeros(1, 10, device=device), torch.zeros(1, 10, device=device)
     ref[0, 3] = -torch.inf

@@ -208,15 +208,11 @@ def test_prefixes_in_one_number_and_beside_the_paper(folders, tmp_path):
     an_attack(tmp_path / "g", "aligned", {"": 0.5}, name="gcg", setting="x")
     lines = attacks.beside_the_paper([*sources, *read.read([tmp_path / "g"])])
     found = {(line[0], line[1]): line[2:] for line in lines[1:]}
-    assert found["aligned", "prefill, k = 5"] == ["75 % [55, 88]", "24", "42.1", "2.8"]
-    assert ("aligned", "prefill, k = 1") not in found
-    assert found["aligned", "decoding, any of 2 settings"] == [
-        "50 % [31, 69]",
-        "24",
-        "54.9",
-        "11.3",
-    ]
-    assert found["aligned", "gcg"] == ["50 % [31, 69]", "24", "36.5", "18.4"]
+    assert found["aligned", "prefill, k=5"] == ["first", "75 % [55, 88]", "24", "42.1", "2.8"]
+    assert ("aligned", "prefill, k=1") not in found
+    whole = found["aligned", "decoding, any of 2 settings"]
+    assert whole == ["first", "50 % [31, 69]", "24", "54.9", "11.3"]
+    assert found["aligned", "gcg, x="] == ["first", "50 % [31, 69]", "24", "36.5", "18.4"]
 
 
 class Parser(html.parser.HTMLParser):

@@ -22,6 +22,7 @@ from two_processes import WORLD, run_cases, spawn, start
 from deepalign_kernels.train import TrainConfig, prepare
 from deepalign_kernels.train.checkpoint import checkpoints
 from deepalign_kernels.train.folder import read
+from deepalign_kernels.train.ranks import Ranks
 from deepalign_kernels.train.state import full_state
 
 BUDGET = 1e-5
@@ -81,6 +82,27 @@ def bf16(rank, folder, way):
     rounded = all(torch.equal(model[n], last[n].bfloat16()) for n in last)
     same = all(torch.equal(x, again["checkpoint-0000003"][n]) for n, x in last.items())
     return [moved, all(x.dtype == torch.float32 for x in last.values()) and rounded, same]
+
+
+def elsewhere(rank, folder, way):
+    """Goes on in other ways, and from them: the distance of the weights at the end, of each."""
+    place, out = Path(folder) / f"elsewhere-{way}", []
+    gold = kept(place, way, **BASE)[1]["checkpoint-0000003"]
+    for first, second in ((way, "ddp"), (way, "fsdp"), ("ddp", way), ("fsdp", way)):
+        there = place / f"{first}-{second}"
+        kept(there, first, **BASE)
+        if rank == 0:
+            (there / "checkpoint-0000003.pt").unlink()
+        dist.barrier()
+        out.append(distance(kept(there, second, **BASE)[1]["checkpoint-0000003"], gold))
+    if rank:
+        return None
+    (there / "checkpoint-0000003.pt").unlink()
+    with mock.patch.object(Ranks, "here", lambda device: Ranks()):
+        options = {**BASE, "max_steps": 3, "save_every": 1, "parallel": way}
+        run = make(there, 1, **options)
+        run.train(resume=True)
+    return [*out, distance(full_state(run.model), gold)]
 
 
 def autocast(rank, folder, way):
@@ -146,7 +168,7 @@ def before(rank, folder, way):
 
 OTHERS = {
     f"{case.__name__} {way}": (case, way)
-    for case in (bf16, autocast, not_finite, before, trl)
+    for case in (bf16, elsewhere, autocast, not_finite, before, trl)
     for way in ("zero2", "zero3")
 }
 
@@ -198,6 +220,14 @@ def test_bf16_weights_are_trained_as_an_fp32_copy(results, way):
     uses."""
     moved, rounded, same = results[f"bf16 {way}"][0]
     assert moved > 0.7 and rounded and same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ("zero2", "zero3"))
+def test_a_run_goes_on_in_another_way(results, way):
+    """From DeepSpeed to DDP, FSDP2 and one process, and back from the first two."""
+    gaps, other = results[f"elsewhere {way}"]
+    assert other is None and len(gaps) == 5 and max(gaps) <= BUDGET, gaps
 
 
 @pytest.mark.slow

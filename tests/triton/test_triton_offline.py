@@ -6,6 +6,7 @@ Triton's cache makes a second run quick.
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -13,11 +14,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+TESTS = pathlib.Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def fresh(*arguments):
-    env = os.environ | {"TRITON_INTERPRET": "0"}
+    paths = (str(TESTS.parent), str(TESTS / "support"), os.environ.get("PYTHONPATH", ""))
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -82,45 +85,9 @@ def no_more_instructions_per_column_than_published(reports):
         assert counts and 0 < max(counts) <= most, (kernel, mode, counts)
 
 
-LAUNCHED = """
-import sys
-from deepalign_kernels.triton_kernels import _offline, _pretend
-
-def launch(arch, *args, **options):
-    kernels = []
-    for l in _offline.launches(arch, *args, **options):
-        kernels.append((l, l.kernel[(1,)](*l.args, **l.constexprs, **l.options)))
-        known[id(l.kernel)] = l.kernel
-    return kernels
-
-def count():
-    return sum(map(_pretend.compiled, known.values()))
-
-known = {}
-for arch in sys.argv[1].split(","):
-    with _pretend.gpu(arch):
-        seen = launch(arch, "bf16", "bf16", 128256, 0.7, 0.0)
-        for l, compiled in {l.name: (l, k) for l, k in seen}.values():
-            # what is compiled offline is what the launcher compiles
-            offline = _offline.compile_launch(l, arch)
-            assert compiled.asm["ptx"] == offline.asm["ptx"], l.name
-        before = count()
-        assert before >= 15, before
-        # Neither token count, aligned vocabulary nor scalars cause another compilation.
-        for T, V, temperature, b in ((1, 4096, 0.9, 0.3), (2, 8192, 0.5, 0.9), (33, 32000, 3, 0.1)):
-            launch(arch, "bf16", "bf16", V, temperature, 0.0, T=T, js_beta=b)
-            assert count() == before, (T, V, count(), before)
-        launch(arch, "bf16", "bf16", 4098, 0.7, 0.0)
-        assert count() > before  # rows that no wide load can read
-        launch(arch, "bf16", "bf16", 4096, 1.0, 30.0, masks=False, js_beta=0.01)
-        launch(arch, "fp32", "bf16", 4096, 1.0, 0.0)
-        launch(arch, "fp16", "fp16", 4097, 1.0, 0.0)
-        print(arch, count(), "kernels launched")
-"""
-
-
 @pytest.mark.slow
 def test_the_launcher_takes_every_kernel():
     """Binder, specialisation, cache key, compilation and the check of globals, as on a GPU: only
     the driver is pretended."""
-    assert "sm_90 " in fresh("-c", LAUNCHED, "sm_90")
+    said = fresh("-m", "launched", "sm_90,sm_80")
+    assert [line.split()[0] for line in said.splitlines()] == ["sm_90", "sm_80"]

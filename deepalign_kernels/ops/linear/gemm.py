@@ -45,7 +45,8 @@ class Route(enum.IntEnum):
 
 @functools.cache
 def has_wide_gemm(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether `torch.mm(..., out_dtype=torch.float32)` exists for operands of `dtype`."""
+    """Whether `torch.mm(..., out_dtype=torch.float32)` exists for operands of `dtype`. Out of
+    memory is no answer: it is raised, and the next call asks again."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return True  # an estimate for another machine
     with _disable_current_modes():  # a fake tensor would say yes
@@ -55,15 +56,19 @@ def has_wide_gemm(device_type: str, dtype: torch.dtype) -> bool:
             torch.mm(a, a, out_dtype=torch.float32, out=wide)
             torch.addmm(wide, a, a, out_dtype=torch.float32, out=wide)
         except (NotImplementedError, RuntimeError, TypeError) as error:
+            # What cuBLAS could not allocate for itself comes as a plain RuntimeError.
+            if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+                raise
             if device_type != "cpu":
-                warnings.warn(_NO_WIDE_GEMM.format(torch.__version__, dtype, error), stacklevel=2)
+                why = f"{type(error).__name__}: {error}"
+                warnings.warn(_NO_WIDE_GEMM.format(torch.__version__, dtype, why), stacklevel=2)
             return False
     return True
 
 
 _NO_WIDE_GEMM = (
-    "torch {} has no matrix product of {} with an fp32 result on this GPU ({}). The linear ops "
-    "widen the head and multiply in fp32 instead, about 10 times slower; take torch 2.10 or newer"
+    "torch {} gave no matrix product of {} with an fp32 result on this GPU: {}. For the rest of "
+    "this process the linear ops widen the head and multiply in fp32, about 10 times slower"
 )
 
 

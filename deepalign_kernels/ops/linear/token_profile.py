@@ -21,7 +21,7 @@ from deepalign_kernels.ops.linear.options import HeadOptions, checked_call
 from deepalign_kernels.ops.linear.plan import EAGER_BLOCK
 from deepalign_kernels.ops.linear.torch_ops import per_token
 from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
-from deepalign_kernels.ops.logits.token_stats import TokenStats
+from deepalign_kernels.ops.logits.token_stats import TokenStats, stats_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,9 +81,7 @@ def linear_token_profile(
         x = x._replace(target=flat)
         o = o._replace(js_beta=check.number("js_beta", js_beta, above=0.0, below=1.0))
         values = per_token("profile", x, o).view(14, *hidden.shape[:-1]).unbind(0)
-    logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = values[:8]
-    stats = TokenStats(logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree > 0.5)
-    return TokenProfile(stats, *values[8:])
+    return TokenProfile(stats_of(values[:8], target=True, js=True), *values[8:])
 
 
 def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from deepalign_kernels.ops.linear import sharded
 from deepalign_kernels.ops.linear.options import HeadOptions, checked_call
 from deepalign_kernels.ops.linear.torch_ops import per_token
 from deepalign_kernels.ops.linear.types import KINDS, Options, RowFunction, Rows
-from deepalign_kernels.ops.logits.token_stats import TokenStats
+from deepalign_kernels.ops.logits.token_stats import TokenStats, stats_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,17 +75,7 @@ def linear_token_stats(
         full = shard is None
         values = per_token("stats", x, o) if full else sharded.stats(x, o, shard, target)
     fields = values.view(8, *hidden.shape[:-1]).unbind(0)
-    logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = fields
-    return TokenStats(
-        logp if target is not None else None,
-        ref_logp if target is not None else None,
-        kl,
-        kl_rev,
-        None if js_beta is None else js,
-        entropy,
-        ref_entropy,
-        agree > 0.5,
-    )
+    return stats_of(fields, target=target is not None, js=js_beta is not None)
 
 
 def _rows(r: Rows, o: Options) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,6 +26,26 @@ class TokenStats(NamedTuple):
     entropy: Tensor  # of the policy
     ref_entropy: Tensor  # of the reference
     top1_agree: Tensor  # bool: both rows have their first maximum in the same column
+
+
+def stats_of(rows: Sequence[Tensor], *, target: bool, js: bool) -> TokenStats:
+    """The rows of the specification as TokenStats; `target`, `js`: whether they were asked for.
+
+    Where a row holds a NaN its entropy is NaN; which column is then its maximum depends on the
+    order in which a backend compares, and so it agrees with nothing.
+    """
+    logp, ref_logp, kl, kl_rev, js_row, entropy, ref_entropy, agree = rows
+    known = ~(entropy + ref_entropy).isnan()
+    return TokenStats(
+        logp if target else None,
+        ref_logp if target else None,
+        kl,
+        kl_rev,
+        js_row if js else None,
+        entropy,
+        ref_entropy,
+        (agree > 0.5) & known,
+    )
 
 
 def token_stats(
@@ -59,7 +80,7 @@ def token_stats(
         vocab_start: the first column of this rank's shard, as in `token_logp`.
 
     Returns:
-        TokenStats; fp32 (fp64 for fp64 logits), top1_agree bool.
+        TokenStats; fp32 (fp64 for fp64 logits), top1_agree bool, False where an entropy is NaN.
 
     Raises:
         ValueError: a wrong shape, dtype, device or stride, a group this rank is not in; the message
@@ -89,20 +110,8 @@ def token_stats(
                 shard.compare_targets(flat, ignore_index, target)
                 column = shard.column(flat, ignore_index, start)
             out = _sharded(x, y, column, start, keep, shard, b, *options)
-        logp, ref_logp, kl, kl_rev, js, entropy, ref_entropy, agree = out.view(
-            8, *policy_logits.shape[:-1]
-        ).unbind(0)
-    has_target = target is not None
-    return TokenStats(
-        logp if has_target else None,
-        ref_logp if has_target else None,
-        kl,
-        kl_rev,
-        None if js_beta is None else js,
-        entropy,
-        ref_entropy,
-        agree > 0.5,
-    )
+        rows = out.view(8, *policy_logits.shape[:-1]).unbind(0)
+    return stats_of(rows, target=target is not None, js=js_beta is not None)
 
 
 _fwd = define(
