@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import report
 from benchmarks.harness.cells import Row
-from benchmarks.studies import depth, growth, picture, robustness, step, toy
+from benchmarks.studies import depth, growth, picture, step, toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,7 +37,6 @@ PEERS = "cpu-2core-linear-peers-2026-11-29.json"
 GROWTH = "growth-cpu-2core-2026-11-23/growth.json"
 PIECES, GCG = "pieces-cpu-2core-2026-11-24.json", "gcg-cpu-2core-2026-11-24.json"
 HOST = "host-cpu-2core-2026-11-29.json"
-ROBUSTNESS = "robustness-toy-cpu-2core-2026-11-29.json"
 STEP, STEP_LONGER = (f"step{name}-cpu-2core-2026-11-29.json" for name in ("", "-longer"))
 DEMO = "demo-cpu-2core-2026-11-23.json"
 
@@ -341,19 +340,12 @@ def training_page() -> dict[str, str]:
     return {"source": told, "longer_source": more, **step.values(timed, longer)}
 
 
-def robustness_page() -> dict[str, str]:
-    document = _json(ROBUSTNESS)
-    told = source("python -m benchmarks robustness", ROBUSTNESS, document["machine"])
-    return {"source": told, **robustness.values(document)}
-
-
 PAGES = {
     "logits": logits_page,
     "linear": linear_page,
     "other": other_page,
     "training": training_page,
     "toy": lambda: toy.values(_json(depth.TOY)),
-    "robustness": robustness_page,
     "depth": depth.values,
 }
 
