@@ -157,7 +157,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(world, tmp_path):
     for owner, name, call, torn, units in (
         (LocalEngine, "_generate", 5, None, 2),  # direct has 2 + 1, prefill 3 in its first unit
         (os, "write", 2, records, 3),
-        (TargetLoss, "losses", 5, None, 4),  # in the second of three searches
+        (TargetLoss, "losses", 6, None, 4),  # step 2 of 3 of the second of three searches
         (os, "write", 4, verdicts, 6),  # the last two units of records, a judge, the other one
     ):
         killed(args("cut"), owner, name, call)
