@@ -66,6 +66,9 @@ def test_the_table_shows_every_trained_token_and_hides_long_prompts(files, capsy
     first = next(line for line in lines if " yes " in line).split()
     assert first == [str(begin), str(example.input_ids[begin]), "'m'", "yes", "1", "7", "1"]
     assert len(lines) == 2 + 3 + 1 + 3 + trained + 1
+    _, out, _ = shown(capsys, data, "--model", model, "-n", "1", "--beta.table", "7", "3", "0.25")
+    betas = [line.split()[-2] for line in out.splitlines() if " yes " in line]
+    assert betas == ["7", "3", *["0.25"] * (trained - 2)]
     rows = token_rows(build_tokenizer(), example, lambda p: [1.0] * len(p))
     assert len(token_table(rows, None).splitlines()) == 1 + len(rows)
 

@@ -177,6 +177,7 @@ def test_evaluation(tmp_path):
         ({"loss_type": "dft"}, "loss_type: trl's own loss is not used"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy: 'wrapped' cuts"),
         ({"beta_first": -1.0}, "first: "),
+        ({"beta_first": 1.0, "beta_table": [1.0, 2.0]}, "table: .*so first cannot be given"),
     ],
 )
 def test_what_a_config_refuses(options, said, tmp_path):
