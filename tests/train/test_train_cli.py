@@ -168,6 +168,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("weights were read"))
     before = sorted(tmp_path.rglob("*"))
     dry = [*arguments, "--dry-run", "--data-cache", str(tmp_path / "cache"), "--epochs", "2"]
+    write(tmp_path / "chat.jsonl", [{**RECORDS[0], "beta_scale": 2}, *RECORDS[1:]])
     dry += ["--beta-table", "0.5", "7", "0.2"]
     assert main([*dry, "--eval-data", arguments[3], "--save-every", "1"]) == 0
     shown = capsys.readouterr().out
@@ -178,7 +179,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert "a device (weights" in shown and "predicted for 3 x 104 tokens" in shown
     assert "beta {'table': [0.5, 7.0, 0.2]}" in shown
     betas = [line.split()[-3:-1] for line in shown.splitlines() if " yes " in line]
-    assert betas[:4] == [["1", "0.5"], ["2", "7"], ["3", "0.2"], ["4", "0.2"]]
+    assert betas[:4] == [["1", "1"], ["2", "14"], ["3", "0.4"], ["4", "0.4"]]
     assert "'<|im_end|>'" in shown and shown.count(" yes ") == 59
     assert sorted(tmp_path.rglob("*")) == before
 

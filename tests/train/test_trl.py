@@ -195,6 +195,10 @@ def test_what_a_trainer_refuses(tmp_path):
         ValueError, match="in a stream the first one tells whether there are weights"
     ):
         tokenized({"messages": [HALF]}, build_tokenizer(), {}, weights=False)
+    scaled = [{**CHATS[0], "beta_scale": 2.0}]
+    refused("beta_scale 2 would be lost in TRL's trainer", data=scaled)
+    ready = [{"input_ids": [1, 2], "labels": [-100, 2], "beta_scale": 2.0}]
+    refused("beta_scale would be lost in TRL's trainer", data=ready)
     refused("'adapter_off' needs a PEFT model", reference="adapter_off")
     refused("ref_model: belongs to reference='model'", reference="model")
     refused("train dataset: conversation 0 has", max_length=20)
