@@ -5,7 +5,8 @@ Nothing here touches a [T, V] tensor, so nothing here needs a kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,19 +20,30 @@ from deepalign_kernels.ops._register import accumulator
 class BetaSchedule:
     """beta_t of the constrained loss by response position (arXiv 2406.05946, section 4.1).
 
-    Position 1 gets `first`, positions 2..prefix_length get `prefix`, later ones `rest`. The paper's
-    values are the defaults: 0.5, 2, 0.1, with a prefix of 5 tokens.
+    The paper's values are the defaults. 0 is plain cross-entropy.
+
+    Args:
+        first: beta of the first token of a response.
+        prefix: beta of tokens 2 to `prefix_length`.
+        rest: beta of later tokens, and of trained tokens that are in no response.
+        prefix_length: tokens of the second group end here.
+        table: in place of all these, beta of token 1, 2, ...; the last one is that of later tokens
+            too, and of trained tokens that are in no response.
 
     Raises:
-        ValueError: a negative or non-finite beta, a negative prefix_length.
+        ValueError: a negative or non-finite beta, a negative prefix_length, a table that is empty
+            or stands beside another choice.
     """
 
     first: float = 0.5
     prefix: float = 2.0
     rest: float = 0.1
     prefix_length: int = 5
+    table: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        if self.table is not None:
+            self._check_table(self.table)
         for name in ("first", "prefix", "rest"):
             check.number(name, getattr(self, name), low=0.0)
         if (
@@ -41,18 +53,36 @@ class BetaSchedule:
         ):
             raise ValueError(f"prefix_length: expected an int >= 0, got {self.prefix_length!r}")
 
+    def _check_table(self, table: object) -> None:
+        if not isinstance(table, (list, tuple)) or not table:
+            raise ValueError(f"table: expected betas of token 1, 2, ..., got {table!r}")
+        for at, beta in enumerate(table, 1):
+            check.number(f"table, token {at}", beta, low=0.0)
+        plain = {f.name: f.default for f in fields(self) if f.name != "table"}
+        if other := [name for name, value in plain.items() if getattr(self, name) != value]:
+            raise ValueError(
+                f"table: it says beta of every token, so {', '.join(other)} cannot be given too"
+            )
+        object.__setattr__(self, "table", tuple(map(float, table)))
+
     @classmethod
     def uniform(cls, beta: float) -> BetaSchedule:
         """One beta at every position (the ablation of Table 8)."""
         return cls(first=beta, prefix=beta, rest=beta)
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """positions [...] int, 1-based, 0 = not in a response -> beta [...] fp32 (0: `rest`)."""
+        """positions [...] int, 1-based, 0 = not in a response -> beta [...] fp32 (0: `rest`, or the
+        table's last)."""
         check.tensor("positions", positions)
         if positions.is_floating_point() or positions.dtype == torch.bool:
             raise ValueError(
                 f"positions: expected an integer tensor, got {check.describe(positions)}"
             )
+        if self.table is not None:
+            betas = torch.tensor(self.table, dtype=torch.float32)
+            last = len(self.table)
+            at = torch.where(positions >= 1, positions.clamp(max=last), last).long() - 1
+            return betas.to(positions.device, non_blocking=True)[at]
         in_prefix = (positions >= 1) & (positions <= self.prefix_length)
         beta = torch.where(in_prefix, self.prefix, self.rest)
         return torch.where(in_prefix & (positions == 1), self.first, beta).to(torch.float32)

@@ -29,7 +29,7 @@ UNTRAINED = -1
 # data need: the next token's label where it is not simply that token, and its weight.
 DTYPES: dict[str, Any] = {"ids": np.int32, "marks": np.int32}
 RARE: dict[str, Any] = {"labels": np.int32, "weights": np.float32}
-PER_ROW = {"lengths": "i", "trained": "i", "parts": "b"}
+PER_ROW = {"lengths": "i", "trained": "i", "parts": "b", "beta_scales": "f"}
 
 
 class Counts(NamedTuple):
@@ -72,6 +72,7 @@ class Batch:
     # fp32 [B, T] or [B, 1]: where tokens weigh differently, in place of 1 / normalizer.
     scale: Tensor | None = None
     position_ids: Tensor | None = None  # int64, where packed: each row's count from 0
+    beta_scale: Tensor | None = None  # fp32 [B, 1], packed [1, T]: times beta; None: 1
 
     def inputs(self) -> dict[str, Tensor | None]:
         """What the model's forward takes."""
@@ -93,7 +94,8 @@ class TokenTable:
         folder: where the files are to stay; None: they go with the table.
 
     Attributes:
-        lengths, trained, parts: of each example its tokens, those that are trained, and its part.
+        lengths, trained, parts, beta_scales: of each example its tokens, those that are trained,
+            its part, and what its beta is multiplied by.
 
     Raises:
         ValueError: columns of unlike length, nothing to train, a part without a weight.
@@ -111,7 +113,7 @@ class TokenTable:
     ) -> None:
         check.one_of("part_weighting", part_weighting, PART_WEIGHTINGS)
         self.part_weights, self.part_weighting = part_weights, part_weighting
-        self.lengths, self.trained, self.parts = map(array, PER_ROW.values())
+        self.lengths, self.trained, self.parts, self.beta_scales = map(array, PER_ROW.values())
         writer = _Writer(folder)
         for index, example in enumerate(examples):
             _check_example(example, example.where or f"data: example {index}", part_weights)
@@ -168,12 +170,14 @@ class TokenTable:
         self.lengths.append(len(ids))
         self.trained.append(int(on.sum()))
         self.parts.append(e.part)
+        self.beta_scales.append(e.beta_scale)
 
     def _open(self, columns: dict[str, Tensor]) -> None:
         self._columns = columns
         self.ids, self._marks = columns["ids"], columns["marks"]
         self._lengths = torch.frombuffer(self.lengths, dtype=torch.int32)
         self._starts = self._lengths.cumsum(0) - self._lengths
+        self.scales_beta = any(scale != 1 for scale in self.beta_scales)
         if len(self.ids) != int(self._lengths.sum()) + 1:
             raise ValueError(f"{len(self.ids)} tokens for rows of {int(self._lengths.sum())}")
         self.ref_logp: Tensor | None = None  # fp32, as long as the others
@@ -228,6 +232,8 @@ class TokenTable:
         if "weights" in self._columns:
             every.update(self._columns["weights"].numpy().data)
         every.update(self.parts.tobytes())
+        if self.scales_beta:
+            every.update(self.beta_scales.tobytes())
         mixed = None if self.part_weights is None else sorted(self.part_weights.items())
         every.update(repr((mixed, mixed and self.part_weighting)).encode())
         return tokens.hexdigest(), every.hexdigest()
@@ -237,7 +243,8 @@ class TokenTable:
         return self._hashes[0]
 
     def content_hash(self) -> str:
-        """Of all that a run is trained on: tokens, targets, positions, weights, parts."""
+        """Of all that a run is trained on: tokens, targets, positions, weights, parts, scales of
+        beta."""
         return self._hashes[1]
 
     def slots(self, rows: Sequence[int], packed: bool = False) -> Tensor:
@@ -273,6 +280,9 @@ class TokenTable:
             return pinned.to(device, non_blocking=True)
 
         scale, lengths = self._scale(rows, slots, counts), [self.lengths[row] for row in rows]
+        beta_scale = None
+        if self.scales_beta:
+            beta_scale = self._of_rows([self.beta_scales[row] for row in rows], rows, packed)
         return Batch(
             send(self.ids[slots]).long(),
             None if tokens == slots.numel() else send((slots >= 0).long()),
@@ -284,7 +294,15 @@ class TokenTable:
             None if self.anchors is None else self.anchors.take(rows, device),
             None if scale is None else send(scale),
             send(torch.cat([torch.arange(n) for n in lengths])[None]) if packed else None,
+            None if beta_scale is None else send(beta_scale),
         )
+
+    def _of_rows(self, values: Sequence[float], rows: Sequence[int], packed: bool) -> Tensor:
+        """`values` of these rows, fp32 [len(rows), 1], or for each token [1, T]."""
+        column = torch.tensor(values, dtype=torch.float32)
+        if packed:
+            return column.repeat_interleave(self._lengths[torch.tensor(rows)])[None]
+        return column[:, None]
 
     def count(self, rows: Sequence[int]) -> dict[int, Counts]:
         """What these examples hold of each part."""
@@ -307,9 +325,8 @@ class TokenTable:
                 return None
             return weights[slots] / (sum(c.weight for c in counts.values()) or 1.0)
         by_part = self._part_scales(counts)
-        scale = torch.tensor([by_part[self.parts[row]] for row in rows])[:, None]
-        if len(slots) != len(rows):  # packed
-            scale = scale[:, 0].repeat_interleave(self._lengths[torch.tensor(rows)])[None]
+        packed = len(slots) != len(rows)
+        scale = self._of_rows([by_part[self.parts[row]] for row in rows], rows, packed)
         return scale if weights is None else scale * weights[slots]
 
     def _part_scales(self, counts: Mapping[int, Counts]) -> dict[int, float]:
@@ -372,5 +389,6 @@ def _check_example(e: Example, where: str, part_weights: Mapping[int, float] | N
             raise ValueError(f"{where}: {len(weights)} weights for {len(e.input_ids)} tokens")
         if not (np.isfinite(weights) & (weights >= 0)).all():
             raise ValueError(f"{where}: weights must be finite and >= 0, got {min(e.weights)}")
+    check.number(f"{where}: beta_scale", e.beta_scale, low=0.0)
     if part_weights is not None and e.part not in part_weights:
         raise ValueError(f"{where}: part {e.part} is not in part_weights {dict(part_weights)}")

@@ -32,6 +32,7 @@ class Example:
         part: examples of one part share a mean; a data source with `part_weights` mixes the means.
         where: for messages, such as "chat.jsonl:12".
         weights: of the tokens in the loss, >= 0, which is a weighted mean; None: 1 for each.
+        beta_scale: what beta of its tokens is multiplied by, >= 0; 0 is plain cross-entropy.
     """
 
     input_ids: Sequence[int]
@@ -40,6 +41,7 @@ class Example:
     part: int = 0
     where: str = ""
     weights: Sequence[float] | None = None
+    beta_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def encode(
         ):  # the first token has no context to come from
             raise ValueError(f"{conversation.where}: no token of this is trained")
         own = weights if any(w != 1 for w in weights) else None
-        examples.append(Example(ids, labels, positions, part, conversation.where, own))
+        about = conversation.where, own, conversation.beta_scale
+        examples.append(Example(ids, labels, positions, part, *about))
     return examples
 
 
@@ -130,6 +133,16 @@ def compact(e: Example) -> Example:
     small = {name: array("i", column) for name, column in columns.items()}
     weights = None if e.weights is None else array("f", e.weights)
     return replace(e, **small, weights=weights)
+
+
+def refuse_scales(examples: Iterable[Example], trainer: str) -> None:
+    """Raises ValueError: one has a `beta_scale`, which would be lost (`trainer`: where)."""
+    for e in examples:
+        if e.beta_scale != 1:
+            raise ValueError(
+                f"{e.where}: beta_scale {e.beta_scale:g} would be lost {trainer}; it is for"
+                " `deepalign train` and deepalign_kernels.train"
+            )
 
 
 def turn_weights(conversation: Conversation, train_on: str) -> list[float]:
@@ -204,4 +217,5 @@ class LengthLimit:
 
 def _truncated(e: Example, n: int) -> Example:
     weights = None if e.weights is None else e.weights[:n]
-    return Example(e.input_ids[:n], e.labels[:n], e.positions[:n], e.part, e.where, weights)
+    short = {"input_ids": e.input_ids[:n], "labels": e.labels[:n], "positions": e.positions[:n]}
+    return replace(e, **short, weights=weights)

@@ -17,7 +17,7 @@ from deepalign_kernels.data.reading import rows_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 UNKNOWN_KEYS = ("ignore", "error")
-RECORD_KEYS = ("messages", "prompt", "completion", "tools")
+RECORD_KEYS = ("messages", "prompt", "completion", "tools", "beta_scale")
 OURS = ("train", "weight")  # keys of a message that the chat template does not see
 MESSAGE_KEYS = (
     *("role", "content", *OURS, "name", "tool_calls", "tool_call_id"),
@@ -41,6 +41,7 @@ class Conversation:
         trained_from: its assistant turns from this message on are trained.
         tools: what the chat template is told of tools; None: nothing.
         weights: what `train` and `weight` say, by message; None where they say nothing.
+        beta_scale: what beta of its tokens is multiplied by.
     """
 
     messages: tuple[Message, ...]
@@ -48,6 +49,7 @@ class Conversation:
     trained_from: int = 0
     tools: tuple[Any, ...] | None = None
     weights: tuple[float | None, ...] = ()
+    beta_scale: float = 1.0
 
 
 def load_chat_data(path: str | Path, *, unknown_keys: str = "ignore") -> list[Conversation]:
@@ -59,7 +61,8 @@ def load_chat_data(path: str | Path, *, unknown_keys: str = "ignore") -> list[Co
     "system" | "developer" | "user" | "assistant" | "tool", "content": str}`, with keys that chat
     templates know (`tool_calls`, `reasoning_content`, ...). On an assistant's message `"train":
     false` leaves the turn as context, `true` trains one of the prompt, and `"weight": 0.3` weighs
-    its tokens in the loss.
+    its tokens in the loss. `"beta_scale": 2.0` in a record, >= 0, multiplies beta of its tokens: it
+    is held to the reference harder (0: not at all, which is plain cross-entropy).
 
     Args:
         path: file, folder or name of a data set.
@@ -130,6 +133,7 @@ def check_record(record: object, where: str, unknown_keys: str = "ignore") -> Co
         len(prompt),
         tuple(tools) if tools else None,
         weights if any(w is not None for w in weights) else (),
+        check.number(f"{where}: beta_scale", record.get("beta_scale", 1.0), low=0.0),
     )
 
 
@@ -158,6 +162,8 @@ def _check_message(message: object, where: str, unknown: str) -> tuple[Message, 
     # None is what a table has where this message lacks the key.
     given = {key: value for key, value in message.items() if value is not None}
     _check_keys(given, MESSAGE_KEYS, where, unknown)
+    if "beta_scale" in given:
+        raise ValueError(f"{where}: 'beta_scale' belongs beside the messages: it is of them all")
     role, content = given.get("role"), _text(given.get("content"))
     if content is None and given.get("tool_calls"):
         content = ""

@@ -18,7 +18,7 @@ def token_rows(
     Args:
         tokenizer: its `decode` is asked.
         example: see there.
-        beta_of: response positions -> beta.
+        beta_of: response positions -> beta, which the example's scale then multiplies.
 
     Returns:
         position, beta and weight are None where the token is not trained. The first token never is:
@@ -36,7 +36,7 @@ def token_rows(
                 "text": tokenizer.decode([token]),
                 "trained": trained,
                 "position": int(example.positions[index]) if trained else None,
-                "beta": float(betas[index]) if trained else None,
+                "beta": float(betas[index]) * example.beta_scale if trained else None,
                 "weight": float(weights[index]) if trained else None,
             }
         )

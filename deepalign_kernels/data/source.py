@@ -20,7 +20,7 @@ from deepalign_kernels.data.reading import fingerprint
 from deepalign_kernels.data.template import ChatTemplate
 from deepalign_kernels.data.tokenizing import examples_of
 
-FORMAT = 1  # of the cached tables; to be raised when tokenisation changes
+FORMAT = 2  # of the cached tables; to be raised when tokenisation changes
 
 
 class Source:

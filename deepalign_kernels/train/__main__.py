@@ -39,6 +39,8 @@ def _add(out: argparse.ArgumentParser, option: Option) -> None:
         more["type"] = option.kind
     if option.name == "adam_betas":
         more |= {"nargs": 2, "type": float, "metavar": ("B1", "B2")}
+    if option.name == "beta_table":
+        more["nargs"] = "+"
     if option.name == "resume":
         more |= {"nargs": "?", "const": "yes"}
     out.add_argument(f"--{option.name.replace('_', '-')}", **more)

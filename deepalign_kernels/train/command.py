@@ -85,6 +85,8 @@ class Option:
         one: Any = Literal[self.allowed] if self.allowed else self.kind
         if self.name == "adam_betas":
             one = tuple[float, float]
+        if self.name == "beta_table":
+            one = tuple[float, ...]
         return one | None if self.default is None else one
 
 
@@ -105,9 +107,11 @@ def options_of() -> list[Option]:
         Option("resume", str, "no", "yes: go on from the newest checkpoint; auto: if there is one"),
         Option("dry_run", bool, False, "only tell tokens, steps, memory, the first example"),
     ]
+    told = described(BetaSchedule.__doc__)
     for f in fields(BetaSchedule):
         kind = int if f.name == "prefix_length" else float
-        out.append(Option(f"beta_{f.name}", kind, f.default, f"`{f.name}` of the beta schedule"))
+        usual = f" Default {f.default}." * (f.default is not None)
+        out.append(Option(f"beta_{f.name}", kind, None, told[f.name] + usual))
     told = described(TrainConfig.__doc__)
     for f in fields(TrainConfig):
         if f.name not in GIVEN_ELSEWHERE or f.name == "seed":
@@ -172,7 +176,7 @@ def build(options: Any, refuse: Callable[[TrainConfig], None] = lambda config: N
     if (note := settle(options)) and main_process():
         print(note, file=sys.stderr)
     named, dry, dtype = vars(options), options.dry_run, getattr(torch, options.dtype)
-    beta = BetaSchedule(**{f.name: named[f"beta_{f.name}"] for f in fields(BetaSchedule)})
+    beta = schedule_of(options)
     rest = {f.name: named[f.name] for f in fields(TrainConfig) if f.name in named}
     rest["adam_betas"] = tuple(options.adam_betas)
     if dry:
@@ -201,6 +205,20 @@ def build(options: Any, refuse: Callable[[TrainConfig], None] = lambda config: N
     return TrainingRun(
         load("model"), tokenizer, config, data, reference, eval_data=options.eval_data
     )
+
+
+def schedule_of(options: Any) -> BetaSchedule:
+    """Beta by position, as the options say.
+
+    Raises:
+        ValueError: they are wrong, or say it in two ways.
+    """
+    given = {f.name: getattr(options, f"beta_{f.name}") for f in fields(BetaSchedule)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "table" in given and len(given) > 1:
+        other = ", ".join(f"beta_{name}" for name in given if name != "table")
+        raise ValueError(f"beta_table: it says beta of every token; leave out {other}")
+    return BetaSchedule(**given)
 
 
 def _check_paths(options: Any, config: TrainConfig) -> None:

@@ -376,7 +376,10 @@ class TrainConfig:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         beta = self.beta
         if is_dataclass(beta) and not isinstance(beta, type):
-            out["beta"] = asdict(beta)
+            # Of a schedule what it goes by: its table, or all else.
+            table = getattr(beta, "table", None)
+            values = asdict(beta) if table is None else {"table": list(table)}
+            out["beta"] = {k: v for k, v in values.items() if k != "table" or v is not None}
         else:
             out["beta"] = _name_of(beta)
         if not isinstance(self.objective, str):

@@ -141,4 +141,5 @@ def _first(table: TokenTable) -> Example:
         [IGNORE, *batch.targets[0, :-1].tolist()],
         [0, *batch.positions[0, :-1].tolist()],
         weights=None if weights is None else [1.0, *weights[:-1]],
+        beta_scale=table.beta_scales[0],
     )

@@ -13,7 +13,7 @@ from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.modes import evaluating
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.forwards import forwards
-from deepalign_kernels.train.objective import BatchObjective, TokenParts, untrained
+from deepalign_kernels.train.objective import BatchObjective, TokenParts, beta_of, untrained
 from deepalign_kernels.train.ranks import Ranks, is_sharded
 
 
@@ -104,7 +104,7 @@ class Evaluation:
     def _objective(self, parts: TokenParts, batch: Batch) -> Tensor:
         """What training minimises, of each token, less what no learning changes."""
         config, about = self._config, rules.objective_of(self._config.rule)
-        beta = config.beta_at(batch.positions) if about.needs_reference else None
+        beta = beta_of(config.beta_at, batch) if about.needs_reference else None
         ref_logp = parts.ref_logp if about.needs_reference else None
         each, _ = rules.run(about.name, config.min_weight, parts.logp, ref_logp, beta)
         if config.rule == "exact" and beta is not None:

@@ -95,7 +95,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str | None:
         longer = any(a.get(k) != b.get(k) for k in LENGTH)
         return odd + (LONGER if longer else "")
     # The data before beta, which is compared as far as its positions go.
-    named = [name for name, value in now["data"].items() if then["data"].get(name) != value]
+    named = [name for name, value in now["data"].items() if then["data"].get(name, "") != value]
     if named:
         return f"other training data than data gives now: its {' and its '.join(named)} changed"
     if not _same(then["betas"], now["betas"]):
@@ -134,6 +134,7 @@ def _data_of(table: TokenTable) -> dict[str, str]:
         "positions": _digest(table.positions),
         "parts and their weights": _digest(parts)
         + repr((sorted((table.part_weights or {}).items()), table.part_weighting)),
+        "scales of beta": hashlib.blake2b(table.beta_scales).hexdigest() * table.scales_beta,
         "weights": "" if table.weights is None else _digest(table.weights),
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels import backends
+from deepalign_kernels import backends, rules
 from deepalign_kernels.data.columns import Batch
 from deepalign_kernels.data.packing import steps_per_epoch
 from deepalign_kernels.modes import kept_modes
@@ -139,6 +139,14 @@ class TrainingRun(Prepared):
             keep_epochs=self.objective.needs_reference and config.reference == "precomputed",
             step_size=self.step_size if config.group_by_length else None,
         )
+        if config.eval_every is not None and self.eval_source is None:
+            warnings.warn("eval_every: without eval_data nothing is evaluated", stacklevel=2)
+        if self.source.table(0).scales_beta and not rules.objective_of(config.rule).needs_beta:
+            warnings.warn(
+                f"data: records have a beta_scale, and objective={config.as_dict()['objective']!r}"
+                " has no beta",
+                stacklevel=2,
+            )
         if config.early_stop is not None and self.eval_source is None:
             raise ValueError("early_stop: it counts evaluations on eval_data, and there are none")
         self.steps_per_epoch = steps_per_epoch(len(self.source.table(0)), self.step_size)

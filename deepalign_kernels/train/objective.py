@@ -40,6 +40,12 @@ def untrained(batch: Batch) -> Batch:
     return replace(batch, targets=targets, positions=positions, tokens=0, anchors=anchors)
 
 
+def beta_of(schedule: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    """beta [B, T] of its targets: by position, times what their example says."""
+    beta = schedule(batch.positions)
+    return beta if batch.beta_scale is None else beta * batch.beta_scale
+
+
 class BatchObjective:
     """What is minimised: the rule's loss of each trained token, summed over a batch.
 
@@ -116,7 +122,7 @@ class BatchObjective:
             The loss, 0-d fp32: the sum over the tokens divided by `batch.normalizer`, or, where
             parts are mixed, each row's sum times its `scale`. Shares of a step add up.
         """
-        beta = self._beta(batch.positions) if self._asks else None
+        beta = beta_of(self._beta, batch) if self._asks else None
         normalizer = batch.normalizer if batch.scale is None else None
         anchored = self._anchored(batch) if self.anchors else None
         loss, parts = self._head.loss(model, batch, beta, ref_model, normalizer, anchored)
@@ -143,7 +149,7 @@ class BatchObjective:
         """
         if not self._exact:
             return 0.0
-        beta = self._beta(batch.positions)
+        beta = beta_of(self._beta, batch)
         each = torch.where((batch.targets != IGNORE) & (beta > 0), 2 * math.log(2) / beta, 0.0)
         if batch.scale is not None:
             return (each * batch.scale).sum()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels.data.examples import tokenize_chat
+from deepalign_kernels.data.examples import refuse_scales, tokenize_chat
 from deepalign_kernels.modes import evaluating
 
 
@@ -36,11 +36,13 @@ def constrained_rows(
         where there is none.
 
     Raises:
-        ValueError: as `tokenize_chat`; a model that `hf.attach` does not take.
+        ValueError: as `tokenize_chat`; a record with a `beta_scale`, which such a trainer does not
+            know; a model that `hf.attach` does not take.
     """
     from deepalign_kernels import hf  # imports transformers, which `train` alone does not need
 
     examples = tokenize_chat(tokenizer, data, **options)
+    refuse_scales(examples, "in rows for another trainer")
     rows = [
         {
             "input_ids": torch.tensor(list(e.input_ids)),

@@ -9,12 +9,13 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from deepalign_kernels.data.examples import IGNORE, tokenize_chat
+from deepalign_kernels.data.examples import IGNORE, refuse_scales, tokenize_chat
 from deepalign_kernels.hf import trainer
 from deepalign_kernels.losses import response_positions
 
 COLUMNS = {**trainer.COLUMNS, "token_weights": 0.0}  # of each token, and what padding has there
 OURS = (*COLUMNS, "ref_row")  # the last: a number for each row, under which its anchors are kept
+RARE = ("tools", "beta_scale")  # of a record
 TOKENS = ("input_ids", "labels", "response_positions")
 
 
@@ -50,12 +51,13 @@ def weighted(record: dict[str, Any]) -> bool:
 def tokenized(
     batch: dict[str, list[Any]], tokenizer: Any, options: dict[str, Any], weights: bool
 ) -> dict[str, list[Any]]:
-    names = [n for n in ("messages", "prompt", "completion", "tools") if n in batch]
+    names = [n for n in ("messages", "prompt", "completion", *RARE) if n in batch]
     records = [
         {n: _plain(x) for n, x in zip(names, row, strict=True) if x is not None}
         for row in zip(*(batch[n] for n in names), strict=True)
     ]
     examples = tokenize_chat(tokenizer, records, **options)
+    refuse_scales(examples, "in TRL's trainer")
     columns: dict[str, list[Any]] = {
         "input_ids": [list(e.input_ids) for e in examples],
         "labels": [list(e.labels) for e in examples],

@@ -26,6 +26,8 @@ class ConstrainedSFTConfig(SFTConfig):
         beta_prefix: beta of tokens 2 to `prefix_length`.
         beta_rest: beta of later tokens.
         prefix_length: tokens of the second group end here.
+        beta_table: in place of these four, beta of token 1, 2, ...; the last one holds for later
+            tokens.
         min_weight: floor of a token's weight, with objective="surrogate" only.
         temperature: divides the logits of policy and reference.
         kl_coef: what the divergence from the reference over the whole vocabulary, nats per trained
@@ -48,6 +50,7 @@ class ConstrainedSFTConfig(SFTConfig):
     beta_prefix: float = 2.0
     beta_rest: float = 0.1
     prefix_length: int = 5
+    beta_table: list[float] | None = None
     min_weight: float = 0.0
     temperature: float = 1.0
     kl_coef: float = 0.0
@@ -94,7 +97,8 @@ class ConstrainedSFTConfig(SFTConfig):
 
     @property
     def beta(self) -> BetaSchedule:
-        return BetaSchedule(self.beta_first, self.beta_prefix, self.beta_rest, self.prefix_length)
+        parts = self.beta_first, self.beta_prefix, self.beta_rest, self.prefix_length
+        return BetaSchedule(*parts, self.beta_table)
 
     @property
     def rule(self) -> str:

@@ -103,6 +103,8 @@ class ConstrainedSFTTrainer(SFTTrainer):
     ) -> Any:
         """Columns TOKENS of `dataset`, at most max_length long, packed where asked for."""
         first = next(iter(dataset))
+        if "input_ids" in first and "beta_scale" in first:
+            raise ValueError(f"{dataset_name} dataset: beta_scale would be lost in TRL's trainer")
         keys = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
         if "input_ids" not in first:
             if not {"messages", "prompt"} & set(first):

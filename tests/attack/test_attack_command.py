@@ -1,7 +1,10 @@
 """`deepalign attack` and `deepalign compare`, on the toy model in a folder."""
 
+import itertools
 import json
+import os
 import pathlib
+import signal
 
 import pytest
 
@@ -11,13 +14,17 @@ pytest.importorskip("tyro", reason="reads the options")
 
 import torch
 from bad_server import planned
+from train_runs import in_child
 
 from deepalign_kernels.attack import command, config
 from deepalign_kernels.attack.compare import compare
 from deepalign_kernels.attack.config import attack_of, attacks_of, judge_of
+from deepalign_kernels.attack.suite import STATE
+from deepalign_kernels.attack.target_loss import TargetLoss
 from deepalign_kernels.cli.main import main
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate import server as serving
+from deepalign_kernels.generate.local import LocalEngine
 from deepalign_kernels.generate.server import ServerEngine
 from deepalign_kernels.judge import View
 from deepalign_kernels.report import read, verdict
@@ -108,6 +115,57 @@ def test_nothing_replayed_is_nothing_verified(world, tmp_path, capsys):
     assert main(words(world, tmp_path / "none", "--verify", "50", suite="direct")) == 1
     out, err = capsys.readouterr()
     assert out == "0 rows replayed: no difference\n" and "nothing was verified" in err
+
+
+def killed(args, owner, name, call):
+    """The command in a process that SIGKILL ends at one call of `owner.name`; a write is torn."""
+
+    def act():
+        plain, calls = getattr(owner, name), itertools.count(1)
+
+        def dies(*given):
+            if next(calls) == call:
+                if owner is os:
+                    plain(given[0], given[1][: len(given[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*given)
+
+        setattr(owner, name, dies)  # in the child alone
+        main(args)
+
+    assert in_child(act)() == -signal.SIGKILL
+
+
+def test_a_killed_command_goes_on_to_the_same_bytes(world, tmp_path):
+    """SIGKILL in the replies of a unit, its writing, a search in it, the verdicts of a judge."""
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "direct: {temperature: 1}\nprefill: {depths: [2, 4]}\n"
+        "gcg: {steps: 3, width: 8, topk: 4, init: mix mix, save_every: 1}\n"
+    )
+
+    def args(name):
+        more = ("--suite", str(suite), "--chunk", "3", "--batch-size", "2")
+        return words(world, tmp_path / name, *more, "--judge", "keywords", "keywords:gcg")
+
+    def files(name):
+        names = ("records.jsonl", "verdicts.jsonl", "summary.txt")
+        return [(tmp_path / name / n).read_bytes() for n in names]
+
+    assert main(args("whole")) == 0
+    records, verdicts = (tmp_path / "cut" / f"{n}.jsonl" for n in ("records", "verdicts"))
+    for owner, name, call, torn, units in (
+        (LocalEngine, "_generate", 5, None, 2),  # direct has 2 + 1, prefill 3 in its first unit
+        (os, "write", 2, records, 3),
+        (TargetLoss, "losses", 6, None, 4),  # step 2 of 3 of the second of three searches
+        (os, "write", 4, verdicts, 6),  # the last two units of records, a judge, the other one
+    ):
+        killed(args("cut"), owner, name, call)
+        assert records.read_bytes().count(b'\n{"unit":') == units
+        assert torn is None or not torn.read_bytes().endswith(b"\n")
+        assert (tmp_path / "cut" / STATE).exists() == (owner is TargetLoss)
+    assert verdicts.read_bytes().count(b'\n{"unit":') == 1
+    assert main(args("cut")) == 0 and files("cut") == files("whole")
 
 
 def test_refusals_of_harmless_prompts_are_a_rate_of_their_own(world, tmp_path, capsys):

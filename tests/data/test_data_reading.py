@@ -236,6 +236,7 @@ def test_the_hash_covers_all_that_changes_a_run():
         Example([1, 2, 3, 4], [-100, 2, 3, 4], [0, 1, 2, 7]),
         Example([1, 2, 3, 4], [-100, 2, 3, 4], [0, 1, 2, 3], weights=[0, 1, 1, 0.5]),
         Example([1, 2, 3, 4], [-100, 2, 3, 4], [0, 1, 2, 3], part=1),
+        Example([1, 2, 3, 4], [-100, 2, 3, 4], [0, 1, 2, 3], beta_scale=0.5),
     ]
     hashes = [of(base, other), of(other, base), *(of(e, other) for e in changed)]
     mixed = {0: 0.2, 1: 0.8}
@@ -246,6 +247,35 @@ def test_the_hash_covers_all_that_changes_a_run():
     # A reference says something about tokens alone.
     tokens = [TokenTable([e, other]).tokens_hash() for e in (base, changed[3], changed[4])]
     assert len(set(tokens)) == 1 and TokenTable([changed[2], other]).tokens_hash() != tokens[0]
+
+
+def test_a_scale_of_beta_goes_with_its_tokens(tmp_path):
+    tokenizer = build_tokenizer()
+    records = [{**RECORDS[0], "beta_scale": 0}, RECORDS[1], {**RECORDS[2], "beta_scale": 3}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    for _ in range(2):  # the second time from the cache
+        source = Source(str(path), tokenizer, cache=tmp_path / "cache")
+        table = source.table(0)
+        packed = table.batch([2, 0, 1], torch.device("cpu"), table.count([0, 1, 2]), packed=True)
+        expected = [s for s, row in ((3, 2), (0, 0), (1, 1)) for _ in range(table.lengths[row])]
+        assert packed.beta_scale.tolist() == [expected]
+        padded = table.batch([1, 2], torch.device("cpu"), table.count([1, 2]))
+        assert padded.beta_scale.tolist() == [[1], [3]]
+    short = Source(records[:1], tokenizer, max_length=60, on_too_long="truncate")
+    assert short.too_long == 1 and list(short.table(0).beta_scales) == [0]
+    plain = Source(RECORDS, tokenizer).table(0)
+    assert plain.batch([0], torch.device("cpu"), plain.count([0])).beta_scale is None
+    for bad in (-1, "2", True, float("inf"), 1e39):
+        with pytest.raises(ValueError, match=r"data\[0\]: beta_scale: expected a finite number"):
+            tokenize_chat(tokenizer, [{**RECORDS[0], "beta_scale": bad}])
+    talk = [RECORDS[0]["messages"][0], {**RECORDS[0]["messages"][1], "beta_scale": 2}]
+    with pytest.raises(ValueError, match="message 1: 'beta_scale' belongs beside the messages"):
+        tokenize_chat(tokenizer, [{"messages": talk}])
+    with pytest.raises(ValueError, match="unknown key 'beta_scales'; is it meant"):
+        tokenize_chat(tokenizer, [{**RECORDS[0], "beta_scales": 2}])
+    with pytest.raises(ValueError, match="example 0: beta_scale: expected"):
+        TokenTable([Example([1, 2], [-100, 2], [0, 1], beta_scale=-1.0)])
 
 
 def test_rare_columns_begin_where_they_are_needed():

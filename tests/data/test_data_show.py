@@ -17,7 +17,7 @@ from deepalign_kernels.train import tokenize_chat
 @pytest.fixture
 def files(tmp_path):
     build_tokenizer().save_pretrained(tmp_path / "model")
-    records = [RECORDS[0], {**chat("q", "yes", "r", "no"), "id": 1}]
+    records = [{**RECORDS[0], "beta_scale": 2}, {**chat("q", "yes", "r", "no"), "id": 1}]
     records[1]["messages"][3] = {**records[1]["messages"][3], "weight": 0.3}
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(tmp_path / "a.jsonl"), str(tmp_path / "model")
@@ -44,6 +44,7 @@ def test_the_rows_are_what_the_table_of_a_run_holds(files, capsys):
         assert token["trained"] == (target != -100)
         if token["trained"]:
             beta = 0.5 if position == 1 else 2.0 if 2 <= position <= 5 else 0.1
+            beta *= 2 if token in conversations[0]["tokens"] else 1
             assert (token["id"], token["position"]) == (target, position)
             assert token["beta"] == pytest.approx(beta)
     weights = [t["weight"] for t in conversations[1]["tokens"] if t["trained"]]
@@ -64,8 +65,11 @@ def test_the_table_shows_every_trained_token_and_hides_long_prompts(files, capsy
     hidden = [line for line in lines if "more tokens that are not trained" in line]
     assert hidden == [f"       ... {begin - 6} more tokens that are not trained ..."]
     first = next(line for line in lines if " yes " in line).split()
-    assert first == [str(begin), str(example.input_ids[begin]), "'m'", "yes", "1", "7", "1"]
+    assert first == [str(begin), str(example.input_ids[begin]), "'m'", "yes", "1", "14", "1"]
     assert len(lines) == 2 + 3 + 1 + 3 + trained + 1
+    _, out, _ = shown(capsys, data, "--model", model, "-n", "1", "--beta.table", "7", "3", "0.25")
+    betas = [line.split()[-2] for line in out.splitlines() if " yes " in line]
+    assert betas == ["14", "6", *["0.5"] * (trained - 2)]
     rows = token_rows(build_tokenizer(), example, lambda p: [1.0] * len(p))
     assert len(token_table(rows, None).splitlines()) == 1 + len(rows)
 

@@ -109,6 +109,8 @@ def test_mixin_refuses_what_would_train_another_loss(tmp_path):
 def test_rows_of_a_trainer_are_the_models_own_numbers():
     model, tokenizer = build_model(0), build_tokenizer()
     made = constrained_rows(model, tokenizer, RECORDS, batch_size=3)
+    with pytest.raises(ValueError, match="beta_scale 2 would be lost"):
+        constrained_rows(model, tokenizer, [{**RECORDS[0], "beta_scale": 2}])
     assert "forward" not in vars(model) and model.training  # as it came
     whole = hf.collate(made)
     for index, (row, example) in enumerate(

@@ -22,9 +22,36 @@ def test_other_schedules():
     assert dak.BetaSchedule(prefix_length=0)(positions).tolist() == pytest.approx([0.1] * 3)
 
 
+def test_a_table_holds_by_position_and_its_last_entry_from_there_on():
+    values = [0.5, 2, 0.3, 0, 0.7]
+
+    def one_by_one(positions):
+        every = [values[min(p, 5) - 1] if p else values[-1] for p in positions.flatten().tolist()]
+        return torch.tensor(every, dtype=torch.float32).reshape(positions.shape)
+
+    schedule = dak.BetaSchedule(table=values)
+    for dtype in (torch.int32, torch.int64):
+        positions = torch.tensor([[1, 2, 3, 4], [5, 6, 700, 0]], dtype=dtype)
+        assert torch.equal(schedule(positions), one_by_one(positions))
+    assert schedule(positions).dtype == torch.float32
+    assert schedule == dak.BetaSchedule(table=tuple(values)) and hash(schedule) is not None
+    many = torch.arange(50)
+    paper = dak.BetaSchedule(table=[0.5, 2, 2, 2, 2, 0.1])
+    assert torch.equal(paper(many), dak.BetaSchedule()(many))
+    assert dak.BetaSchedule(table=[3])(many).unique().tolist() == [3]
+
+
 @pytest.mark.parametrize(
     "kw",
     [
+        {"table": []},
+        {"table": 0.5},
+        {"table": "0.5"},
+        {"table": [0.5, -1]},
+        {"table": [0.5, float("nan")]},
+        {"table": [0.5, True]},
+        {"table": [0.5, 2], "rest": 0.2},
+        {"table": [0.5, 2], "prefix_length": 2},
         {"first": -1},
         {"prefix": float("nan")},
         {"rest": "x"},

@@ -346,10 +346,12 @@ def test_functions_are_compared_by_what_they_compute(tmp_path):
 
     refused("beta was 2 at position 1, is 0.7", beta=schedule(0.7))
     refused("beta was 2 at position 1, is 0.3", beta=dak.BetaSchedule(first=0.3, prefix=0.1))
+    changed = dak.BetaSchedule(table=[2.0, 0.1, 0.4, 0.1])
+    refused("beta was 0.1 at position 3, is 0.4", beta=changed)
     refused("objective: .*rule computes other values than it did", objective=cubed(5))
     refused("objective was 'cubed.<locals>.rule', is 'sft'", objective="sft")
     # The same numbers under another name are the same schedule.
-    table = dak.BetaSchedule(first=2.0, prefix=0.1, rest=0.1)
+    table = dak.BetaSchedule(table=[2.0, 0.1])
     bigram_run(tmp_path, **{**options, "objective": cubed(3), "beta": table}).train(resume=True)
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_chat import RECORDS, build_model, build_tokenizer
-from train_runs import record_gradients, relative, train
+from train_runs import RUN, log_of, record_gradients, relative, train
 
 from deepalign_kernels.data.examples import tokenize_chat
-from deepalign_kernels.train import TrainConfig
+from deepalign_kernels.train import TrainConfig, TrainingRun
 from deepalign_kernels.train.__main__ import parser
 
 PAPER = {1: 0.5, 2: 2.0, 3: 2.0, 4: 2.0, 5: 2.0}
@@ -24,11 +24,14 @@ def divergence(p, q, direction):
     return (a.exp() * (a - b)).sum()
 
 
-def by_hand(objective, temperature=1.0, min_weight=0.0, kl_coef=0.0, kl_direction="policy_ref"):
-    """(objective of a log, its gradients, mean divergence of a first token), over RECORDS."""
+def by_hand(
+    objective, temperature=1.0, min_weight=0.0, kl_coef=0.0, kl_direction="policy_ref",
+    data=RECORDS,
+):  # fmt: skip
+    """(objective of a log, its gradients, mean divergence of a first token), over `data`."""
     model, ref_model = build_model(0).double(), build_model(1).double()
     total, shown, count, kls = 0.0, 0.0, 0, []
-    for e in tokenize_chat(build_tokenizer(), RECORDS):
+    for record, e in zip(data, tokenize_chat(build_tokenizer(), data), strict=True):
         ids = torch.tensor([e.input_ids])
         p = (model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
         with torch.no_grad():
@@ -37,11 +40,14 @@ def by_hand(objective, temperature=1.0, min_weight=0.0, kl_coef=0.0, kl_directio
             if e.labels[t] == -100:
                 continue
             a, b, beta = p[t - 1, ids[0, t]], q[t - 1, ids[0, t]], PAPER.get(e.positions[t], 0.1)
+            beta = beta * record.get("beta_scale", 1)
             weight = 2 * torch.sigmoid(beta * (b - a)).detach()
             if objective == "surrogate":
                 loss = weight.clamp(min=min_weight) * -a
             elif objective == "sft":
                 loss = -a
+            elif beta == 0:
+                loss = b - a  # plain cross-entropy, less what the reference says
             else:
                 loss = (2 / beta) * torch.nn.functional.softplus(beta * (b - a))
                 shown = shown - 2 * math.log(2) / beta
@@ -80,6 +86,44 @@ def test_a_step_is_the_objective_by_hand(tmp_path, options, head):
         assert result.metrics["kl_first"] == pytest.approx(kl, rel=1e-4)
     else:
         assert "kl_first" not in result.metrics
+
+
+SCALES = (0, 2, 0.5, 1, 7, 1, 0.25)
+SCALED = [{**r, "beta_scale": s} for r, s in zip(RECORDS, SCALES, strict=True)]
+SCALED[3] = RECORDS[3]
+
+
+@pytest.mark.parametrize(
+    "how",
+    ({"head": "logits"}, {"packing": True}, {"objective": "surrogate", "min_weight": 0.5}),
+    ids=str,
+)
+def test_beta_of_a_record_is_scaled(tmp_path, how):
+    """In a batch that mixes scales, 0 among them; also in the held-out objective."""
+    options = {"objective": "constrained", **how}
+    asked = {name: options[name] for name in ("objective", "min_weight") if name in options}
+    gold, gold_grads, _ = by_hand(data=SCALED, **asked)
+    assert abs(gold - by_hand(**asked)[0]) > 1e-3 * abs(gold)
+    model = build_model(0)
+    grads = record_gradients(model)
+    config = TrainConfig(
+        tmp_path, **{**RUN, "batch_size": 4, "gradient_accumulation_steps": 2, **options}
+    )
+    parts = model, build_tokenizer(), config, SCALED, build_model(1)
+    result = TrainingRun(*parts, eval_data=SCALED).train()
+    assert result.metrics["objective"] == pytest.approx(gold, rel=1e-5, abs=1e-5)
+    assert relative(grads, gold_grads) < 1e-5
+    held_out = next(line for line in log_of(tmp_path) if line["event"] == "eval")
+    assert held_out["objective"] == pytest.approx(gold, rel=1e-5, abs=1e-5)
+
+
+def test_choices_that_do_nothing_are_warned_of(tmp_path):
+    config = TrainConfig(tmp_path, **RUN, objective="sft", eval_every=3)
+    with pytest.warns(UserWarning) as said:
+        TrainingRun(build_model(0), build_tokenizer(), config, SCALED)
+    texts = [str(w.message) for w in said]
+    assert "eval_every: without eval_data nothing is evaluated" in texts
+    assert "data: records have a beta_scale, and objective='sft' has no beta" in texts
 
 
 def test_the_log_leaves_out_what_no_learning_changes(tmp_path):

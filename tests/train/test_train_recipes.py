@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from deepalign_kernels import plan
 from deepalign_kernels.cli.options import parse
+from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.train import TrainConfig, TrainingRun, command, dry_run
 from deepalign_kernels.train import checkpoint as ckpt
 from deepalign_kernels.train.load import load_model
@@ -126,8 +127,7 @@ def test_papers_recipes_are_the_papers(models, tmp_path):
         o = options_of(ROOT / f"recipes/{name}-paper-4x80gb.yaml", data, tmp_path)
         assert (o.learning_rate, o.epochs, o.warmup_steps) == (rate, 3, 10)
         assert o.adam_betas == (0.5, 0.999) and o.max_grad_norm is None
-        betas = o.beta_first, o.beta_prefix, o.beta_rest, o.beta_prefix_length
-        assert betas == (0.5, 2.0, 0.1, 5) and o.batch_size * 4 == 64
+        assert command.schedule_of(o) == BetaSchedule(0.5, 2.0, 0.1, 5) and o.batch_size * 4 == 64
 
 
 @LATER

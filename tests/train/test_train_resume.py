@@ -191,6 +191,8 @@ def test_resuming_what_is_not_the_same_run_is_refused(tmp_path):
     *first, last = RECORDS
     said = [{**m, "weight": 0.5} if m["role"] == "assistant" else m for m in last["messages"]]
     refused("data gives now: its weights changed", data=[*first, {"messages": said}])
+    scaled = [*first, {**last, "beta_scale": 2.0}]
+    refused("data gives now: its scales of beta changed", data=scaled)
     # Saving and logging may change.
     with pytest.raises(KeyboardInterrupt):
         make(

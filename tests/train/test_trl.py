@@ -177,6 +177,7 @@ def test_evaluation(tmp_path):
         ({"loss_type": "dft"}, "loss_type: trl's own loss is not used"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy: 'wrapped' cuts"),
         ({"beta_first": -1.0}, "first: "),
+        ({"beta_first": 1.0, "beta_table": [1.0, 2.0]}, "table: .*so first cannot be given"),
     ],
 )
 def test_what_a_config_refuses(options, said, tmp_path):
@@ -194,6 +195,10 @@ def test_what_a_trainer_refuses(tmp_path):
         ValueError, match="in a stream the first one tells whether there are weights"
     ):
         tokenized({"messages": [HALF]}, build_tokenizer(), {}, weights=False)
+    scaled = [{**CHATS[0], "beta_scale": 2.0}]
+    refused("beta_scale 2 would be lost in TRL's trainer", data=scaled)
+    ready = [{"input_ids": [1, 2], "labels": [-100, 2], "beta_scale": 2.0}]
+    refused("beta_scale would be lost in TRL's trainer", data=ready)
     refused("'adapter_off' needs a PEFT model", reference="adapter_off")
     refused("ref_model: belongs to reference='model'", reference="model")
     refused("train dataset: conversation 0 has", max_length=20)
