@@ -146,26 +146,29 @@ def one(model: str, trainer: str, setting: str, steps: int, length: int, profile
 
 def values(timed: dict[str, Any], longer: dict[str, Any]) -> dict[str, str]:
     """What the page's template asks for: times and peaks of `timed`, peaks of `longer`, the same
-    ways with longer rows."""
+    ways with longer rows where they were measured."""
     rows, far = timed["rows"], longer["rows"]
     speed = {(r["model"], r["way"], r["setting"]): min(r["seconds"]) for r in rows}
-    peaks = {(r["model"], r["way"], r["setting"]): r["peak"] / MIB for r in far}
+    peaks = {(r["model"], r["way"], r["setting"]): f"{r['peak'] / MIB:.0f}" for r in far}
     lengths = (f"{r[0]['batch'] * r[0]['length']} tokens" for r in (rows, far))
     header = ["setting", "way", *(f"peak MiB, {text}" for text in lengths)]
     header += ["tokens a processor second", "of trl's time"]
-    tables = {}
+    parts = []
     for model in MODELS:
         lines = []
         for r in (r for r in rows if r["model"] == model):
             key = model, r["way"], r["setting"]
             trl = speed.get((model, "trl SFTTrainer", r["setting"]))
             lines.append(
-                [r["setting"], r["way"], f"{r['peak'] / MIB:.0f}", f"{peaks[key]:.0f}",
+                [r["setting"], r["way"], f"{r['peak'] / MIB:.0f}", peaks.get(key, "-"),
                  f"{r['batch'] * r['length'] / speed[key]:.1f}",
                  f"{speed[key] / trl:.2f}" if trl else "-"]
             )  # fmt: skip
-        tables[model.split("-")[0].lower()] = report.table(header, lines, markdown=True)
-    return tables
+        if lines:
+            vocab = MODELS[model][1]["vocab_size"]
+            shown = report.table(header, lines, markdown=True)
+            parts.append(f"## {model}: a vocabulary of {vocab}\n\n{shown}")
+    return {"tables": "\n\n".join(parts)}
 
 
 def command(arguments: list[str]) -> int:
