@@ -14,7 +14,7 @@ from deepalign_kernels.runs.record import Record, canonical
 from deepalign_kernels.runs.table import Cell, percent, rate_of
 
 LEAST = 5  # successes, and failures: from fewer a judge's errors cannot be told
-LABELS = dict.fromkeys(("1", "true", "yes"), True) | dict.fromkeys(("0", "false", "no"), False)
+LABELS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 def read_labels(path: str | Path) -> dict[str, bool]:
