@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepalign_kernels import check
+from deepalign_kernels.attack.calibration import read_labels
 from deepalign_kernels.attack.config import (
     attacks_of,
     for_server,
@@ -50,6 +51,8 @@ class Options:
             guard:MODEL, yes_no:MODEL:TEMPLATE, harmful_response:MODEL:TEMPLATE.
         judge_sees: whether judges see what was put into the model's mouth: hidden or shown.
         separator: between that and the reply, if it is shown.
+        calibration: .csv or .jsonl with key and label of replies of the run: rates corrected for
+            the judges' errors on these.
         mode: exact (a reply depends on its prompt alone) or fast.
         dtype: of the weights, such as bfloat16; auto takes the checkpoint's.
         device: cpu or cuda; "" takes a GPU if there is one.
@@ -78,6 +81,7 @@ class Options:
     judge: tuple[str, ...] = ("keywords",)
     judge_sees: str = "hidden"
     separator: str = ""
+    calibration: str = ""
     mode: str = "fast"
     dtype: str = "auto"
     device: str = ""
@@ -100,6 +104,7 @@ def run(options: Options) -> int:
     if options.paper and options.paper not in paper.MODELS:
         raise near("paper", options.paper, paper.MODELS)
     check.count("chunk", options.chunk, 1)
+    labels = read_labels(options.calibration) if options.calibration else {}
     prompts = load_prompts(options.data, options.format)[: options.limit or None]
     attacks = attacks_of(options.suite, _shared(options))
     judges = [judge_of(j, View(options.judge_sees, options.separator)) for j in options.judge]
@@ -128,7 +133,7 @@ def run(options: Options) -> int:
         about = json.dumps({j.name: j.about() for j in judges}, indent=1)
         write_private(folder / "judges.json", about + "\n")
         judge_run(opened, judges, records=records, say=_say)
-    text = summary(folder, model=options.paper, records=records)
+    text = summary(folder, model=options.paper, records=records, labels=labels)
     write_private(folder / "summary.txt", text + "\n")
     print(text)
     if options.show_text:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepalign_kernels.attack.calibration import corrected
 from deepalign_kernels.attack.failures import failures
 from deepalign_kernels.attack.worst import worst_trial
 from deepalign_kernels.runs.grids import Beside, beside_paper, is_grid, label, over_grids
@@ -22,13 +23,23 @@ from deepalign_kernels.runs.table import (
 )
 
 
-def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | None = None) -> str:
+def summary(
+    folder: str | Path,
+    model: str = "",
+    *,
+    records: Sequence[Record] | None = None,
+    labels: Mapping[str, bool] | None = None,
+) -> str:
     """Tables of a judged run, without any prompt or reply.
 
     Args:
         folder: of the run.
         model: "initial" or "augmented" puts the paper's numbers beside.
         records: of the run, if they are read already.
+        labels: `calibration.read_labels`: rates corrected by these stand beside.
+
+    Raises:
+        ValueError: a label of no reply of the run.
     """
     records = list(read_records(folder)) if records is None else records
     samples, verdicts = [r for r in records if r.kind == "sample"], list(read_verdicts(folder))
@@ -51,6 +62,8 @@ def summary(folder: str | Path, model: str = "", *, records: Sequence[Record] | 
         f" {a.only_first} successes for the first alone, {a.only_second} for the second alone"
         for a in agreement(verdicts)
     ]
+    if labels:
+        parts += corrected(table, samples, verdicts, labels)
     if model:
         for judge in dict.fromkeys(c.judge for c in table):
             parts += _beside(beside_paper(table, grids, manifest, judge), model)

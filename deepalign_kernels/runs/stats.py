@@ -89,7 +89,7 @@ def _resampled(
 
 
 def calibrated(
-    successes: int,
+    successes: float,
     n: int,
     *,
     labels: Sequence[bool],
@@ -101,10 +101,12 @@ def calibrated(
     """A judge's rate corrected for its errors, which a few labelled replies measure.
 
     Rogan and Gladen's estimator (rate + specificity - 1) / (sensitivity + specificity - 1), clipped
-    to [0, 1]. The interval resamples the rate and the labelled replies.
+    to [0, 1]. The interval draws all three shares from Jeffreys' Beta(k + 1/2, n - k + 1/2): one
+    that is right on each of a few labelled replies is not taken for one that is never wrong.
 
     Args:
-        successes: replies the judge called successes, of `n`.
+        successes: replies the judge called successes, of `n`; not whole where several samples of a
+            prompt count as one.
         n: replies judged.
         labels: the truth about the labelled replies.
         verdicts: what the judge says of these.
@@ -127,7 +129,7 @@ def calibrated(
     rng = np.random.default_rng(seed)
 
     def draw(p: float, size: int) -> np.ndarray:
-        return rng.binomial(size, p, resamples) / size
+        return rng.beta(p * size + 0.5, (1 - p) * size + 0.5, resamples)
 
     def correct(rate: Any, sens: Any, spec: Any) -> Any:
         gain = np.maximum(sens + spec - 1.0, 1e-9)

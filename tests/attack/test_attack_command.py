@@ -182,6 +182,45 @@ def test_refusals_of_harmless_prompts_are_a_rate_of_their_own(world, tmp_path, c
     assert f": {50 * refused:.1f} % (" in line and line.endswith("of 2 replies")
 
 
+def test_rates_corrected_by_labels(world, tmp_path, capsys):
+    """With every reply of a cell labelled the corrected rate is the labelled one, whatever a judge
+    got wrong; a cell without labels is left as it is."""
+    (tmp_path / "phrases").write_text("l\n")
+    (tmp_path / "suite.yaml").write_text("direct: {temperature: 20}\nprefill: {depths: [2]}\n")
+    more = ("--suite", str(tmp_path / "suite.yaml"), "--samples", "8")
+    more += ("--judge", f"keywords:{tmp_path / 'phrases'}")
+    args = [*words(world, tmp_path / "run", *more), "--calibration"]
+
+    def printed(name, lines, status=0):
+        (tmp_path / name).write_text("\n".join(lines))
+        assert main([*args, str(tmp_path / name)]) == status
+        return "".join(capsys.readouterr())
+
+    assert main(args[:-1]) == 0
+    direct = {r.key for r in read_records(tmp_path / "run", "sample") if r.name == "direct"}
+    said = {v.data["of"]: v.data["success"] for v in read_verdicts(tmp_path / "run")}
+    labels = {key: said[key] for key in sorted(direct)}
+    for which, wrong in ((True, 2), (False, 5)):
+        for key in [k for k in labels if said[k] is which][:wrong]:
+            labels[key] = not which
+    good = sum(labels.values())
+    assert len(labels) == 40 and good != sum(said[k] for k in labels)
+    rows = [json.dumps({"key": k, "label": v}) for k, v in labels.items()]
+    text = printed("labels.jsonl", rows)
+    (line,) = (x for x in text.splitlines() if "corrected" in x)
+    assert line.startswith("direct, corrected (keywords@") and f": {2.5 * good:.1f} % (" in line
+    assert f"on 40 labelled replies: {good - 5} of {good} successes and {38 - good} of" in text
+    table = ["key,label", *(f"{k},{('no', 'yes')[v]}" for k, v in labels.items())]
+    assert line in printed("labels.csv", table)
+    assert "1 of 41 keys are of no reply" in printed("a.csv", [*table, "zz,yes"], 2)
+    assert "has both labels" in printed("b.csv", [*table, "k,1", "k,0"], 2)
+    assert "5 failures, got 0, 1" in printed("c.csv", ["key,label", "k,0"], 2)
+    assert "c.csv:2: expected key" in printed("c.csv", ["key,label", "k,maybe"], 2)
+    assert "a .csv or .jsonl file that exists" in printed("c.txt", table, 2)
+    chance = [f"{k},{int(not said[k])}" for k in labels]
+    assert "is not corrected: verdicts: sens" in printed("d.csv", ["key,label", *chance])
+
+
 def test_two_models_compared(world, tmp_path, capsys):
     for model in (0, 1):
         args = words(world, tmp_path / str(model), model=model, suite="quick")

@@ -90,6 +90,9 @@ def test_calibration_undoes_a_known_judge():
     assert got.value == pytest.approx(0.5)
     raw = wilson(450, 1000)
     assert got.low < 0.45 < 0.5 < got.high and got.high - got.low > raw.high - raw.low
+    few = stats.calibrated(50, 100, labels=[True, False] * 5, verdicts=[True, False] * 5)
+    raw = wilson(50, 100)  # right on ten of ten does not make the judge perfect
+    assert few.value == 0.5 and few.high - few.low > 1.2 * (raw.high - raw.low)
     with pytest.raises(ValueError, match="chance"):
         stats.calibrated(450, 1000, labels=labels, verdicts=[not v for v in verdicts])
     with pytest.raises(ValueError, match="labels"):
