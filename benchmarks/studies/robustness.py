@@ -33,7 +33,7 @@ def study(seed: int, work: pathlib.Path) -> dict[str, Any]:
         cells(read_records(out / name, "sample"), read_verdicts(out / name))
         for name in (robustness.DEEP, robustness.ALIGNED)
     ]
-    grids = (
+    deep, aligned = (
         union(
             [
                 c
@@ -46,11 +46,14 @@ def study(seed: int, work: pathlib.Path) -> dict[str, Any]:
         for table in tables
     )
     beside = [
-        robustness.between("decoding, the paper's grid, any recipe: aligned minus deep", *grids),
+        robustness.between(
+            "decoding, the paper's grid, any recipe: aligned minus deep", deep, aligned
+        ),
         *(
             robustness.between(
                 f"{name}, right answer: aligned minus deep",
-                *(robustness.of_cell(table, name, ANSWER) for table in tables),
+                robustness.of_cell(tables[0], name, ANSWER),
+                robustness.of_cell(tables[1], name, ANSWER),
             )
             for name in ("gcg", "random_search")
         ),
@@ -73,8 +76,8 @@ def values(document: dict[str, Any]) -> dict[str, str]:
         [next(c for c in r["contrasts"] if c["text"] == told["text"]) for r in rows]
         for told in rows[0]["contrasts"]
     ]
-    pooled = [
-        [sum((c[side] for c in group), []) for side in ("first", "second")] for group in contrasts
+    pooled: list[tuple[list[float], list[float]]] = [
+        (_joined(group, "first"), _joined(group, "second")) for group in contrasts
     ]
     required = [group[0]["required"] for group in contrasts]
     paired = [stats.paired(*both) for both in pooled]
@@ -99,6 +102,10 @@ def values(document: dict[str, Any]) -> dict[str, str]:
         "beside": report.table(header, beside, markdown=True),
         "minutes": f"{min(minutes):.1f} to {max(minutes):.1f}",
     }
+
+
+def _joined(group: list[dict[str, Any]], side: str) -> list[float]:
+    return [x for contrast in group for x in contrast[side]]
 
 
 def _rate(successes: float, n: int) -> str:
