@@ -102,7 +102,7 @@ def attacked(
     manifest = {
         "engine": engine.about(),
         "weights": model_hash(model),
-        "attacks": {name: [plain(attack), n] for name, (attack, n) in plan.items()},
+        "attacks": {name: {**plain(attack), "prompts": n} for name, (attack, n) in plan.items()},
         "data": {"hash": data_hash(prompts), "prompts": len(prompts)},
         "judges": {judge.name: judge.about() for judge in judges},
         "seed": world.seed,

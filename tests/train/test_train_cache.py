@@ -162,7 +162,7 @@ def test_a_stale_reference_is_refused_by_what_changed(tmp_path, one_thread):
     changed(temperature=2.0, head="logits")
     refused(r"other head \('logits', now 'fused'\) and other temperature \(2.0, now 1.0\)")
     changed(anchors={"positions": 9, "dtype": "bfloat16"})
-    refused(r"other choice of positions or dtype \(kl_positions, reference_dtype\)")
+    refused(r"other choice of positions or dtype \(kl_positions, reference_dtype, eval_kl\)")
     (entry / "about.json").write_text(kept[:50])
     refused("is not readable")
     (entry / "about.json").write_text(kept.replace('"format": 1', '"format": 7'))

@@ -224,8 +224,8 @@ def test_several_processes_refuse_what_only_one_does(tmp_path):
         ({"optimizer": "adamw_8bit"}, "fsdp", "optimizer: 'adamw_8bit' is not known to shard"),
     ):
         with pytest.raises(ValueError, match=why):
-            prepare.check_several(TrainConfig(tmp_path, **options), way)
-    prepare.check_several(TrainConfig(tmp_path, optimizer="adamw_8bit"), "ddp")
+            prepare.check_several(TrainConfig(tmp_path, **options), way, 2, None, None)
+    prepare.check_several(TrainConfig(tmp_path, optimizer="adamw_8bit"), "ddp", 2, None, None)
 
 
 def test_a_missing_package_is_named(monkeypatch):

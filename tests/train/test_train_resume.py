@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, how, log_every):
     assert more.steps == result.steps == STEPS
     assert more.step0_max_log_ratio == result.step0_max_log_ratio
     events = [r["event"] for r in log_of(tmp_path / "parts") if r["event"] != "step"]
-    assert events == ["start", "resume", "end"]
+    assert events == ["start", "ops", "resume", "ops", "end"]
 
 
 @pytest.mark.slow
