@@ -150,9 +150,8 @@ def estimate(
     steady = weights + states + gathered
     before = gradients if accumulate and not setting.release_gradients else 0
     end_of_forward = activations + head + max(before, fused.grad_head)
-    # A tied embedding's own gradient is dense; when the backward ends it is there beside the head's
-    # and their sum.
-    tied = 2 * shape.embedding * size if shape.tied else 0
+    # A tied embedding's own gradient is dense; when the backward ends it is added to the head's.
+    tied = shape.embedding * size if shape.tied else 0
     end_of_backward = gradients + kept.outside + (layer or kept.layer) + tied
     copies = IN_THE_UPDATE.get(setting.optimizer, 0) * max(shape.layer // 3, shape.head)
     update = gradients + copies

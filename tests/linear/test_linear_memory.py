@@ -344,3 +344,20 @@ def test_a_budget_that_a_forward_takes_is_enough_for_its_backward(case, dtype, p
         assert estimate(max_workspace_bytes=needed, **case).chunks == 200
         with pytest.raises(ValueError, match=f"which take {needed};"):
             estimate(max_workspace_bytes=needed - 1, **case)
+
+
+@pytest.mark.parametrize(
+    "kw, heads", [(dict(), 1), (dict(reduction="none"), 2), (dict(kl_coef=0.1), 1)], ids=str
+)
+def test_the_gradients_of_a_tied_head_are_added_in_place(kw, heads):
+    """Autograd adds into the first gradient where nobody else holds its memory; a view of it kept
+    by an op would cost one more tensor of the size of the head. The scalar loss made its gradient
+    in the forward, so that its backward allocates the embedding's only."""
+    weight = torch.randn(V, H, requires_grad=True)
+    tokens, target = torch.randint(0, V, (2, 8))
+    given = {"ref_hidden": torch.randn(8, H), "ref_weight": weight.detach()}
+    if not kw.get("kl_coef"):
+        given = {"ref_logp": torch.zeros(8)}
+    hidden = torch.nn.functional.embedding(tokens, weight)
+    loss = dak.linear_constrained_loss(hidden, weight, target, beta=0.5, **given, **kw).sum()
+    assert measure(loss.backward)[1].peak < (heads + 0.1) * HEAD

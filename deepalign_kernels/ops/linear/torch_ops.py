@@ -309,10 +309,15 @@ def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> dict[str, T
     factor = grad * ctx.saved_tensors[-1].view(()) if ctx.late else grad
     grads = hand_over(ctx, "a linear loss", factor)[:-1]
     cast = [
-        None if g is None else g.view(shape).to(dtype)
+        None if g is None else _shaped(g, shape).to(dtype)
         for g, shape, dtype in zip(grads, ctx.shapes, ctx.dtypes, strict=True)
     ]
     return _named(cast, ctx.wanted)
+
+
+def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
+    view = grad.view(shape)
+    return view.data if type(view) is Tensor and not torch.is_grad_enabled() else view  # see hand_over
 
 
 autograd("linear_fused", _backward_fused, _setup_fused)
