@@ -317,7 +317,8 @@ def _backward_fused(ctx: Any, grad: Tensor | None, *_unused: Any) -> dict[str, T
 
 def _shaped(grad: Tensor, shape: torch.Size) -> Tensor:
     view = grad.view(shape)
-    return view.data if type(view) is Tensor and not torch.is_grad_enabled() else view  # see hand_over
+    alone = type(view) is Tensor and not torch.is_grad_enabled()  # `.data`: see hand_over
+    return view.data if alone else view
 
 
 autograd("linear_fused", _backward_fused, _setup_fused)

@@ -60,8 +60,8 @@ def hand_over(ctx: Any, op: str, factor: Tensor) -> list[Tensor | None]:
     if type(factor) is not Tensor or any(g is not None and type(g) is not Tensor for g in grads):
         # Traced: the compiler may fuse a product, but must not see a mutation of a saved tensor.
         return [None if g is None else g * factor for g in grads]
-    # `.data`, not detach(): a view would hold the memory a second time, and autograd, which adds the
-    # two gradients of a tied head in place where nobody else holds one, would take a third tensor.
+    # `.data`, not detach(): a view would hold the memory a second time, and autograd, which adds
+    # the two gradients of a tied head in place where nobody else holds one, would take a third.
     plain = [None if g is None else g.data for g in grads]
     for g in plain:
         if g is not None:
