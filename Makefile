@@ -20,11 +20,11 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYRIGHT := PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast matrix bench lint docs format build wheel hub clean
+.PHONY: help demo test test-fast test-avx2 matrix bench lint docs format build wheel hub clean
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "TORCH=$(TORCH) TRITON=$(TRITON)   versions to install (TORCH may carry +cpu, +cu130, +rocm...)"
 	@echo "PYTHON=python3.12             interpreter for a new .venv"
@@ -39,6 +39,12 @@ test: lint docs ## all checks: build, lint, documentation, pytest
 
 test-fast: build ## pytest without the slow tests: 2.5 minutes on two idle cores
 	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-avx2: export DEEPALIGN_CPU_ISA=avx2
+test-avx2: export ATEN_CPU_CAPABILITY=avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA=AVX2
+test-avx2: build ## pytest as on a processor with AVX2 only: our kernels, torch and oneDNN held to it
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 matrix: ## test-fast in environments of other versions (docs/versions.md); MATRIX="oldest gpu" chooses
 	@python3 .ci/matrix --workers $(WORKERS) $(MATRIX)
