@@ -25,6 +25,7 @@ class Attack(Protocol):
     name: ClassVar[str]  # of its records
     together: ClassVar[bool]  # whether it needs all prompts in one call
     local: ClassVar[bool]  # whether it needs the model itself; a server is not enough
+    continues: ClassVar[bool]  # whether replies have to go on behind a given beginning
 
     def __call__(self, engine: Engine, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """Records of kind "sample", and of other kinds between them, prompt by prompt."""
@@ -72,6 +73,7 @@ class Asking:
 
     together: ClassVar[bool] = False
     local: ClassVar[bool] = False
+    continues: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check.one_of("chat", self.chat, ("template", "plain"))

@@ -18,17 +18,22 @@ from deepalign_kernels.attack.config import (
     near,
     with_state,
 )
-from deepalign_kernels.attack.suite import STATE, evaluate, judge_run, plain, verify
+from deepalign_kernels.attack.self_check import self_check
+from deepalign_kernels.attack.suite import STATE, evaluate, judge_run, plain, same_chunk, verify
 from deepalign_kernels.attack.summary import summary
-from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts
+from deepalign_kernels.data.prompts import Prompt, data_hash, load_prompts, with_targets
 from deepalign_kernels.judge import View
 from deepalign_kernels.runs import paper
 from deepalign_kernels.runs.store import (
+    MANIFEST,
+    MEASURED,
     Run,
+    read_manifest,
     read_records,
     read_verdicts,
     write_private,
 )
+from deepalign_kernels.runs.told import told
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Options:
         suite: quick, paper, one attack's name, or a YAML file with attacks by name; fine-tuning
             needs settings, so a file.
         format: of the data, if it is not to be told from its columns.
+        targets: .json of prompt id -> what an answer begins with, for searches: HarmBench's
+            harmbench_targets_text.json. Comes before a column `target` of the data.
         limit: only the first so many prompts; 0 takes all.
         judge: judges: keywords[:LIST], classifier:FOLDER:LABEL, judgezoo:NAME, score:MODEL,
             guard:MODEL, yes_no:MODEL:TEMPLATE, harmful_response:MODEL:TEMPLATE.
@@ -63,6 +70,8 @@ class Options:
         max_new_tokens: of replies; 0 leaves each attack its own.
         seed: of the run.
         chunk: prompts that are computed and written together; a run goes on with the same number.
+        self_check: before the run, ask so many of its requests in mode exact and in mode fast; how
+            many replies differ stands in manifest, summary and report.
         verify: replay so many random rows of a finished run and compare.
         paper: print the paper's numbers beside: initial or augmented (Llama-2-7B-Chat, HEx-PHI).
         title: of the model in tables and figures; without it the name of its folder.
@@ -77,6 +86,7 @@ class Options:
     tokenizer: str = ""
     suite: str = "quick"
     format: str = "auto"
+    targets: str = ""
     limit: int = 0
     judge: tuple[str, ...] = ("keywords",)
     judge_sees: str = "hidden"
@@ -92,6 +102,7 @@ class Options:
     max_new_tokens: int = 0
     seed: int = 0
     chunk: int = 8
+    self_check: int = 0
     verify: int = 0
     paper: str = ""
     title: str = ""
@@ -104,27 +115,38 @@ def run(options: Options) -> int:
     if options.paper and options.paper not in paper.MODELS:
         raise near("paper", options.paper, paper.MODELS)
     check.count("chunk", options.chunk, 1)
+    check.count("self_check", options.self_check, 0)
+    if options.self_check and options.server:
+        raise ValueError("self_check: a server has no mode exact; give a local model")
     labels = read_labels(options.calibration) if options.calibration else {}
     prompts = load_prompts(options.data, options.format)[: options.limit or None]
+    if options.targets:
+        prompts, lacking = with_targets(prompts, options.targets)
+        if lacking:
+            _say(f"{lacking} of {len(prompts)} prompts have no target in {options.targets}")
     attacks = attacks_of(options.suite, _shared(options))
     judges = [judge_of(j, View(options.judge_sees, options.separator)) for j in options.judge]
-    left_out: list[str] = []
-    if options.server:
-        attacks, left_out = for_server(options.suite, attacks)
-    engine = _engine(options)
-    folder = Path(options.out)
+    folder, engine = Path(options.out), _engine(options)
+    attacks, left_out, measured = _possible(options, engine, attacks)
     if not options.verify:  # which computes everything anew
         attacks = {name: with_state(a, str(folder / STATE)) for name, a in attacks.items()}
     about = _manifest(options, engine, attacks, prompts)
-    about |= {"left_out": left_out} if left_out else {}
-    with Run(folder, about) as opened:
+    about |= left_out
+    with Run(folder, about, may_lack=("chunk",)) as opened:
+        same_chunk(opened, attacks, prompts, options.chunk)
+        if options.self_check:
+            measured["self_check"] = _self_check(opened, options, engine, attacks, prompts)
+        for entry, value in measured.items():
+            opened.measured(entry, value)
+        for line in told(read_manifest(folder)):
+            _say(line)
         if options.verify:
             compared, wrong = verify(
                 opened, engine, attacks, prompts, options.verify, chunk=options.chunk,
                 seed=options.seed,
             )  # fmt: skip
-            told = f"{len(wrong)} differ" if wrong else "no difference"
-            print("\n".join([*wrong, f"{compared} rows replayed: {told}"]))
+            found = f"{len(wrong)} differ" if wrong else "no difference"
+            print("\n".join([*wrong, f"{compared} rows replayed: {found}"]))
             if not compared:
                 _say(f"error: {folder} has no finished rows of this suite: nothing was verified")
             return 1 if wrong or not compared else 0
@@ -142,6 +164,41 @@ def run(options: Options) -> int:
         return 0
     _say("error: nothing could be scored; the reasons are counted above")
     return 1
+
+
+def _possible(
+    options: Options, engine: Any, attacks: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[str]], dict[str, Any]]:
+    """(attacks that the engine is enough for, names of the others by entry of the manifest, what
+    was measured of the engine to know)."""
+    left_out, measured = {}, {}
+    if options.server:
+        attacks, left_out["left_out"] = for_server(options.suite, attacks)
+    if options.server and any(a.continues for a in attacks.values()):
+        known = _known(Path(options.out), "continues")
+        found = engine.continues() if known is None else known
+        if options.send == "chat":
+            measured["continues"] = found
+        if found is False:
+            attacks, left_out["not_continued"] = for_server(options.suite, attacks, "continues")
+    return attacks, {entry: names for entry, names in left_out.items() if names}, measured
+
+
+def _known(folder: Path, entry: str) -> Any:
+    """What a run found out before it was stopped; None if there is none, or it did not."""
+    there = (folder / MANIFEST).is_file()
+    return read_manifest(folder).get(MEASURED, {}).get(entry) if there else None
+
+
+def _self_check(
+    run: Run, options: Options, engine: Any, attacks: dict[str, Any], prompts: list[Prompt]
+) -> dict[str, int]:
+    known = _known(run.folder, "self_check")
+    if known and known["asked"] == options.self_check:
+        return known
+    return self_check(
+        engine, attacks, prompts, options.self_check, chunk=options.chunk, seed=options.seed
+    )
 
 
 def _shared(options: Options) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from deepalign_kernels import progress
 from deepalign_kernels.attack.attack import Attack, Prepares
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.runs.record import Record
@@ -41,6 +42,11 @@ class Compose:
         """Whether one of them needs the model itself."""
         return self.first.local or self.then.local
 
+    @property
+    def continues(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of them needs replies that go on behind a given beginning."""
+        return self.first.continues or self.then.continues
+
     def about(self) -> dict[str, Any]:
         """Both configs as plain values."""
         from deepalign_kernels.attack.suite import plain
@@ -51,9 +57,12 @@ class Compose:
         """As `Attack`."""
         mark = getattr(self.first, "marks", None)
         marks = mark(prompts) if mark else {}
-        records, engine, prompts = self.first.prepare(engine, prompts)
+        with progress.part(0.0, 0.9):  # a search or a training
+            records, engine, prompts = self.first.prepare(engine, prompts)
         for record in records:
             yield replace(record, name=self.name)
-        for record in self.then(engine, prompts):
+        with progress.part(0.9, 1.0):
+            after = list(self.then(engine, prompts))
+        for record in after:
             cell = {**record.cell, **marks.get(record.item, {})}
             yield replace(record, name=self.name, cell=cell)

@@ -14,6 +14,7 @@ from deepalign_kernels.attack.decoding import Decoding
 from deepalign_kernels.attack.gcg import GCG
 from deepalign_kernels.attack.prefill import Direct, Insertion, Prefill, RankAssisted
 from deepalign_kernels.attack.random_search import RandomSearch
+from deepalign_kernels.generate.server import BEGINS_ANEW
 from deepalign_kernels.judge import Judge, Keywords, View
 
 ATTACKS: dict[str, type] = {
@@ -127,16 +128,28 @@ def attacks_of(suite: str, shared: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def for_server(suite: str, attacks: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def for_server(
+    suite: str, attacks: Mapping[str, Any], lacks: str = "local"
+) -> tuple[dict[str, Any], list[str]]:
     """(attacks that a server is enough for, names of the others, which a suite leaves out).
 
+    Args:
+        suite: which they are of.
+        attacks: by name.
+        lacks: what an attack may need and the server has not: "local", the model itself, or
+            "continues", replies that go on behind a given beginning.
+
     Raises:
-        ValueError: one that needs the model itself and was asked for by name or in a file.
+        ValueError: one that needs it and was asked for by name or in a file.
     """
-    left_out = [name for name, attack in attacks.items() if attack.local]
+    left_out = [name for name, attack in attacks.items() if getattr(attack, lacks)]
     if left_out and suite not in SUITES:
-        raise ValueError(f"suite: {left_out[0]} needs a local model, got a server")
-    return {name: attack for name, attack in attacks.items() if not attack.local}, left_out
+        why = {
+            "local": "needs a local model, got a server",
+            "continues": f"places the beginning of a reply, and the server {BEGINS_ANEW}",
+        }
+        raise ValueError(f"suite: {left_out[0]} {why[lacks]}")
+    return {name: attack for name, attack in attacks.items() if name not in left_out}, left_out
 
 
 def with_state(attack: Any, folder: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from deepalign_kernels import check
+from deepalign_kernels import check, progress
 from deepalign_kernels.attack.attack import Asking
 from deepalign_kernels.attack.chat import Ask, Chat, begun, replies
 from deepalign_kernels.attack.kept import Kept
@@ -178,13 +178,16 @@ class Finetune(Asking):
             data = {"step": step, "nll": line.get("nll"), "objective": line.get("objective")}
             data = {k: v if v is None or math.isfinite(v) else None for k, v in data.items()}
             record = Record("training", self.name, self.cell(step), data=data)
-            kept.add(step, [record, *(look(step) if step in wanted else ())])
+            with progress.part((step - 1) / self.steps, step / self.steps):
+                kept.add(step, [record, *(look(step) if step in wanted else ())])
+            progress.told(step, self.steps)
 
         for path in checkpoints(Path(kept.training)):
             if not kept.has(int(path.stem.rpartition("-")[2])):  # stopped while it was looked at
                 path.unlink()
         if 0 in wanted and not kept.has(0):
-            kept.add(0, look(0))
+            with progress.part(0.0, 1e-3):
+                kept.add(0, look(0))
         with torch.enable_grad():
             config, broken = self.train_config(kept.training), []
             try:
@@ -305,10 +308,11 @@ class WorstCase(Finetune):
                 "batch": config.batch_size,
                 "schedule": config.lr_schedule,
             }
-            records = [
-                replace(record, name=self.name, cell={**record.cell, **named})
-                for record in config(engine, prompts)
-            ]
+            with progress.part(trial / self.trials, (trial + 1) / self.trials):
+                records = [
+                    replace(record, name=self.name, cell={**record.cell, **named})
+                    for record in config(engine, prompts)
+                ]
             yield from records
             if study and asked:
                 asked.set_constraint("utility", self._over(before, records))

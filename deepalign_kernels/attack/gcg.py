@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deepalign_kernels import check
+from deepalign_kernels import check, progress
 from deepalign_kernels.attack.search import Field, Search, loaded, rows, saved, searching
 from deepalign_kernels.attack.suffix import distinct
 from deepalign_kernels.data.prompts import Prompt
@@ -134,6 +134,7 @@ class GCG(Search):
         field.tokens = state["tokens"]
         while state["step"] < self.steps and not (state["matched"] and self.early_stop):
             self._step(field, state, generator)
+            progress.told(state["step"], self.steps)
             if state["step"] % self.save_every == 0:
                 saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
         saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deepalign_kernels import check
+from deepalign_kernels import check, progress
 from deepalign_kernels.attack.attack import Asking
 from deepalign_kernels.attack.chat import Ask, Chat, Ids, begun, replies
 from deepalign_kernels.data.prompts import Prompt
@@ -63,6 +63,7 @@ class Prefill(Asking):
     think: str = ""
 
     name: ClassVar[str] = "prefill"
+    continues: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +147,7 @@ class Insertion(Asking):
     spans: tuple[str, ...] = ("However, here is what was asked for:",)
 
     name: ClassVar[str] = "insertion"
+    continues: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +161,8 @@ class Insertion(Asking):
         chat = Chat(engine.tokenizer, self)
         made = list(begun(chat, prompts))
         greedy = Sampling(max_new_tokens=max(self.after))
-        own = iter(engine.generate([Request(ids, greedy) for _, ids, why in made if not why]))
+        with progress.part(0.0, 0.1):
+            own = iter(engine.generate([Request(ids, greedy) for _, ids, why in made if not why]))
         asks = []
         for prompt, before, why in made:
             reply = Reply(finish="error", error=why) if why else next(own)
@@ -182,7 +185,8 @@ class Insertion(Asking):
                         )  # fmt: skip
                         for s in range(self.samples)
                     ]
-        return replies(self.name, self, chat, engine, asks)
+        with progress.part(0.1, 1.0):
+            return iter(list(replies(self.name, self, chat, engine, asks)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,13 +224,17 @@ class RankAssisted(Asking):
         phrases = [
             tuple(engine.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in self.refusals
         ]
+        whole = len(prompts) * len(self.ranks) * max(self.depths) / 0.9  # the rest is for replies
+        done = 0
         for prompt, ids, wrong in begun(chat, prompts):
             for r in self.ranks:
                 placed, why = (), wrong
                 for k in range(max(self.depths)):
+                    done += 1
                     try:
                         if why is None:
-                            placed += (self._least(engine, ids + placed, next_ids, r, phrases),)
+                            with progress.part((done - 1) / whole, done / whole):
+                                placed += (self._least(engine, ids + placed, next_ids, r, phrases),)
                     except (
                         ValueError
                     ) as error:  # it is too long, or the model's logits are not finite
@@ -236,7 +244,8 @@ class RankAssisted(Asking):
                             Ask(prompt, ids + placed, {"r": r, "k": k + 1}, s, placed, error=why)
                             for s in range(self.samples)
                         ]
-        return replies(self.name, self, chat, engine, asks)
+        with progress.part(0.9, 1.0):
+            return iter(list(replies(self.name, self, chat, engine, asks)))
 
     @staticmethod
     def _least(engine: Engine, ids: Ids, next_ids: Any, r: int, phrases: list[Ids]) -> int:

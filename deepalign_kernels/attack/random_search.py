@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deepalign_kernels import check
+from deepalign_kernels import check, progress
 from deepalign_kernels.attack.chat import Chat, Ids
 from deepalign_kernels.attack.search import Field, Search, loaded, rows, saved
 from deepalign_kernels.attack.suffix import distinct
@@ -30,8 +30,14 @@ class RandomSearch(Search):
             then a quarter (the published schedule).
         restarts: searches from the first suffix, the best counts; the later ones have other seeds.
         proposals: candidates per step, of which the best may be kept; 1 is the published.
-        stop_at: with sampled replies, end at this probability; greedy replies end the search when
-            the token is the most probable.
+        stop_at: with sampled replies, end above this probability of the token; the published code
+            has 0.1 for models on disk, 0.4 for those behind an API. Greedy replies end the search
+            when the token is the most probable, and nothing else does.
+        plateau: with sampled replies, end a restart as well when the probability is above
+            `plateau_from` and has risen by less than `plateau_gain` in so many steps, as the
+            published code does. 0: never. Such an end does not count as solved.
+        plateau_from: see `plateau`.
+        plateau_gain: see `plateau`.
         transfer: the suffix of the first prompt that was solved begins the search for the others.
     """
 
@@ -41,6 +47,9 @@ class RandomSearch(Search):
     restarts: int = 1
     proposals: int = 1
     stop_at: float = 0.1
+    plateau: int = 750
+    plateau_from: float = 0.02
+    plateau_gain: float = 0.01
     transfer: bool = False
 
     name: ClassVar[str] = "random_search"
@@ -49,7 +58,9 @@ class RandomSearch(Search):
         super().__post_init__()
         for name in ("change", "restarts", "proposals"):
             check.count(name, getattr(self, name), 1)
-        check.number("stop_at", self.stop_at, above=0.0, below=1.0)
+        check.count("plateau", self.plateau, 0)
+        for name in ("stop_at", "plateau_from", "plateau_gain"):
+            check.number(name, getattr(self, name), above=0.0, below=1.0)
 
     @property
     def together(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -65,9 +76,10 @@ class RandomSearch(Search):
         records: list[Record] = []
         found: list[Prompt] = []
         known = ""
-        for prompt in prompts:
+        for n, prompt in enumerate(prompts):
             begun = prompt if prompt.suffix else replace(prompt, suffix=known)
-            more, _, done = super().prepare(engine, [begun])
+            with progress.part(n / len(prompts), (n + 1) / len(prompts)):
+                more, _, done = super().prepare(engine, [begun])
             records, found = records + more, found + done
             if not known and more[0].data.get("matched"):
                 known = done[0].suffix
@@ -82,8 +94,9 @@ class RandomSearch(Search):
         best: dict[str, Any] | None = None
         tried, improved = 0, []
         for restart in range(self.restarts):
-            state = self._restart(field, prompts, restart)
-            for step, value in state.get("improved", []):
+            with progress.part(restart / self.restarts, (restart + 1) / self.restarts):
+                state = self._restart(field, prompts, restart)
+            for step, value in state["improved"]:
                 if not improved or value < improved[-1][1]:
                     improved.append([tried + step, value])
             tried += state["step"]
@@ -97,6 +110,7 @@ class RandomSearch(Search):
             "loss_as_text": field.of_text(best["text"], best["loss"], 1),
             "steps": tried,
             "matched": best["matched"],
+            "ended": best["ended"],  # "solved", "plateau" or "steps"
             "accepted": best["accepted"],
             "improved": improved,  # [step, best loss so far], 0 before the first
             "flops": field.flops(),
@@ -124,10 +138,11 @@ class RandomSearch(Search):
             state["tokens"] = field.tokens
         generator.set_state(state["rng"])
         field.tokens = state["tokens"]
-        while state["step"] < self.steps and not state["matched"]:
+        while not (ended := self._ended(state)):
             drawn = self._drawn(state, allowed, generator)
             candidates, texts = field.survivors(distinct(drawn, state["current"]), 1)
             state["step"] += 1
+            progress.told(state["step"], self.steps)
             if candidates:
                 batch = rows(candidates[: self.proposals], field.first.device)
                 values = loss.losses(batch)
@@ -135,12 +150,26 @@ class RandomSearch(Search):
                 if float(values[at]) < state["loss"]:
                     state |= {"loss": float(values[at]), "current": batch[at].cpu()}
                     state |= {"text": texts[at], "accepted": state["accepted"] + 1}
-                    state.setdefault("improved", []).append([state["step"], state["loss"]])
+                    state["improved"].append([state["step"], state["loss"]])
                     state["matched"] = self._solved(state, loss)
             if state["step"] % self.save_every == 0:
                 saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
         saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
-        return state
+        return state | {"ended": ended}
+
+    def _ended(self, state: dict[str, Any]) -> str:
+        """Why a restart is over; "" while it is not."""
+        if state["matched"]:
+            return "solved"
+        if state["step"] >= self.steps:
+            return "steps"
+        if self.temperature > 0 and 0 < self.plateau <= state["step"]:
+            before = state["step"] - self.plateau
+            then = next(loss for step, loss in reversed(state["improved"]) if step <= before)
+            now = math.exp(-state["loss"])
+            if now > self.plateau_from and now - math.exp(-then) < self.plateau_gain:
+                return "plateau"
+        return ""
 
     def _solved(self, state: dict[str, Any], loss: Any) -> bool:
         if self.temperature > 0:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deepalign_kernels import check, hf
+from deepalign_kernels import check, hf, progress
 from deepalign_kernels.attack.attack import Asking
 from deepalign_kernels.attack.chat import Ask, Chat, Ids, begun, replies
 from deepalign_kernels.attack.suffix import Place, allowed_ids
@@ -61,7 +61,8 @@ class Search(Asking):
 
     def __call__(self, engine: Any, prompts: Sequence[Prompt]) -> Iterator[Record]:
         """As `Attack`: a record of kind "search" per suffix, then replies to prompts with it."""
-        records, _, found = self.prepare(engine, prompts)
+        with progress.part(0.0, 0.95):
+            records, _, found = self.prepare(engine, prompts)
         yield from records
         chat, marks = Chat(engine.tokenizer, self), self.marks(prompts)
         asks = [
@@ -69,7 +70,9 @@ class Search(Asking):
             for p, ids, why in begun(chat, found)
             for n in range(self.samples)
         ]
-        yield from replies(self.name, self, chat, engine, asks)
+        with progress.part(0.95, 1.0):
+            made = list(replies(self.name, self, chat, engine, asks))
+        yield from made
 
     def marks(self, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
         """By prompt, what the cells of its replies say of the search."""
@@ -82,9 +85,10 @@ class Search(Asking):
         if not hasattr(engine, "model"):
             raise ValueError(f"engine: {self.name} needs a local model, got a server")
         records, found = [], []
-        for prompt in prompts:
+        for n, prompt in enumerate(prompts):
             try:
-                with searching(engine.model) as model:
+                within = progress.part(n / len(prompts), (n + 1) / len(prompts))
+                with within, searching(engine.model) as model:
                     records.append(self._searched(model, engine.tokenizer, [prompt]))
                 found.append(replace(prompt, suffix=records[-1].text["suffix"]))
             except ValueError as error:

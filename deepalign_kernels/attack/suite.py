@@ -63,6 +63,27 @@ def units(
     return out
 
 
+def same_chunk(
+    run: Run, attacks: Mapping[str, Attack], prompts: Sequence[Prompt], chunk: int
+) -> None:
+    """Refuse to go on in a run that was begun with another chunk, whose manifest, an earlier
+    version's, does not say which: its replies would be made twice.
+
+    Raises:
+        ValueError: naming the chunk to go on with, if the run shows it.
+    """
+    spans = {unit.name.rpartition("/")[0] for unit in units(None, attacks, prompts, chunk)}
+    for name, attack in attacks.items():
+        for unit in sorted(run.records.units):
+            span = unit.rpartition("/")[0]
+            if span.rpartition("/")[0] != name or span in spans:
+                continue
+            first, _, last = span.rpartition("/")[2].partition("-")
+            known = first == "0" and not attack.together
+            told = f"--chunk {last}" if known else f"the chunk of its units, such as {span}"
+            raise ValueError(f"chunk: {run.folder}: was begun with another; go on with {told}")
+
+
 def plain(attack: Any) -> dict[str, Any]:
     """The config as plain values, with the attack's name; not where its state lies."""
     about = getattr(attack, "about", None)

@@ -21,6 +21,7 @@ from deepalign_kernels.runs.table import (
     text_table,
     union,
 )
+from deepalign_kernels.runs.told import told
 
 
 def summary(
@@ -44,11 +45,8 @@ def summary(
     records = list(read_records(folder)) if records is None else records
     samples, verdicts = [r for r in records if r.kind == "sample"], list(read_verdicts(folder))
     table, manifest = cells(samples, verdicts), read_manifest(folder)
-    left_out = manifest.get("left_out")
     grids = over_grids(table, samples, verdicts, manifest)
-    parts = [text_table(table), *(_whole(c) for c in grids if c.rate is not None)]
-    if left_out:
-        parts.insert(0, f"NOT RUN: {', '.join(left_out)}: they need a local model, not a server")
+    parts = [*told(manifest), text_table(table), *(_whole(c) for c in grids if c.rate is not None)]
     for found in (r for r in records if r.kind == "search"):
         loss = "no suffix" if found.error else f"loss {found.data['loss']:.3f}"
         detail = found.error or f"{found.data['steps']} steps, {found.data['flops']:.2g} FLOP"

@@ -217,6 +217,36 @@ def load_prompts(path: str | Path, format: str = "auto") -> list[Prompt]:
     return _with_ids(prompts, path)
 
 
+def with_targets(prompts: list[Prompt], path: str | Path) -> tuple[list[Prompt], int]:
+    """(the prompts with their targets from a file, how many it has none for).
+
+    Args:
+        prompts: of `load_prompts`; copies of a prompt share its target.
+        path: .json with an object of prompt id -> target, as HarmBench's
+            harmbench_targets_text.json; ids of other prompts are passed over.
+
+    Raises:
+        ValueError: no such file, another content, an empty target, not one of the prompts in it.
+    """
+    path = Path(path)
+    try:
+        known = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"targets: {path}: no readable JSON file: {error}") from error
+    if not isinstance(known, dict) or not all(isinstance(t, str) for t in known.values()):
+        raise ValueError(f"targets: {path}: expected one object, prompt id -> target, all texts")
+    if empty := [name for name, target in known.items() if not target.strip()]:
+        raise ValueError(f"targets: {path}: an empty target for {_columns(dict.fromkeys(empty))}")
+    names = [known.get(p.id, known.get(p.id.partition("#")[0])) for p in prompts]
+    found = [p if t is None else replace(p, target=t) for p, t in zip(prompts, names, strict=True)]
+    if names.count(None) == len(names):
+        raise ValueError(
+            f"targets: {path}: of its {len(known)} ids none is that of a prompt; the first prompt's"
+            f" is {prompts[0].id!r}"
+        )
+    return found, names.count(None)
+
+
 def data_hash(prompts: list[Prompt]) -> str:
     """16 hex digits of all that is in the prompts, in order; for a manifest."""
     raw = json.dumps([vars(p) for p in prompts], sort_keys=True).encode()

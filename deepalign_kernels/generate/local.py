@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels import check
+from deepalign_kernels import check, progress
 from deepalign_kernels.generate import cache as caches
 from deepalign_kernels.generate.engine import Reply, Request
 from deepalign_kernels.generate.sampling import Picker
@@ -106,16 +106,29 @@ class LocalEngine:
             raise ValueError("the model's logits are not finite")
         return tuple(logits.float().topk(n).indices.tolist())
 
-    def self_check(self, requests: Sequence[Request]) -> dict[str, int]:
-        """How many of these requests get other ids in mode "fast" than in mode "exact"."""
-        before, found = self.mode, {}
+    def self_check(
+        self, requests: Sequence[Request], rows: Sequence[int] | None = None
+    ) -> dict[str, int]:
+        """How many requests get other ids in mode "fast" than in mode "exact".
+
+        Args:
+            requests: all that share batches in mode "fast".
+            rows: which of them are compared; all by default.
+
+        Returns:
+            "rows" that were compared, those without a reply left out; "different" among them.
+        """
+        rows, before = range(len(requests)) if rows is None else rows, self.mode
         try:
-            for self.mode in ("exact", "fast"):
-                found[self.mode] = [reply.ids for reply in self.generate(requests)]
+            self.mode = "exact"
+            exact = self.generate([requests[row] for row in rows])
+            self.mode = "fast"
+            fast = self.generate(requests) if rows else []
         finally:
             self.mode = before
-        pairs = zip(found["exact"], found["fast"], strict=True)
-        return {"rows": len(requests), "different": sum(a != b for a, b in pairs)}
+        pairs = [(e, fast[row]) for e, row in zip(exact, rows, strict=True)]
+        good = [(e.ids, f.ids) for e, f in pairs if e.error is None and f.error is None]
+        return {"rows": len(good), "different": sum(e != f for e, f in good)}
 
     def _wrong(self, prompt: Sequence[int]) -> str | None:
         if not prompt:
@@ -148,6 +161,7 @@ class LocalEngine:
                         raise
                     else:
                         out.append(alone(error))
+                progress.told(len(out), len(rows))
         return out
 
     def _can_pad(self) -> bool:

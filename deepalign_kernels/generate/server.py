@@ -19,12 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from deepalign_kernels import check
-from deepalign_kernels.generate.engine import Reply, Request
+from deepalign_kernels import check, progress
+from deepalign_kernels.generate.continuation import ASKED, BEGUN, judged
+from deepalign_kernels.generate.engine import Reply, Request, Sampling
 
 SEND = ("ids", "text", "chat")
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that may be better next time
 
+BEGINS_ANEW = "begins a reply of its own behind a given beginning of one: ask it with ids or text"
 NEVER = {  # the same for every request
     401: "the key is missing or wrong (OPENAI_API_KEY)",
     403: "this key may not use the model",
@@ -81,8 +83,8 @@ class ServerEngine:
         tokenizer: of the same model.
         send: what goes out. "ids": token ids to /v1/completions (vLLM, SGLang), which is exact.
             "text": the ids as text, refused where that would not be the same ids again. "chat":
-            the request's messages to /v1/chat/completions; a last turn of the assistant is
-            continued (`continue_final_message`).
+            the request's messages to /v1/chat/completions; a last turn of the assistant is to be
+            continued (`continue_final_message`), which `continues` checks before the first.
         limits: see `Limits`.
         key: API key; None takes the environment's OPENAI_API_KEY, if any.
 
@@ -118,6 +120,7 @@ class ServerEngine:
             limits=httpx.Limits(max_connections=self.limits.concurrency),
         )
         self._lost, self._lock, self._scores_checked = 0, threading.Lock(), False
+        self._continues: list[bool | None] = []  # once it is known
 
     def about(self) -> dict[str, Any]:
         """Model and way of asking; never the key."""
@@ -131,9 +134,42 @@ class ServerEngine:
         """As `Engine.generate`.
 
         Raises:
+            ValueError: a beginning of a reply is to be continued, and the server begins anew.
             ConnectionError: the server is gone, or refuses every request (401, 403, 404).
         """
+        given = [r for r in requests if r.messages and r.messages[-1]["role"] == "assistant"]
+        if given and self.continues() is False:
+            raise ValueError(f"send: {self.url} {BEGINS_ANEW}")
         return self._all(self._reply, requests)
+
+    def continues(self) -> bool | None:
+        """Whether replies go on behind a given beginning, as prefilling needs; None if the check
+        cannot tell. With send="ids" and "text" they do; of a chat server two requests ask once.
+
+        Raises:
+            ConnectionError: as `generate`. ValueError: the server is too busy to tell.
+        """
+        if self.send != "chat":
+            return True
+        if not self._continues:
+            self._continues.append(self._check_continuation())
+        return self._continues[0]
+
+    def _check_continuation(self) -> bool | None:
+        def read(data: Any) -> tuple[int | None, str]:
+            count = (data.get("usage") or {}).get("prompt_tokens")
+            return count, str(data["choices"][0]["message"]["content"] or "")
+
+        sampling, seen = Sampling(max_new_tokens=8), []
+        for turns in ((ASKED,), (ASKED, BEGUN)):
+            try:
+                path, body = self._body(Request((0,), sampling, messages=turns))
+                seen.append(self._ask(path, body, read))
+            except Failed as error:
+                if error.again or len(turns) == 1:
+                    raise
+                return False  # it refuses to go on
+        return judged(self.tokenizer, (seen[0][0], seen[1][0]), seen[1][1])
 
     def score(
         self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
@@ -152,9 +188,12 @@ class ServerEngine:
 
     def _all(self, run: Callable[[Any], Any], rows: Sequence[Any]) -> list[Any]:
         with ThreadPoolExecutor(self.limits.concurrency) as pool:
-            waiting = [pool.submit(run, row) for row in rows]
+            waiting, out = [pool.submit(run, row) for row in rows], []
             try:
-                return [each.result() for each in waiting]
+                for each in waiting:
+                    out.append(each.result())
+                    progress.told(len(out), len(rows))
+                return out
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

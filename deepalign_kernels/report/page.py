@@ -17,6 +17,7 @@ from deepalign_kernels.report.figures import figures
 from deepalign_kernels.report.read import Source, read
 from deepalign_kernels.runs.record import short
 from deepalign_kernels.runs.table import text_table
+from deepalign_kernels.runs.told import told
 
 ICON = "data:,"  # or a browser asks for one
 TABLE_LINES = 400  # of one figure's table on the page
@@ -193,10 +194,14 @@ def _tables(sources: Sequence[Source]) -> str:
     for source in sources:
         if source.cells:
             out.append(
-                f"<h3>Attacks on {escape(source.title)}</h3>"
+                f"<h3>Attacks on {escape(source.title)}</h3>{_told(source)}"
                 f'<pre tabindex="0">{escape(text_table([*source.cells, *source.grids]))}</pre>'
             )
     return "".join([*out, "</section>"]) if len(out) > 1 else ""
+
+
+def _told(source: Source) -> str:
+    return "".join(f"<p class=soft>{escape(line)}.</p>" for line in told(source.manifest))
 
 
 def _tokens(sources: Sequence[Source]) -> str:

@@ -7,7 +7,7 @@
     table     from samples and verdicts to rates
     grids     rates of whole grids of settings, and those that the paper has too
 
-Imports nothing of ours. `report` reads runs through this and knows neither attacks nor analyses.
+Imports `progress` alone. `report` reads runs through this and knows neither attacks nor analyses.
 """
 
 from deepalign_kernels.runs.record import Record, derived_seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -9,14 +10,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deepalign_kernels import progress
 from deepalign_kernels.runs.journal import Journal, read_journal
 from deepalign_kernels.runs.record import Record
 
 MANIFEST = "manifest.json"
+MEASURED = "measured"  # entry of the manifest for what was found out, not asked for
 RECORDS, VERDICTS = "records.jsonl", "verdicts.jsonl"
 TIMES = "times.jsonl"  # seconds of each unit; apart, as a run that went on has others
 PACKAGES = ("deepalign_kernels", "torch", "transformers", "tokenizers", "numpy", "scipy")
@@ -39,21 +42,26 @@ class Run:
         folder: made if it is not there (0700).
         manifest: plain values that say what is computed: hash of the weights, rendered template,
             sampling, judges, hash of the data, system prompts, seeds. A run that goes on must have
-            the same. Versions and hardware are added under "environment" and may differ then.
+            the same. Versions and hardware are added under "environment" and may differ then, as
+            may what `measured` adds.
+        may_lack: entries that a run of an earlier version has not; there they are not compared.
 
     Raises:
         ValueError: the folder holds a run with another manifest (the entries are named), or is in
             use.
     """
 
-    def __init__(self, folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path, manifest: Mapping[str, Any], *, may_lack: Collection[str] = ()
+    ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / MANIFEST
         about = json.loads(json.dumps(dict(manifest)))  # tuples as lists, as they will be read
         if path.is_file():
             then = read_manifest(self.folder)
-            names = sorted((about.keys() | then.keys()) - {"environment"})
+            lacking = {name for name in may_lack if name not in then}
+            names = sorted((about.keys() | then.keys()) - {"environment", MEASURED} - lacking)
             if changed := [name for name in names if then.get(name) != about.get(name)]:
                 raise ValueError(
                     f"{self.folder}: holds a run with another {', '.join(changed)};"
@@ -62,6 +70,13 @@ class Run:
         else:
             write_private(path, json.dumps(about | {"environment": environment()}, indent=1) + "\n")
         self.records, self._verdicts = Journal(self.folder / RECORDS), None
+
+    def measured(self, name: str, value: Any) -> None:
+        """Keep in the manifest what was measured of the engine, such as a check before the run. It
+        is no part of what the run was asked for, so it may be told later, and again."""
+        about = read_manifest(self.folder)
+        about[MEASURED] = {**about.get(MEASURED, {}), name: value}
+        write_private(self.folder / MANIFEST, json.dumps(about, indent=1) + "\n")
 
     @property
     def verdicts(self) -> Journal:
@@ -84,28 +99,40 @@ def fill(journal: Journal, units: Iterable[Unit], say: Callable[[str], None] | N
     One of which records are unsettled is written, and made again by the next call.
 
     Whatever stops it, the units written stay, and calling it again goes on behind them. `say` gets
-    a line of progress with the time that is left, at most every two seconds.
+    a line of progress with the time that is left, at most every two seconds, also within a unit
+    that tells how far it is (`progress.told`).
     """
     units = list(units)
     left = [unit for unit in units if not journal.has(unit.name, unit.mark)]
     total = sum(unit.size for unit in units)
     begun = told = time.monotonic()
     start = done = total - sum(unit.size for unit in left)
+
+    def line(done: float, unit: Unit, more: str = "") -> None:
+        nonlocal told
+        now = time.monotonic()
+        if say and (now - told > 2 or done == total):
+            told = now
+            rest = (now - begun) * (total - done) / max(1e-9, done - start)
+            say(f"{int(done)}/{total} records, {rest:.0f} s left ({unit.name}{more})")
+
+    def within(unit: Unit, share: float) -> None:
+        if 0 < share < 1:
+            line(done + unit.size * share, unit, f", {100 * share:.0f} % of it")
+
     times = journal.path.with_name(TIMES)
     with os.fdopen(os.open(times, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as clock:
         for unit in left:
             before = time.monotonic()
-            journal.commit(unit.name, unit.make(), unit.mark)
+            with progress.heard(functools.partial(within, unit)):
+                journal.commit(unit.name, unit.make(), unit.mark)
             if unit.after:
                 unit.after()
-            now = time.monotonic()
-            clock.write(json.dumps({"unit": unit.name, "seconds": round(now - before, 4)}) + "\n")
+            seconds = round(time.monotonic() - before, 4)
+            clock.write(json.dumps({"unit": unit.name, "seconds": seconds}) + "\n")
             clock.flush()
             done += unit.size
-            if say and (now - told > 2 or done == total):
-                told = now
-                rest = (now - begun) * (total - done) / max(1, done - start)
-                say(f"{done}/{total} records, {rest:.0f} s left ({unit.name})")
+            line(done, unit)
     return len(left)
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("transformers", reason="models and templates are of transfor
 import tiny_models
 import torch
 from peaked import peaked_model
+from plain_losses import plain_losses
 
 from deepalign_kernels.attack import GCG, Compose, Direct, Prefill, RandomSearch, target_loss
 from deepalign_kernels.attack import gcg as gcg_module
@@ -45,18 +46,6 @@ def model():
 @pytest.fixture
 def engine(model):
     return LocalEngine(model, TOKENIZER)
-
-
-def plain_losses(model, before, suffixes, after, target):
-    """From whole logits in fp64, one sequence at a time."""
-    out = []
-    for suffix in suffixes.tolist():
-        ids = torch.tensor([[*before, *suffix, *after, *target]])
-        with torch.no_grad():
-            logp = model(ids).logits[0].double().log_softmax(-1)
-        places = range(ids.shape[1] - len(target) - 1, ids.shape[1] - 1)
-        out.append(-sum(logp[p, t] for p, t in zip(places, target, strict=True)) / len(target))
-    return torch.stack(out)
 
 
 def random_case(vocab, seed=0, T=9):
@@ -389,37 +378,6 @@ def test_several_models(engine):
     assert len(place.first) == 5
 
 
-def test_random_search_only_improves(engine):
-    config = RandomSearch(steps=60, proposals=3, temperature=0.0, **QUICK)
-    record = next(iter(config(engine, PROMPTS[:1])))
-    chat = Chat(TOKENIZER, config)
-    first = chat.ids(Prompt("x", PROMPTS[0].prompt, suffix=INIT))
-    target = chat.answer_ids(PROMPTS[0], config.target)[:1]
-    begun = plain_losses(engine.model, first, torch.zeros(1, 0).long(), (), target)
-    assert record.data["loss"] < float(begun) and record.data["accepted"] > 0
-    steps, fell = zip(*record.data["improved"], strict=True)
-    assert steps[0] == 0 and fell[0] == pytest.approx(float(begun), abs=1e-4)
-    assert list(fell) == sorted(set(fell), reverse=True) and fell[-1] == record.data["loss"]
-    assert len(fell) == record.data["accepted"] + 1 and steps[-1] <= record.data["steps"]
-    again = next(iter(config(engine, PROMPTS[:1])))
-    assert again.line == record.line
-
-
-def test_self_transfer(engine):
-    """Once a prompt is solved, its suffix begins the search for the others."""
-    config = RandomSearch(steps=150, stop_at=7e-6, transfer=True, change=2, **QUICK)
-    records, _, found = config.prepare(engine, PROMPTS)
-    assert config.together and records[0].data["matched"] and found[0].suffix != INIT
-    chat = Chat(TOKENIZER, config)
-    for record, prompt in zip(records[1:], PROMPTS[1:], strict=True):
-        ids = chat.ids(dataclasses.replace(prompt, suffix=found[0].suffix))
-        target = chat.answer_ids(prompt, config.target)[:1]
-        begun = plain_losses(engine.model, ids, torch.zeros(1, 0).long(), (), target)
-        assert record.data["loss"] <= float(begun) + 1e-4  # a search only improves
-    alone, _, _ = dataclasses.replace(config, transfer=False, steps=1).prepare(engine, PROMPTS)
-    assert all(a.data["loss"] > r.data["loss"] for a, r in zip(alone[1:], records[1:], strict=True))
-
-
 def test_a_prefill_behind_a_suffix(engine):
     gcg, prefill = GCG(steps=2, width=8, topk=4, **QUICK), Prefill(depths=(2,), max_new_tokens=4)
     records = list(Compose(gcg, prefill)(engine, PROMPTS[:2]))
@@ -470,8 +428,6 @@ def test_a_server_cannot_be_searched():
         (lambda: GCG(momentum=1.0), "momentum"),
         (lambda: GCG(target=" "), "target"),
         (lambda: GCG(init=""), "init"),
-        (lambda: RandomSearch(stop_at=0.0), "stop_at"),
-        (lambda: RandomSearch(proposals=0), "proposals"),
     ],
 )
 def test_bad_configs(make, named):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from deepalign_kernels.data.prompts import FORMATS, Prompt, data_hash, load_prompts
+from deepalign_kernels.data.prompts import FORMATS, Prompt, data_hash, load_prompts, with_targets
 
 HARMBENCH = "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID"
 ROWS = {
@@ -213,3 +213,40 @@ def test_a_gated_file_that_is_missing(tmp_path):
     with pytest.raises(ValueError, match="no column 'goal'; got prompt"):
         load_prompts(tmp_path / "x.csv", "advbench")
     assert all(f.about for f in FORMATS.values())
+
+
+def test_targets_by_id(tmp_path):
+    """HarmBench's second file: id -> target; of a copy too, and before a target of the data."""
+    (tmp_path / "a.csv").write_text(
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+        "bake a pie,standard,sweets,,,pie\nbake a pie,standard,sweets,,,pie\n"
+        "mix a fool,standard,sweets,,,fool\n"
+    )
+    (tmp_path / "t.json").write_text('{"other": "No", "pie": "Sure, a pie"}')
+    found, lacking = with_targets(load_prompts(tmp_path / "a.csv"), tmp_path / "t.json")
+    assert [(p.id, p.target) for p in found] == [
+        ("pie", "Sure, a pie"), ("pie#2", "Sure, a pie"), ("fool", None),
+    ]  # fmt: skip
+    assert lacking == 1
+    own = [Prompt("pie", "bake", target="Yes"), Prompt("fool", "mix", target="Yes")]
+    assert [p.target for p in with_targets(own, tmp_path / "t.json")[0]] == [
+        "Sure, a pie", "Yes",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text,why",
+    [
+        ("{", "no readable JSON"),
+        ('[{"pie": "Sure"}]', "expected one object"),
+        ('{"pie": ["Sure"]}', "expected one object"),
+        ('{"pie": " "}', "an empty target for pie"),
+        ('{"tart": "Sure"}', "of its 1 ids none is that of a prompt; the first prompt's is 'pie'"),
+    ],
+)
+def test_targets_that_are_none(tmp_path, text, why):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match=why):
+        with_targets([Prompt("pie", "bake")], tmp_path / "t.json")
+    with pytest.raises(ValueError, match="targets: .*: no readable JSON"):
+        with_targets([Prompt("pie", "bake")], tmp_path / "none.json")

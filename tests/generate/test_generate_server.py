@@ -57,25 +57,6 @@ def test_what_goes_out():
     }
 
 
-def test_chat_continues_the_assistant():
-    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure"})
-
-    def plan(n, path, body):
-        return 200, {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}
-
-    replies, server = ask(
-        plan,
-        [Request((1,), FEW, messages=turns), Request((1,), FEW, messages=turns[:1]), REQUEST],
-        limits=Limits(concurrency=1, tries=1),
-        send="chat",
-    )
-    assert [r.text for r in replies[:2]] == ["", ""] and "without messages" in replies[2].error
-    bodies = [body for _, body, _ in server.seen]
-    assert bodies[0]["continue_final_message"] is True
-    assert bodies[0]["add_generation_prompt"] is False
-    assert "continue_final_message" not in bodies[1] and "top_k" in bodies[1]
-
-
 BAD = {
     "429": (429, {"error": "slow down"}),
     "500": (500, b"<html>oops"),
@@ -281,6 +262,8 @@ def test_a_real_server(tmp_path):
         assert [r.error for r in got] == [None] * 3
         wanted = LocalEngine(model, TOKENIZER).generate(requests)
         assert [r.text for r in got] == [r.text for r in wanted] and all(r.text for r in got)
+        chat = ServerEngine(engine.url, str(tmp_path), TOKENIZER, send="chat", limits=engine.limits)
+        assert chat.continues() is False  # it closes the last turn, and says nothing
     finally:
         process.terminate()
         process.wait(20)

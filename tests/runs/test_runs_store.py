@@ -1,6 +1,7 @@
 """A run that is killed, torn or started twice is the run that was never stopped."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -12,7 +13,16 @@ import time
 
 import pytest
 
-from deepalign_kernels.runs import Record, Run, Unit, derived_seed, fill, read_records
+from deepalign_kernels import progress
+from deepalign_kernels.runs import (
+    Record,
+    Run,
+    Unit,
+    derived_seed,
+    fill,
+    read_manifest,
+    read_records,
+)
 from deepalign_kernels.runs import store as storing
 from deepalign_kernels.runs.journal import Journal, read_journal
 
@@ -210,6 +220,44 @@ def test_progress_tells_the_rest(tmp_path):
     times = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
     assert [t["unit"] for t in times] == [u.name for u in units()]
     assert all(0 <= t["seconds"] < 60 for t in times)
+
+
+def test_progress_within_a_unit(tmp_path, monkeypatch):
+    """One unit of a day: its lines come from inside it, and the time left from what it tells."""
+    clock, said = itertools.count(), []
+    monkeypatch.setattr(storing.time, "monotonic", lambda: 0.5 * next(clock))
+
+    def long():
+        for step in range(1, 41):
+            with progress.part(0.0, 0.5):
+                progress.told(step, 40)
+        yield from records_of(0)
+
+    with Run(tmp_path, ABOUT) as run:
+        fill(run.records, [Unit("gcg/0", long, 10)], said.append)
+    shares = [int(line.partition(" % of it")[0].split()[-1]) for line in said[:-1]]
+    assert shares == sorted(shares) and len(shares) > 5 and shares[-1] >= 45
+    assert said[-1] == "10/10 records, 0 s left (gcg/0)"
+    spent = [0.5 * step for step in range(2, 50)]  # ends of steps, by the planted clock
+    for line, share in zip(said[:-1], shares, strict=True):
+        left = float(line.partition(" records, ")[2].partition(" s left")[0])
+        assert any(abs(t * (100 - share) / share - left) < 0.05 * left + 1 for t in spent)
+
+
+def test_what_was_measured_is_no_setting(tmp_path):
+    """It comes later, stands in the manifest, and hinders nobody who goes on."""
+    with Run(tmp_path, ABOUT) as run:
+        run.measured("self_check", {"rows": 2})
+        run.measured("continues", True)
+    about = read_manifest(tmp_path)
+    assert about["measured"] == {"self_check": {"rows": 2}, "continues": True}
+    assert about["depths"] == [5, 10] and about["environment"]
+    with Run(tmp_path, ABOUT | {"chunk": 8}, may_lack=("chunk",)):
+        assert read_manifest(tmp_path) == about
+    with pytest.raises(ValueError, match="another chunk;"):
+        Run(tmp_path, ABOUT | {"chunk": 8})
+    with pytest.raises(ValueError, match="another seed;"):
+        Run(tmp_path, {**ABOUT, "seed": 1, "chunk": 8}, may_lack=("chunk",))
 
 
 def test_records_are_plain():
