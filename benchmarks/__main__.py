@@ -21,6 +21,7 @@ COMMANDS = {  # name -> (module, what it does)
     "host": ("studies.host", "host time of a call"),
     "pieces": ("studies.pieces", "figures that stand in comments and docs"),
     "profile": ("studies.profile", "an analysis of two models beside scripts with whole logits"),
+    "analysis": ("studies.analysis", "memory of an analysis, time of curves during a training"),
     "gcg": ("studies.gcg", "a step of greedy coordinate gradient"),
     "depth": ("studies.depth", "does depth rank models by success under prefilling"),
     "toy": ("studies.toy", "what the contrast of the demo depends on"),

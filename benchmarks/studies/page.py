@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import report
 from benchmarks.harness.cells import Row
-from benchmarks.studies import depth, growth, picture, step, toy
+from benchmarks.studies import analysis, depth, growth, picture, step, toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -347,6 +347,7 @@ PAGES = {
     "training": training_page,
     "toy": lambda: toy.values(_json(depth.TOY)),
     "depth": depth.values,
+    "analysis": analysis.values,
 }
 
 
