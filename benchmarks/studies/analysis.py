@@ -41,7 +41,9 @@ def memory(vocab: int, lengths: Sequence[int]) -> list[dict[str, Any]]:
     out = []
     for positions in lengths:
         pairs = draw(vocab, ANSWERS, positions)
-        _, _, busy, mib = measured(lambda: profile(model, base, None, pairs, positions=positions), 1)  # noqa: B023
+        _, _, busy, mib = measured(
+            lambda: profile(model, base, None, pairs, positions=positions), 1
+        )  # noqa: B023
         logits = 4 * ANSWERS * (CONTEXT + positions) * vocab / MIB
         out.append({"vocab": vocab, "positions": positions, "MiB": mib, "cpu_seconds": busy,
                     "logits MiB": logits})  # fmt: skip

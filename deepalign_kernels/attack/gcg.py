@@ -127,17 +127,15 @@ class GCG(Search):
             "history": [],
             "grown": [],
             "matched": False,
-            "rng": generator.get_state(),
-            "tokens": field.tokens,
+            **field.spent(generator),
         }
-        generator.set_state(state["rng"])
-        field.tokens = state["tokens"]
+        field.restore(state, generator)
         while state["step"] < self.steps and not (state["matched"] and self.early_stop):
             self._step(field, state, generator)
             progress.told(state["step"], self.steps)
             if state["step"] % self.save_every == 0:
-                saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
-        saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
+                saved(file, state | field.spent(generator))
+        saved(file, state | field.spent(generator))
         best, active = state["best"], state["active"]
         checked = field.of_text(best["text"], best["loss"], active)
         data = {
@@ -151,7 +149,8 @@ class GCG(Search):
             "flops": field.flops(),
         }
         item, cell = ("", UNIVERSAL) if self.universal else (prompts[0].id, {})
-        return Record("search", self.name, cell, item, 0, data, {"suffix": best["text"]})
+        text = {"suffix": best["text"]}
+        return Record("search", self.name, cell, item, 0, data, text, seconds=field.seconds)
 
     def _step(self, field: Field, state: dict[str, Any], generator: torch.Generator) -> None:
         """One step: gradient, candidates, the best of them is the next suffix."""

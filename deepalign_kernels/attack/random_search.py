@@ -116,7 +116,8 @@ class RandomSearch(Search):
             "flops": field.flops(),
         }
         text = {"suffix": best["text"]}
-        return Record("search", self.name, {}, prompts[0].id, 0, data, text)
+        item = prompts[0].id
+        return Record("search", self.name, {}, item, 0, data, text, seconds=field.seconds)
 
     def _restart(self, field: Field, prompts: Sequence[Prompt], restart: int) -> dict[str, Any]:
         file = self._state_file(prompts, restart)
@@ -131,13 +132,11 @@ class RandomSearch(Search):
                 "loss": float(loss.losses(field.first[None])[0]),
                 "accepted": 0,
                 "improved": [],
-                "rng": generator.get_state(),
             }
             state["improved"].append([0, state["loss"]])
             state["matched"] = self._solved(state, loss)
-            state["tokens"] = field.tokens
-        generator.set_state(state["rng"])
-        field.tokens = state["tokens"]
+            state |= field.spent(generator)
+        field.restore(state, generator)
         while not (ended := self._ended(state)):
             drawn = self._drawn(state, allowed, generator)
             candidates, texts = field.survivors(distinct(drawn, state["current"]), 1)
@@ -153,8 +152,8 @@ class RandomSearch(Search):
                     state["improved"].append([state["step"], state["loss"]])
                     state["matched"] = self._solved(state, loss)
             if state["step"] % self.save_every == 0:
-                saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
-        saved(file, state | {"rng": generator.get_state(), "tokens": field.tokens})
+                saved(file, state | field.spent(generator))
+        saved(file, state | field.spent(generator))
         return state | {"ended": ended}
 
     def _ended(self, state: dict[str, Any]) -> str:

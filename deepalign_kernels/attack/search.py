@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,6 +134,7 @@ class Field:
         prompts: Sequence[Prompt],
         also: Sequence[Any] = (),
     ) -> None:
+        self.seconds = 0.0
         self.chat = Chat(tokenizer, search)
         first = [replace(p, suffix=p.suffix or search.init) for p in prompts]
         self.prompts, self._model, self._models = first, model, (model, *also)
@@ -181,6 +183,15 @@ class Field:
             raise ValueError(f"the suffix as text has loss {mean:.4f}, in the search {loss:.4f}")
         return mean
 
+    def spent(self, generator: torch.Generator) -> dict[str, Any]:
+        """For the state of a search: what was drawn, computed and taken so far."""
+        return {"rng": generator.get_state(), "tokens": self.tokens, "seconds": self.seconds}
+
+    def restore(self, state: Mapping[str, Any], generator: torch.Generator) -> None:
+        """Go on behind what `spent` told."""
+        generator.set_state(state["rng"])
+        self.tokens, self.seconds = state["tokens"], state.get("seconds", self.seconds)
+
     @property
     def tokens(self) -> list[list[int]]:
         """What each loss has computed so far (`TargetLoss.tokens`); part of a search's state."""
@@ -191,6 +202,15 @@ class Field:
         losses = [loss for group in self.losses for loss in group]
         for loss, count in zip(losses, counts, strict=True):
             loss.tokens = list(count)
+
+    @property
+    def seconds(self) -> float:
+        """That the search has taken so far, before it was stopped too; part of its state."""
+        return time.monotonic() - self._begun
+
+    @seconds.setter
+    def seconds(self, before: float) -> None:
+        self._begun = time.monotonic() - before
 
     def flops(self) -> int:
         """About 2 per parameter and token forward, 6 with the backward (arXiv 2001.08361)."""

@@ -234,27 +234,39 @@ def _swept(source: Source, parameter: str) -> dict[str, dict[float, stats.Interv
     return out
 
 
+# What a search is drawn against: (key of the figure, of the data, label, words, divided by).
+UNITS = (
+    ("steps", "steps", "search step", "step", 1.0),
+    ("seconds", "seconds", "seconds of the machine that ran it", "wall time", 1.0),
+    ("flops", "flops", "TFLOP spent", "computation", 1e12),
+)
+
+
 def searches(sources: Sequence[Source]) -> Iterator[Figure]:
-    for unit, key, label in (("step", "steps", "search step"), ("flops", "flops", "TFLOP spent")):
+    for key, unit, label, words, size in UNITS:
         series = []
         for source in sources:
             names = dict.fromkeys(r.name for r in source.searches)
             for name in names:
-                found = [r.data for r in source.searches if r.name == name]
-                whole = [d for d in found if losses(d) and (unit == "step" or d.get("flops"))]
+                found = [
+                    {**r.data, "seconds": source.seconds.get(r.key)}
+                    for r in source.searches
+                    if r.name == name
+                ]
+                whole = [d for d in found if losses(d) and (unit == "steps" or d.get(unit))]
                 if whole:
                     many = len(names) > 1 or len(sources) > 1
                     named = f"{source.title}, {name}" if many else name
-                    series.append(_mean_losses(named, whole, unit, source.model))
+                    series.append(_mean_losses(named, whole, unit, size, source.model))
         if series:
             yield Figure(
                 f"search-{key}",
-                "Loss of the search" + (" by step" if unit == "step" else " by computation"),
+                f"Loss of the search by {words}",
                 "Best loss so far, mean over prompts; a search that ended early keeps its last."
                 " GCG: mean over the target's tokens; random search: its first token. A suffix for"
                 " several prompts begins anew where a prompt is taken in: the line breaks there."
-                f" {BANDS.replace('answers', 'prompts')} Seconds of a step are not recorded (those"
-                " of whole units stand in times.jsonl), so there is no such curve by time.",
+                f" {BANDS.replace('answers', 'prompts')}"
+                + ("" if unit == "steps" else " A step counts with the mean of all steps."),
                 label,
                 "loss of the target (nats)",
                 ATTACKS,
@@ -287,15 +299,17 @@ def losses(data: Mapping) -> list[float]:
     return [] if now is None else out
 
 
-def _mean_losses(name: str, searches: Sequence[Mapping], unit: str, model: str) -> Series:
-    """Over prompts; what one step costs is the mean of the searches."""
+def _mean_losses(
+    name: str, searches: Sequence[Mapping], unit: str, size: float, model: str
+) -> Series:
+    """Over prompts; what one step costs, in units of `size`, is the mean of the searches."""
     histories = [losses(d) for d in searches]
     length = max(map(len, histories))
     values = np.array([[*h, *[h[-1]] * (length - len(h))] for h in histories])
     c = curves.curve(values)
     each = 1.0
-    if unit == "flops":
-        each = sum(d["flops"] for d in searches) / sum(map(len, histories)) / 1e12
+    if unit != "steps":
+        each = sum(d[unit] for d in searches) / sum(map(len, histories)) / size
     x = each * np.arange(1, length + 1)
     every = max(1, length // 200)
     x, mean, low, high = ([float(v) for v in p[::every]] for p in (x, c.mean, c.low, c.high))

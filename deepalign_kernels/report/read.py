@@ -15,7 +15,7 @@ from deepalign_kernels.report.titles import name_all
 from deepalign_kernels.runs import Cell, Record, cells, read_manifest, read_records, read_verdicts
 from deepalign_kernels.runs.grids import over_grids
 from deepalign_kernels.runs.names import title_of
-from deepalign_kernels.runs.store import MANIFEST
+from deepalign_kernels.runs.store import MANIFEST, read_times
 
 TRAIN_LOG = "train_log.jsonl"
 
@@ -40,6 +40,7 @@ class Source:
         grids: those of whole grids of decoding settings.
         verdicts: judge -> sample -> success, None where it was unparsable.
         searches: one a prompt, of attacks that optimise.
+        seconds: that searches took, by key of their record.
         training: points of fine-tunings, by curve.
         log: lines of a training log that are about a step.
     """
@@ -60,6 +61,7 @@ class Source:
     grids: list[Cell] = field(default_factory=list)
     verdicts: dict[str, dict[str, bool | None]] = field(default_factory=dict)
     searches: list[Record] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     training: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
 
@@ -159,6 +161,7 @@ def _read_records(source: Source) -> None:
             into[name] = {group: _padded(columns) for group, columns in groups.items()}
     verdicts = list(read_verdicts(source.folder))
     source.cells = cells(samples, verdicts)
+    source.seconds = read_times(source.folder)
     source.grids = over_grids(source.cells, samples, verdicts, source.manifest)
     for verdict in verdicts:
         said = source.verdicts.setdefault(verdict.name, {})

@@ -71,6 +71,8 @@ class Record:
         data: measured values by name.
         text: prompts and replies by name.
         error: why there is no result; such a record is counted, never scored.
+        seconds: that it took. No part of the line, as a run that went on has others: `store.fill`
+            writes them apart.
 
     Raises:
         ValueError: an unknown kind, a value that is not plain.
@@ -84,6 +86,7 @@ class Record:
     data: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    seconds: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -128,5 +131,5 @@ def _refused(constant: str) -> Any:
     raise ValueError(f"{constant} is not a plain value")
 
 
-FIELDS = {f.name for f in fields(Record)}
+FIELDS = {f.name for f in fields(Record)} - {"seconds"}
 _READ = json.JSONDecoder(parse_constant=_refused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -21,7 +22,7 @@ from deepalign_kernels.runs.record import Record
 MANIFEST = "manifest.json"
 MEASURED = "measured"  # entry of the manifest for what was found out, not asked for
 RECORDS, VERDICTS = "records.jsonl", "verdicts.jsonl"
-TIMES = "times.jsonl"  # seconds of each unit; apart, as a run that went on has others
+TIMES = "times.jsonl"  # seconds of units and searches; apart, as a run that went on has others
 PACKAGES = ("deepalign_kernels", "torch", "transformers", "tokenizers", "numpy", "scipy")
 
 
@@ -125,11 +126,15 @@ def fill(journal: Journal, units: Iterable[Unit], say: Callable[[str], None] | N
         for unit in left:
             before = time.monotonic()
             with progress.heard(functools.partial(within, unit)):
-                journal.commit(unit.name, unit.make(), unit.mark)
+                records = list(unit.make())
+                journal.commit(unit.name, records, unit.mark)
             if unit.after:
                 unit.after()
-            seconds = round(time.monotonic() - before, 4)
-            clock.write(json.dumps({"unit": unit.name, "seconds": seconds}) + "\n")
+            took: dict[str, Any] = {"unit": unit.name}
+            took["seconds"] = round(time.monotonic() - before, 4)
+            if each := {r.key: round(r.seconds, 4) for r in records if r.seconds is not None}:
+                took["records"] = each
+            clock.write(json.dumps(took) + "\n")
             clock.flush()
             done += unit.size
             line(done, unit)
@@ -147,6 +152,15 @@ def read_verdicts(folder: str | Path) -> Iterator[Record]:
     """Verdicts of a run; none if it was not judged."""
     path = Path(folder) / VERDICTS
     return read_journal(path) if path.is_file() else iter(())
+
+
+def read_times(folder: str | Path) -> dict[str, float]:
+    """Seconds by key of the records whose makers told; a line that a killed process left is none."""
+    path, found = Path(folder) / TIMES, {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.update(json.loads(line).get("records", {}))
+    return found
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -277,8 +277,13 @@ def test_a_stopped_search_goes_on(engine, tmp_path, monkeypatch, config):
     calls = dying(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         list(kept(engine, PROMPTS[:1]))
-    assert len(list(tmp_path.glob("*.pt"))) == 1
-    assert [r.line for r in kept(engine, PROMPTS[:1])] == wanted  # number of FLOP and all
+    (file,) = tmp_path.glob("*.pt")
+    state = torch.load(file)
+    assert 0 < state["seconds"] < 60
+    torch.save(state | {"seconds": 1000.0}, file)
+    again = list(kept(engine, PROMPTS[:1]))
+    assert [r.line for r in again] == wanted  # number of FLOP and all
+    assert 1000 < (again[0].seconds or 0) < 1060  # before the stop and since; no part of the line
     done = next(calls)
     assert [r.line for r in kept(engine, PROMPTS[:1])] == wanted and next(calls) == done + 1 > 9
 

@@ -18,7 +18,7 @@ from deepalign_kernels import runs
 from deepalign_kernels.cli import main as cli
 from deepalign_kernels.report import attacks, build, figures, read, svg, verdict
 from deepalign_kernels.report.figure import Figure, Heat, Series
-from deepalign_kernels.runs import Record, Run, curves
+from deepalign_kernels.runs import Record, Run, Unit, curves, fill
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,10 @@ def folders(tmp_path_factory):
             run.records.commit(name, records)
         history = [5.0, 4.0, 4.5, 2.0]
         data = {"history": history, "flops": 1e12}
-        run.records.commit("g", [Record("search", "gcg", item=i, data=data) for i in "ab"])
+        found = [
+            Record("search", "gcg", item=i, data=data, seconds=s) for i, s in zip("ab", (2, 6))
+        ]
+        fill(run.records, [Unit("g", lambda: found)])
         for step in (0, 5):
             values = {"nll": [3.0, 1.0], "kl_model_base": [0.0, 0.0], "head_grad": [2.0, 1.0]}
             cell = {"step": step}
@@ -68,7 +71,7 @@ EXPECTED = {  # key: number of series, or rows of a grid
     "norm-whole": 4, "margin": 4, "js": 4, "kl-reverse": 4, "ratio": 4, "rank": 4, "agree": 4,
     "layers-0": 2, "layers-1": 2, "asr-steps": 3, "dynamics-nll-0": 2, "dynamics-head_grad-0": 2,
     "dynamics-kl_model_base-0": 2, "log-nll": 1, "log-nll_first": 1, "log-grad_norm": 1,
-    "decoding-temperature": 1, "search-steps": 1, "search-flops": 1, "judges-0": 2, "judges-1": 2,
+    "decoding-temperature": 1, "search-steps": 1, "search-flops": 1, "search-seconds": 1, "judges-0": 2, "judges-1": 2,
     "judges-2": 2,
 }  # fmt: skip
 
@@ -145,9 +148,11 @@ def test_sweeps_of_one_run_are_told_apart(tmp_path):
     assert "100 % [86, 100] in \u201cm, objective=sft\u201d after 10 steps (n = 24)" in sentence
 
 
-def test_searches_are_drawn_by_step_and_by_computation(folders):
+def test_searches_are_drawn_by_step_time_and_computation(folders):
     found = {f.key: f for f in figures.figures(read.read([folders[5]]))}
     (by_step,), (by_work,) = found["search-steps"].data, found["search-flops"].data
+    (by_time,) = found["search-seconds"].data
+    assert by_time.x == [1, 2, 3, 4] and by_time.y == by_step.y  # 8 seconds, 8 steps
     assert by_step.x == [1, 2, 3, 4] and by_step.y == [5.0, 4.0, 4.0, 2.0]  # the best so far
     assert by_work.x == [0.25, 0.5, 0.75, 1.0] and by_work.y == by_step.y
 

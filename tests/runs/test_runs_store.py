@@ -25,6 +25,7 @@ from deepalign_kernels.runs import (
 )
 from deepalign_kernels.runs import store as storing
 from deepalign_kernels.runs.journal import Journal, read_journal
+from deepalign_kernels.runs.store import read_times
 
 ROOT = pathlib.Path(__file__).parents[2]
 ABOUT = {"model": "m", "seed": 0, "depths": (5, 10)}
@@ -219,7 +220,18 @@ def test_progress_tells_the_rest(tmp_path):
     assert said == ["12/12 records, 0 s left (prefill/3)"]
     times = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
     assert [t["unit"] for t in times] == [u.name for u in units()]
-    assert all(0 <= t["seconds"] < 60 for t in times)
+    assert all(0 <= t["seconds"] < 60 for t in times) and not read_times(tmp_path)
+
+
+def test_seconds_of_a_record_lie_apart(tmp_path):
+    record = Record("search", "gcg", item="p", seconds=2.5)
+    assert record == Record("search", "gcg", item="p") and "seconds" not in record.line
+    with Run(tmp_path, ABOUT) as run:
+        fill(run.records, [Unit("g", lambda: [record, Record("sample", "gcg", item="p")])])
+    assert list(read_records(tmp_path))[0].seconds is None
+    with (tmp_path / "times.jsonl").open("a") as file:
+        file.write('{"unit": "killed he')
+    assert read_times(tmp_path) == {record.key: 2.5}
 
 
 def test_progress_within_a_unit(tmp_path, monkeypatch):
