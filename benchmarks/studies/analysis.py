@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import pathlib
@@ -41,9 +42,8 @@ def memory(vocab: int, lengths: Sequence[int]) -> list[dict[str, Any]]:
     out = []
     for positions in lengths:
         pairs = draw(vocab, ANSWERS, positions)
-        _, _, busy, mib = measured(
-            lambda: profile(model, base, None, pairs, positions=positions), 1
-        )  # noqa: B023
+        call = functools.partial(profile, model, base, None, pairs, positions=positions)
+        _, _, busy, mib = measured(call, 1)
         logits = 4 * ANSWERS * (CONTEXT + positions) * vocab / MIB
         out.append({"vocab": vocab, "positions": positions, "MiB": mib, "cpu_seconds": busy,
                     "logits MiB": logits})  # fmt: skip

@@ -155,7 +155,7 @@ def read_verdicts(folder: str | Path) -> Iterator[Record]:
 
 
 def read_times(folder: str | Path) -> dict[str, float]:
-    """Seconds by key of the records whose makers told; a line that a killed process left is none."""
+    """Seconds by key of the records whose makers told; a torn last line counts for nothing."""
     path, found = Path(folder) / TIMES, {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):

@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
         history = [5.0, 4.0, 4.5, 2.0]
         data = {"history": history, "flops": 1e12}
         found = [
-            Record("search", "gcg", item=i, data=data, seconds=s) for i, s in zip("ab", (2, 6))
+            Record("search", "gcg", item=i, data=data, seconds=s) for i, s in (("a", 2), ("b", 6))
         ]
         fill(run.records, [Unit("g", lambda: found)])
         for step in (0, 5):
@@ -71,8 +71,8 @@ EXPECTED = {  # key: number of series, or rows of a grid
     "norm-whole": 4, "margin": 4, "js": 4, "kl-reverse": 4, "ratio": 4, "rank": 4, "agree": 4,
     "layers-0": 2, "layers-1": 2, "asr-steps": 3, "dynamics-nll-0": 2, "dynamics-head_grad-0": 2,
     "dynamics-kl_model_base-0": 2, "log-nll": 1, "log-nll_first": 1, "log-grad_norm": 1,
-    "decoding-temperature": 1, "search-steps": 1, "search-flops": 1, "search-seconds": 1, "judges-0": 2, "judges-1": 2,
-    "judges-2": 2,
+    "decoding-temperature": 1, "search-steps": 1, "search-flops": 1, "search-seconds": 1,
+    "judges-0": 2, "judges-1": 2, "judges-2": 2,
 }  # fmt: skip
 
 
