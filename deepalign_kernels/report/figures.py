@@ -139,22 +139,21 @@ def _shapes(sources: Sequence[Source]) -> Iterator[list[Series]]:
 
 
 def _nll(sources: Sequence[Source]) -> Iterator[Figure]:
-    series = list(_by_group(sources, "nll"))
-    analysed = [s for s in sources if "base_nll" in s.values]
-    if analysed:
-        group, values = next(iter(analysed[0].values["base_nll"].items()))
-        label = f"{analysed[0].base}, {group}" if len(analysed[0].values["nll"]) > 1 else (
-            analysed[0].base)  # fmt: skip
-        series.append(curve_series(label, values))
-        yield Figure(
-            "nll",
-            "Cross-entropy of the answers by position",
-            f"How surprised each model is by the answers it is given: figure 3a. {BANDS}",
-            POSITION,
-            "-log p(token) (nats)",
-            DEPTH,
-            series,
-        )
+    """What both models say of an answer: beside each model the first one's base."""
+    for name, title, caption, label in (
+        ("nll", "Cross-entropy of the answers by position",
+         "How surprised each model is by the answers it is given: figure 3a.",
+         "-log p(token) (nats)"),
+        ("entropy", "Entropy of the next token by position",
+         "How undecided each model is behind the answer so far.", "entropy (nats)"),
+    ):  # fmt: skip
+        analysed = [s for s in sources if f"base_{name}" in s.values]
+        if analysed:
+            first = analysed[0]
+            group, values = next(iter(first.values[f"base_{name}"].items()))
+            base = f"{first.base}, {group}" if len(first.values[name]) > 1 else first.base
+            series = [*_by_group(sources, name), curve_series(base, values)]
+            yield Figure(name, title, f"{caption} {BANDS}", POSITION, label, DEPTH, series)
 
 
 def _norms(sources: Sequence[Source]) -> Iterator[Figure]:

@@ -67,7 +67,7 @@ def page(folders, tmp_path_factory):
 
 
 EXPECTED = {  # key: number of series, or rows of a grid
-    "kl": 4, "kl-shape": 4, "prefill": 4, "nll": 5, "norm-head": 4, "norm-last": 4,
+    "kl": 4, "kl-shape": 4, "prefill": 4, "nll": 5, "entropy": 5, "norm-head": 4, "norm-last": 4,
     "norm-whole": 4, "margin": 4, "js": 4, "kl-reverse": 4, "ratio": 4, "rank": 4, "agree": 4,
     "layers-0": 2, "layers-1": 2, "asr-steps": 3, "dynamics-nll-0": 2, "dynamics-head_grad-0": 2,
     "dynamics-kl_model_base-0": 2, "log-nll": 1, "log-nll_first": 1, "log-grad_norm": 1,

@@ -17,8 +17,8 @@ def an_analysis(folder, title, means, seed=0, weights=None):
         for i in range(N):
             n = K - i % 3  # answers of unequal lengths
             kl = (np.array(means) * rng.lognormal(0, 0.2, K))[:n]
-            names = ("kl_base_model", "js", "nll", "base_nll", "margin", "log_ratio", "top1_agree",
-                     "head_grad")  # fmt: skip
+            names = ("kl_base_model", "js", "nll", "base_nll", "entropy", "base_entropy", "margin",
+                     "log_ratio", "top1_agree", "head_grad")  # fmt: skip
             values = {name: (kl / 10).tolist() for name in names}
             values |= {"kl_model_base": kl.tolist(), "rank": (1 + kl).tolist()}
             group = {"group": "asked" if i % 2 else "other"}
