@@ -79,14 +79,14 @@ def watched(way: str, path: str | None, steps: int, every: int, share: float | N
 
         toy = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        probe = probe[:16]
+        probe = probe[:8]
     else:
         model = build_model(toy, 0)
     watch = Timed(model, toy, probe, every=every, share=share)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train = {"loop": _loop, "trl": _trl}[way]
         begun = time.process_time()
-        train(model, toy, data, steps, watch, folder, 8 if path else 48)
+        train(model, toy, data, steps, watch, folder, 4 if path else 48)
         took = time.process_time() - begun
     return {
         "model": "SmolLM2-135M" if path else "toy world",
@@ -197,17 +197,24 @@ def command(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = json.loads(options.out.read_text()) if options.out.is_file() else {}
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        print(row, flush=True)
+        found.setdefault(name, []).append(row)
+        found["machine"] = machine.describe("cpu")
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
     if options.only != "dynamics":
-        found["memory"] = [row for vocab in VOCABS for row in memory(vocab, POSITIONS)]
+        found["memory"] = []
+        for vocab in VOCABS:
+            for row in memory(vocab, POSITIONS):
+                keep("memory", row)
     if options.only != "memory":
+        found["dynamics"] = []
         calls = [("loop", None, options.steps, 5, 0.05), ("loop", None, options.steps, 5, None),
                  ("trl", None, options.steps, 5, 0.05)]  # fmt: skip
         if options.model:
-            calls.append(("loop", options.model, 40, 5, 0.05))
-        found["dynamics"] = [watched(*call) for call in calls]
-    found["machine"] = machine.describe("cpu")
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    for rows in ("memory", "dynamics"):
-        for row in found.get(rows, []):
-            print(row)
+            calls.append(("loop", options.model, 24, 4, 0.05))
+        for call in calls:
+            keep("dynamics", watched(*call))
     return 0
