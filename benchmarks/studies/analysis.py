@@ -197,11 +197,12 @@ def command(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    about = machine.describe("cpu")  # before this run's own file makes the tree dirty
 
     def keep(name: str, row: dict[str, Any]) -> None:
         print(row, flush=True)
         found.setdefault(name, []).append(row)
-        found["machine"] = machine.describe("cpu")
+        found["machine"] = about
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 
     if options.only != "dynamics":
