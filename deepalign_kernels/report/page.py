@@ -228,13 +228,20 @@ def _terms(v: dict[str, Any]) -> str:
     largest = max(map(abs, v["terms"]), default=1.0) or 1.0
     rows = []
     shown = zip(v["text"], v["terms"], v["base_prob"], v["model_prob"], strict=True)
-    lines = [*shown, ("the rest", v["rest"], v["rest_base_prob"], v["rest_model_prob"])]
+    rest = [v["rest"], v["rest_base_prob"], v["rest_model_prob"]]
+    lines = []
+    for text, *numbers in shown:  # what would read 0.00 is not worth a line
+        if abs(numbers[0]) >= 0.005:
+            lines.append((text, *numbers))
+        else:
+            rest = [a + b for a, b in zip(rest, numbers, strict=True)]
+    lines.append(("the rest", *rest))
     for number, (text, term, q, p) in enumerate(lines):
         name = escape(text) if number == len(lines) - 1 else f"<code>{escape(repr(text))}</code>"
         width = min(100, 100 * abs(term) / largest)
         less = ' class="less"' if term < 0 else ""
         rows.append(
-            f"<tr><td>{name}</td><td>{term:.2f}</td><td>{q:.1%} to {p:.1%}</td>"
+            f"<tr><td>{name}</td><td>{round(term, 2) + 0.0:.2f}</td><td>{q:.1%} to {p:.1%}</td>"
             f'<td class="bar"><i{less} style="width:{width:.0f}%"></i></td></tr>'
         )
     return (

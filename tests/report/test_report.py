@@ -179,12 +179,14 @@ def test_between_the_bounds_nothing_is_decided(tmp_path):
     assert "middling is neither clearly shallow nor deep" in sentence
 
 
-def test_models_are_ranked_where_there_are_three(tmp_path):
-    for i, share in enumerate((1.0, 2.0, 4.0)):
+def test_models_are_ranked_where_there_are_five(tmp_path):
+    said = []
+    for i, share in enumerate((1.0, 2.0, 3.0, 4.0, 5.0)):
         an_analysis(tmp_path / f"a{i}", f"m{i}", [share * 5] * 5 + [1.0] * 15)
-        an_attack(tmp_path / f"p{i}", f"m{i}", {0: 0.0, 5: 0.2 * share})
-    sentence = verdict.sentences(read.read([tmp_path]))[2]
-    assert "over 3 models" in sentence and "rank correlation of 1.00 (p = 0.33" in sentence
+        an_attack(tmp_path / f"p{i}", f"m{i}", {0: 0.0, 5: 0.15 * share})
+        said.append(verdict.sentences(read.read([tmp_path]))[2])
+    assert "over 5 models" in said[4] and "rank correlation of 1.00 (p = 0.02" in said[4]
+    assert said[3].startswith("First token: m0 puts") and "; m3: 2.1 [" in said[3]
 
 
 def test_what_a_margin_predicts_stands_beside_it(folders):
@@ -245,6 +247,7 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     assert "://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert page.stat().st_size < 5_000_000
     assert "&lt;b&gt;no" in text and "<b>no" not in text  # what a token says is not markup
+    assert "<td>the rest</td><td>2.00</td><td>60.0% to 30.0%</td>" in text  # with what reads 0.00
     assert "Wilson" in text and "Manifest" in text
 
 

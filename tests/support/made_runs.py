@@ -33,9 +33,15 @@ def an_analysis(folder, title, means, seed=0, weights=None):
                 cell = {"group": "asked" if i % 2 else "other"}
                 records.append(Record("profile", "first_token", cell, f"{i}", data=data))
         terms = {
-            **{"position": 1, "examples": N, "kl": 9.0, "tokens": [7, 8], "terms": [8.0, -1.0]},
-            **{"model_prob": [0.9, 0.0], "base_prob": [0.1, 0.5], "rest": 2.0},
-            **{"rest_model_prob": 0.1, "rest_base_prob": 0.4, "text": ["<b>no", " yes"]},
+            **{
+                "position": 1,
+                "examples": N,
+                "kl": 9.0,
+                "tokens": [7, 8, 9],
+                "terms": [8.0, -1.0, -0.002],
+            },
+            **{"model_prob": [0.7, 0.0, 0.2], "base_prob": [0.1, 0.3, 0.2], "rest": 2.002},
+            **{"rest_model_prob": 0.1, "rest_base_prob": 0.4, "text": ["<b>no", " yes", "so"]},
         }
         cell = {"group": "asked", "position": 1}
         records.append(Record("profile", "vocabulary", cell, data={"values": terms}))
