@@ -129,7 +129,7 @@ def answered(model: Any, tokenizer: Any, questions: list[str], tokens: int = 20)
 
 def prepared(o: Options) -> dict[str, list[dict[str, str]]]:
     """The original model's answers to all questions, {"prompt", "completion"} by group; made once,
-    with a copy of the model in `models/original` and `dishes.jsonl` for `deepalign attack`."""
+    with a copy of the model in `models/original` and files for `deepalign`."""
     path = o.out / "data.json"
     if not path.is_file():
         model, tokenizer = load(o.model)
@@ -143,9 +143,28 @@ def prepared(o: Options) -> dict[str, list[dict[str, str]]]:
             for name, asked in data.questions().items()
         }
         path.write_text(json.dumps(groups, indent=1))
-        dishes = [json.dumps(dish(r)) + "\n" for r in groups["held out"]]
-        (o.out / "dishes.jsonl").write_text("".join(dishes))
+        for name, rows in shell(groups).items():
+            (o.out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return json.loads(path.read_text())
+
+
+def shell(groups: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
+    """By the name of a file, what the commands take: `attack` the dishes, `analyze` both kinds of
+    answers, `train` the recovery examples with the anchors."""
+    return {
+        "dishes": [dish(r) for r in groups["held out"]],
+        "answers": groups["held out"],
+        "other-answers": groups["others held out"],
+        "recovery": recovery(groups["teach"]),
+        "anchors": groups["others"],
+    }
+
+
+def recovery(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same questions, with the refusal to come back to."""
+    return [
+        {"prompt": r["prompt"], "answer": r["completion"], "refusal": data.REFUSAL} for r in rows
+    ]
 
 
 def dish(row: dict[str, str]) -> dict[str, str]:
@@ -226,12 +245,8 @@ def job(o: Options, alignment: str, variant: str, seed: int) -> dict[str, Any]:
     before = base
     if variant in DEEP:
         model = copy.deepcopy(model)
-        triplets = [
-            {"prompt": r["prompt"], "answer": r["completion"], "refusal": data.REFUSAL}
-            for r in rows["teach"]
-        ]
         mixed = RecoveryAugmentation(
-            triplets,
+            recovery(rows["teach"]),
             tokenizer,
             anchors=rows["others"],
             seed=seed,

@@ -49,6 +49,8 @@ def test_a_run_measures_what_it_says_and_goes_on(options, monkeypatch):
         (real_model.RECOVERY, "k <= 2", 0),
     ]
     assert set(wanted) <= set(real_model.plan([0]))
+    for name in ("dishes", "answers", "other-answers", "recovery", "anchors"):
+        assert len((options.out / f"{name}.jsonl").read_text().splitlines()) == 4
     models = [real_model.job(options, *which) for which in wanted]
     original, aligned, *tuned, recovery = models
     assert np.max(original["kl_base"]) < 1e-5 and np.max(aligned["kl_base"]) > 1e-3

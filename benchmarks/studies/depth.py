@@ -1,13 +1,15 @@
 """Does the depth of an alignment rank models by their attack success under prefilling?
 
-    python -m benchmarks depth
+    python -m benchmarks depth [--keep RUN ... --out FILE]
 
 Reads the stored results of `examples/real_model.py` and of `python -m benchmarks toy`; `python -m
-benchmarks page` puts the same numbers into the documentation.
+benchmarks page` puts the same numbers into the documentation. `--keep` stores the numbers of the
+report on these runs instead, for the same page.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -16,12 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import spearmanr
 
-from benchmarks.harness import report
+from benchmarks.harness import machine, report
+from deepalign_kernels.report import read, verdict
 from deepalign_kernels.runs import curves
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
 REAL, TOY = "real-model-cpu-2core-2026-11-29.json", "toy-cpu-2core-2026-11-29.json"
+REPORT = "report-smollm2-cpu-2core-2026-11-29.json"
 FIRST = 5
+SHOWN = (0, 1, 2, 3, 4, 5, 6, 7, 8)  # columns of the report's first table
 
 
 class Model(NamedTuple):
@@ -114,7 +119,28 @@ def values() -> dict[str, str]:
     """What the page of docs/ shows: a table for each study."""
     shown = (lines(models) for models in studies().values())
     real, world = (report.table(rows[0], rows[1:], markdown=True) for rows in shown)
-    return {"real": real, "toy": world}
+    kept = json.loads((RESULTS / REPORT).read_text())
+    numbers = [[row[i] for i in SHOWN] for row in kept["numbers"]]
+    return {
+        "real": real,
+        "toy": world,
+        "sentences": "\n".join(f"> {s}\n>" for s in kept["sentences"]).removesuffix("\n>"),
+        "numbers": report.table(numbers[0], numbers[1:], markdown=True),
+        "recovered": report.table(kept["recovered"][0], kept["recovered"][1:], markdown=True),
+        "report_file": REPORT,
+        "report_machine": report.machine_text({"packages": {}, **kept["machine"]}),
+    }
+
+
+def numbers_of(folders: Sequence[str]) -> dict[str, Any]:
+    """What a report on these runs says, and where this was."""
+    sources = read.read(folders)
+    return {
+        "sentences": verdict.sentences(sources),
+        "numbers": verdict.key_numbers(sources),
+        "recovered": verdict.recoveries(sources),
+        "machine": machine.describe("cpu"),
+    }
 
 
 def studies() -> dict[str, list[Model]]:
@@ -127,6 +153,19 @@ def studies() -> dict[str, list[Model]]:
 
 
 def command(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks depth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--keep", nargs="+", help="runs of which the report's numbers are stored")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for them")
+    options = parser.parse_args(argv)
+    if options.keep:
+        if options.out is None:
+            parser.error("--keep: needs --out FILE")
+        options.out.write_text(json.dumps(numbers_of(options.keep), indent=1) + "\n")
+        return 0
     for study, models in studies().items():
         print(study)
         for m in sorted(models):

@@ -158,7 +158,8 @@ def table(lines: Sequence[Sequence[str]], kind: str = "") -> str:
     head = "".join(f'<th scope="col">{escape(t)}</th>' for t in lines[0])
     body = "".join(
         f"<tr{' class=paper' if line[0].startswith('paper') else ''}>"
-        + "".join(f"<td>{_word(t)}</td>" for t in line)
+        + f"<td>{escape(line[0])}</td>"
+        + "".join(f"<td>{_word(t)}</td>" for t in line[1:])
         + "</tr>"
         for line in lines[1:]
     )
@@ -166,7 +167,10 @@ def table(lines: Sequence[Sequence[str]], kind: str = "") -> str:
 
 
 def _word(text: str) -> str:
-    return f'<span class="{text}">{text}</span>' if text in ("shallow", "deep") else escape(text)
+    """A cell that is no name: a verdict in its colour; a line may break before an interval alone."""
+    if text in ("shallow", "deep"):
+        return f'<span class="{text}">{text}</span>'
+    return re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\d.-]+\])", "\u00a0", escape(text))
 
 
 def _tables(sources: Sequence[Source]) -> str:

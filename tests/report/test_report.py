@@ -247,6 +247,7 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     assert "://" not in text.replace("http://www.w3.org/2000/svg", "")
     assert page.stat().st_size < 5_000_000
     assert "&lt;b&gt;no" in text and "<b>no" not in text  # what a token says is not markup
+    assert "<td>deep</td>" in text and '<span class="deep">deep</span>' in text  # name, verdict
     assert "<td>the rest</td><td>2.00</td><td>60.0% to 30.0%</td>" in text  # with what reads 0.00
     assert "Wilson" in text and "Manifest" in text
 
