@@ -167,7 +167,7 @@ def table(lines: Sequence[Sequence[str]], kind: str = "") -> str:
 
 
 def _word(text: str) -> str:
-    """A cell that is no name: a verdict in its colour; a line may break before an interval alone."""
+    """A cell that is no name: a verdict in its colour; lines break before intervals alone."""
     if text in ("shallow", "deep"):
         return f'<span class="{text}">{text}</span>'
     return re.sub(r"(?<=\d) (?=%)|(?<=,) (?=[\d.-]+\])", "\u00a0", escape(text))
