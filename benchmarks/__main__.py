@@ -18,6 +18,7 @@ COMMANDS = {  # name -> (module, what it does)
     "growth": ("studies.growth", "time and memory against T and V"),
     "plan": ("studies.plan", "peak memory of full fine-tuning, predicted and measured"),
     "step": ("studies.step", "a step of full fine-tuning beside trl and a plain loop"),
+    "capped": ("studies.capped", "full fine-tuning under a limit on a GPU's memory"),
     "host": ("studies.host", "host time of a call"),
     "pieces": ("studies.pieces", "figures that stand in comments and docs"),
     "profile": ("studies.profile", "an analysis of two models beside scripts with whole logits"),

@@ -11,8 +11,8 @@ included; the others when they are named, or with a larger S.
 
 OUT gets, written as each part ends so that an interrupted call leaves what it has: call-N.json,
 log-N.txt, tests-N.jsonl, logits.json, linear.json, plans.json, chunks.json, ncu-*.csv,
-logits-peers.json and linear-peers.json. `python -m benchmarks harvest OUT` says what follows from
-them. Exit status 1 where a step failed.
+logits-peers.json, linear-peers.json and training.json. `python -m benchmarks harvest OUT` says what
+follows from them. Exit status 1 where a step failed.
 """
 
 from __future__ import annotations

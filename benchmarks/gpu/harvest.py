@@ -1,8 +1,8 @@
 """`python -m benchmarks harvest DIR ...`: what follows from the files that benchmarks/gpu.sh left.
 
 Ops for backends.CUDA_CPP_VERIFIED, entries for the launch table, chunks, what ncu counted,
-predictions that were wrong, and the README's tables. Files that are not there leave their part out
-and are named.
+predictions that were wrong, training under a limit, and the README's tables. Files that are not
+there leave their part out and are named.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks.harness import report
 from benchmarks.harness.cells import Row
 from benchmarks.harness.verdict import NOISE
 from benchmarks.offline import compiled
+from benchmarks.studies import capped
 from deepalign_kernels import backends
 
 Lines = list[dict[str, Any]]
@@ -60,7 +61,7 @@ def command(dirs: list[str]) -> int:
     if found.rehearsal:
         print("A REHEARSAL ON A CPU: nothing below is a result.\n")
     parts = [_steps(found), _verified(found, plans), _table(found, plans), _chunks(found)]
-    parts += [_counters(found), _predictions(found), _readme(found)]
+    parts += [_counters(found), _predictions(found), _training(found), _readme(found)]
     print("\n\n".join(parts))
     return 0
 
@@ -271,6 +272,12 @@ def _predictions(found: Found) -> str:
         if name == "logits.json" and not found.rehearsal:
             body.append(compiled.predictions(rows))
     return _titled("Predicted from bytes and operations, and measured otherwise", *body)
+
+
+def _training(found: Found) -> str:
+    rows = found.json("training.json").get("rows", [])
+    lines = [capped.HEADER, *map(capped.line, rows)] if rows else []
+    return _titled("Full fine-tuning under a limit on memory", *lines)
 
 
 def _readme(found: Found) -> str:

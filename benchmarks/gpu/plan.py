@@ -18,7 +18,7 @@ WHEELS = (
     "cut_cross_entropy==25.1.1", "quack-kernels==0.6.5", "nvidia-cutlass-dsl==4.7.0",
     "nvidia-cutlass-dsl-libs-base==4.7.0", "nvidia-cutlass-dsl-libs-core==4.7.0",
     "nvidia-cutlass-dsl-libs-cu13==4.7.0", "apache-tvm-ffi==0.1.15.post2",
-    "torch-c-dlpack-ext==0.1.5",
+    "torch-c-dlpack-ext==0.1.5", "torchao==0.18.0", "torch-optimi==0.3.3", "accelerate==1.15.0",
 )  # fmt: skip
 PART_BYTES = 45_000_000  # a wheel that is larger travels in parts, one with each call
 
@@ -174,6 +174,12 @@ CALLS = (
              _run("linear", f"{TINY} --shapes 32x16x640 --providers {LINEAR_PEERS}",
                   "linear-peers.json")),
     ), wheels=True),
+    Call(7, "training", (
+        Step("training under a limit", 290, 500,
+             ("-m", "benchmarks", "capped", "--json", "{out}/training.json"),
+             ("-m", "benchmarks", "capped", "--tiny", "--recipes", "1", "--length", "64",
+              "--limits", "24", "--json", "{out}/training.json")),
+    ), wheels=True),
 )  # fmt: skip
 LOGITS_FILES = ("logits.json", "logits-peers.json")
 LINEAR_FILES = ("linear.json", "linear-peers.json")
@@ -191,6 +197,7 @@ ONLY_A_GPU = (
     ("How many bytes and instructions does a kernel really take?", "5"),
     ("Do the CUDA C++ kernels keep the error budget in every mode?", "5"),
     ("How fast are all ops beside the kernels of TRL, QuACK, cce and the rest of Liger?", "6"),
+    ("What do recipes for 24 and 48 GiB take, and how many tokens a second do they train?", "7"),
     ("What does a step of GCG cost?", "python -m benchmarks gcg --json OUT/gcg.json"),
     ("Do results grow linearly with T and V?", "python -m benchmarks growth --out OUT"),
     ("Do vocabulary shards work over NCCL?", f"{TORCHRUN} -m benchmarks.gpu.shards"),

@@ -19,6 +19,7 @@ from benchmarks.gpu import harvest
 from benchmarks.gpu import plan as gpu_plan
 from benchmarks.gpu.plan import Call, Step
 from benchmarks.harness import ceilings, cells, machine, measure, peers, providers, report, verdict
+from benchmarks.studies import capped
 from deepalign_kernels import backends
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,7 +33,7 @@ CHUNKS = ("-m", "benchmarks", "sweep", "chunks", "--device", "cpu", "--dtype", "
 
 def test_the_calls_fit_their_limits_and_the_dry_run_names_what_is_missing(monkeypatch, capsys):
     """Within 15 minutes: launches, sanitizers of both backends, error budget, speed, choices."""
-    first, every = gpu_plan.affordable(900), gpu_plan.affordable(1800)
+    first, every = gpu_plan.affordable(900), gpu_plan.affordable(2100)
     assert [call.number for call in first] == [1, 2, 3, 4] and every == gpu.CALLS
     overhead = gpu_plan.START_SECONDS + gpu_plan.BETWEEN_SECONDS * len(first)
     assert overhead + sum(call.seconds for call in first) <= 900 == gpu_plan.TOTAL_SECONDS
@@ -49,7 +50,7 @@ def test_the_calls_fit_their_limits_and_the_dry_run_names_what_is_missing(monkey
     assert "one GPU for 900 s: calls 1, 2, 3, 4, 790 s predicted" in printed
     for said in ("call 4, choose: 160 s", "gone.so is not there", "Only a GPU can say", "carry "):
         assert said in printed, said
-    assert printed.count("runs if named, or with more --seconds") == 2
+    assert printed.count("runs if named, or with more --seconds") == 3
 
 
 def test_calls_run_while_the_budget_lasts_or_when_they_are_named(tmp_path, monkeypatch, capsys):
@@ -299,3 +300,15 @@ def test_wrong_predictions_are_those_far_from_bytes_and_operations():
 def test_harvest_says_where_there_is_nothing(tmp_path):
     with pytest.raises(ValueError, match="DIR: expected the results"):
         harvest.command([str(tmp_path)])
+
+
+def test_recipes_under_a_limit_are_those_that_the_plan_says_fit():
+    pytest.importorskip("transformers")
+    names = capped.recipes(capped.SHAPE, 48, 2, 2048, "cuda")
+    assert names == ["bf16-8bit-release", "bf16-4bit-release", "bf16-offload"]
+    assert "bf16-offload" not in capped.recipes(capped.TINY, 24, 2, 64, "cpu")
+    row = capped.one("fp32", capped.TINY, 24, 2, 64, 3, "cpu")
+    assert len(row["seconds"]) == 2 and row["peak"] == pytest.approx(row["predicted"], rel=0.1)
+    told = capped.line(row | {"seconds": [0.5, 0.25, 0.25], "peak": 3 << 30})
+    assert told.startswith("| 24 | fp32 | 2 x 64 | 0.00 | 3.00 | ") and told.endswith(" | 512 |")
+    assert "| no memory |" in capped.line(row | {"failed": "no memory"})

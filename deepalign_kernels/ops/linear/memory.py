@@ -85,9 +85,9 @@ def estimate_memory(
     128 bytes of a row are set aside for short vectors, mostly not all used: with a vocabulary of
     1000 that is up to 3 % too much, with one of 32000 nothing. What BLAS and oneDNN keep to
     themselves (a few MB; up to 0.8 MB of packed bf16 operands in the tests) is not in it. `kept`
-    is, of a scalar reduction, its gradients; of a per-token result the gradient of hidden (frozen head) or of the
-    logits (all tokens are one chunk), or nothing. Under torch.compile the latter has a row for
-    ignored tokens too.
+    is, of a scalar reduction, its gradients; of a per-token result the gradient of hidden (frozen
+    head) or of the logits (all tokens are one chunk), or nothing. Under torch.compile the latter
+    has a row for ignored tokens too.
 
     Args:
         op: name of the op, such as "linear_constrained_loss".
