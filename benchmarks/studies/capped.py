@@ -26,11 +26,11 @@ from benchmarks.harness import machine
 
 GIB = 2**30
 RESERVED = GIB  # for the driver and the allocator, as `deepalign plan` leaves
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8,
 }  # fmt: skip
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
@@ -39,7 +39,7 @@ HEADER = """\
 |--:|---|--:|--:|--:|--:|--:|--:|"""
 
 
-def recipes(shape: dict[str, int], limit: float, batch: int, length: int, device: str) -> list[str]:
+def recipes(shape: dict[str, Any], limit: float, batch: int, length: int, device: str) -> list[str]:
     """Names of those that fit, the most exact first."""
     import transformers
 
@@ -57,7 +57,7 @@ def recipes(shape: dict[str, int], limit: float, batch: int, length: int, device
 
 
 def one(
-    name: str, shape: dict[str, int], limit: float, batch: int, length: int, steps: int, device: str
+    name: str, shape: dict[str, Any], limit: float, batch: int, length: int, steps: int, device: str
 ) -> dict[str, Any]:
     """A row of the table; a recipe that runs out of memory gives its message as `failed`."""
     import torch
@@ -71,7 +71,7 @@ def one(
 
     setting = next(r.setting for r in plan.RECIPES if r.name == name)
     config = transformers.LlamaConfig(**shape)
-    sizes = {"batch": batch, "length": length}
+    sizes: dict[str, Any] = {"batch": batch, "length": length}
     expected = plan.estimate(plan.shape_of(config), setting, trained_share=0.5, **sizes)
     row = {"recipe": name, "limit_gib": limit, **sizes, "predicted": expected.peak}
     row |= {"predicted_host": expected.host}
