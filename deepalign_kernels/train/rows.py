@@ -25,6 +25,7 @@ def constrained_rows(
 
     Args:
         model: the reference: what the policy is before it is trained. A causal LM of transformers.
+            Where ZeRO-3 has shared it out, all processes must call, with the same data.
         tokenizer: see `tokenize_chat`.
         data: see `load_chat_data`.
         batch_size: conversations per forward of the reference.
@@ -40,6 +41,7 @@ def constrained_rows(
             know; a model that `hf.attach` does not take.
     """
     from deepalign_kernels import hf  # imports transformers, which `train` alone does not need
+    from deepalign_kernels.hf.gathered import gathered
 
     examples = tokenize_chat(tokenizer, data, **options)
     refuse_scales(examples, "in rows for another trainer")
@@ -52,7 +54,7 @@ def constrained_rows(
         for e in examples
     ]
     device = next(model.parameters()).device
-    with hf.attached(model), evaluating(model):
+    with hf.attached(model), gathered(model), evaluating(model):
         for at in range(0, len(rows), batch_size):
             few = rows[at : at + batch_size]
             batch = {k: x.to(device) for k, x in hf.collate(few).items() if k in _TAKEN}

@@ -14,7 +14,11 @@ from torch import Tensor
 from deepalign_kernels import hf
 from deepalign_kernels.data.columns import Anchors, TokenTable
 from deepalign_kernels.data.examples import IGNORE, Example
+from deepalign_kernels.data.packing import Limits
+from deepalign_kernels.hf.gathered import gathered, is_shared_out
 from deepalign_kernels.train.cache import ABOUT, Entry, Part, ReferenceCache, key_of
+from deepalign_kernels.train.forwards import forwards
+from deepalign_kernels.train.ranks import ALONE, Ranks
 from deepalign_kernels.train.reference import AnchorRows, anchor_rows
 from deepalign_kernels.trl.config import ConstrainedSFTConfig
 
@@ -56,6 +60,8 @@ class KeptReference:
         self, args: ConstrainedSFTConfig, model: str, policy: Any, device: torch.device
     ) -> None:
         self._args, self._model, self._policy, self._device = args, model, policy, device
+        # Only where each process has a share of the weights do they compute together.
+        self._ranks = Ranks.here(device) if is_shared_out(policy) else ALONE
         self._sets: list[tuple[int, AnchorRows]] = []  # of each dataset the number of its first row
         self._rows = 0
 
@@ -72,15 +78,21 @@ class KeptReference:
         """
         args, table = self._args, table_of(dataset)
         folder = Path(args.reference_cache or args.output_dir or ".")
-        cache, about = ReferenceCache(folder), self._about(table, dataset)
+        ranks = self._ranks
+        cache, about = ReferenceCache(folder, ranks), self._about(table, dataset)
         key = key_of(about)
         if args.reference_cache is None:
-            _refuse_other_weights(folder, about)
-        if not cache.whole(key, table, about):
+            ranks.first(lambda: _refuse_other_weights(folder, about))
+
+        def there() -> bool:
+            return ranks.first(lambda: cache.whole(key, table, about))
+
+        if not there():
             with cache.locked(key):
-                if not cache.whole(key, table, about):
-                    part = cache.part(key, table, about, {"size": size, "packed": args.packing})
-                    self._compute(part, len(table), batch_of, size)
+                if not there():
+                    layout = {"size": size, "packed": args.packing, "processes": ranks.count}
+                    part = cache.part(key, table, about, layout)
+                    self._compute(part, table, batch_of, size)
         return self._with_columns(dataset, table, cache.load(key, table, about))
 
     def take(self, rows: list[int]) -> Anchors:
@@ -104,23 +116,28 @@ class KeptReference:
         }
 
     @torch.no_grad()
-    def _compute(self, part: Part, count: int, batch_of: BatchOf, size: int) -> None:
-        args = self._args
-        rounds = [list(range(at, min(at + size, count))) for at in range(0, count, size)]
-        done = part.done(rounds)
-        for number, rows in enumerate(rounds):
-            if number in done:
-                continue
-            inputs, positions = batch_of(rows)
-            chosen = anchored(args, inputs["labels"], positions)
-            seen = hf.reference_pass(
-                self._policy, only=chosen, logp=True, temperature=args.temperature, **inputs
-            )
-            assert seen.logp is not None
-            hidden = seen.rows.hidden
-            if args.kl_coef > 0:
-                part.begin_hidden(hidden.shape[1], hidden.dtype, seen.weight, seen.bias)
-            part.put(number, rows, seen.logp[inputs["labels"][:, 1:] != IGNORE], hidden)
+    def _compute(self, part: Part, table: TokenTable, batch_of: BatchOf, size: int) -> None:
+        args, ranks = self._args, self._ranks
+        rounds = forwards(ranks, range(len(table)), table.lengths, Limits(size, None, False))
+        done = part.done([each.rows if each.own else [] for each in rounds])
+        with gathered(self._policy):
+            for number, (rows, own) in enumerate(rounds):
+                if number in done:
+                    continue
+                inputs, positions = batch_of(rows)
+                seen = hf.reference_pass(
+                    self._policy,
+                    only=anchored(args, inputs["labels"], positions),
+                    logp=True,
+                    temperature=args.temperature,
+                    copy_head=ranks.count > 1,
+                    **inputs,
+                )
+                assert seen.logp is not None
+                logp, hidden = seen.logp[inputs["labels"][:, 1:] != IGNORE], seen.rows.hidden
+                if args.kl_coef > 0:
+                    part.begin_hidden(hidden.shape[1], hidden.dtype, seen.weight, seen.bias)
+                part.put(number, *((rows, logp, hidden) if own else ([], logp[:0], hidden[:0])))
         part.finish()
 
     def _with_columns(self, dataset: Any, table: TokenTable, entry: Entry) -> Any:

@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from deepalign_kernels import hf, rules
 from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.fingerprint import model_hash
+from deepalign_kernels.hf.gathered import gathered, is_shared_out
 from deepalign_kernels.modes import evaluating
 from deepalign_kernels.trl.columns import (
     OURS,
@@ -185,8 +186,9 @@ class ConstrainedSFTTrainer(SFTTrainer):
             return _for_the_model(inputs), inputs["response_positions"]
 
         assert self.model is not None and self._kept is not None
+        together = is_shared_out(self.model)  # every process has a share of it
         with (
-            self.accelerator.main_process_first(),
+            contextlib.nullcontext() if together else self.accelerator.main_process_first(),
             evaluating(self.model),
             self.compute_loss_context_manager(),
         ):
@@ -205,12 +207,18 @@ class ConstrainedSFTTrainer(SFTTrainer):
         if reference is None:
             reference, off = model, self.accelerator.unwrap_model(model).disable_adapter()
         only = anchored(self.args, inputs["labels"], inputs["response_positions"])
-        with torch.no_grad(), off, evaluating(reference):
+        # A second model in shares is in nobody's care; the policy is in DeepSpeed's.
+        with torch.no_grad(), off, evaluating(reference), gathered(reference):
             if self.args.kl_coef == 0:
                 return {"ref_logp": self._logp(reference, inputs)}
             temperature = self.args.temperature
             rows, weight, bias, logp = hf.reference_pass(
-                reference, only=only, logp=True, temperature=temperature, **_for_the_model(inputs)
+                reference,
+                only=only,
+                logp=True,
+                temperature=temperature,
+                copy_head=is_shared_out(reference),
+                **_for_the_model(inputs),
             )
         return {"ref_rows": rows, "ref_weight": weight, "ref_bias": bias, **self._others(logp)}
 

@@ -135,9 +135,12 @@ def not_finite(rank, folder, way):
     return [str(error.value), same and not checkpoints(place)]
 
 
-def trls(folder, processes, **options):
-    """(loss, norm of the gradient) of three steps of trl's trainer, each of four conversations."""
+def trls(folder, processes, loaded=None, second=False, **options):
+    """(loss, norm of the gradient) of three steps of trl's trainer, each of four conversations.
+
+    `loaded`: a folder with the model, for trl to load; `second`: a reference that runs along."""
     import datasets
+    from transformers import AutoModelForCausalLM
 
     from deepalign_kernels.trl import ConstrainedSFTConfig, ConstrainedSFTTrainer
 
@@ -145,21 +148,75 @@ def trls(folder, processes, **options):
         str(folder), max_steps=3, per_device_train_batch_size=4 // processes, report_to="none",
         use_cpu=True, bf16=False, logging_steps=1, save_strategy="no", learning_rate=1e-3,
         warmup_steps=0, adam_epsilon=1e-2, gradient_checkpointing=False, disable_tqdm=True,
-        **options,
+        model_init_kwargs={"dtype": "float32"} if loaded else None,
+        reference="model" if second else "precomputed", **options,
     )  # fmt: skip
     data = datasets.Dataset.from_list([r for r in RECORDS if "messages" in r][:4] * 2)
-    tools = {"train_dataset": data, "processing_class": build_tokenizer()}
-    trainer = ConstrainedSFTTrainer(build_model(0), config, **tools)
+    tools: dict = {"train_dataset": data, "processing_class": build_tokenizer()}
+    if second:
+        tools["ref_model"] = (
+            AutoModelForCausalLM.from_pretrained(loaded) if loaded else build_model(0)
+        )
+    model = str(loaded) if loaded else build_model(0)
+    trainer = ConstrainedSFTTrainer(model, config, **tools)
+    shares = [m for m in (trainer.model, trainer.ref_model) if loaded and m is not None]
+    assert all(p.numel() == 0 for m in shares for p in m.parameters())
     trainer.train()
+    return logged(trainer)
+
+
+def logged(trainer):
     return [(x["loss"], float(x["grad_norm"])) for x in trainer.state.log_history if "loss" in x]
 
 
-def trl(rank, folder, way):
-    """As trl's own users ask for DeepSpeed."""
+def transformers_own(folder, processes, loaded=None, **options):
+    """As `trls` of transformers' trainer, in two forwards a step, which are of uneven lengths."""
+    import transformers
+
+    from deepalign_kernels import hf
+    from deepalign_kernels.train import constrained_rows
+
+    class Constrained(hf.ConstrainedMixin, transformers.Trainer):
+        pass
+
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=2 // processes,
+        gradient_accumulation_steps=2, report_to="none", use_cpu=True, logging_steps=1,
+        save_strategy="no", learning_rate=1e-3, adam_epsilon=1e-2, disable_tqdm=True, **options,
+    )  # fmt: skip
+    model = build_model(0)
+    if loaded:
+        model = transformers.AutoModelForCausalLM.from_pretrained(loaded)
+        assert all(p.numel() == 0 for p in model.parameters())
+    # Of seven, accelerate gives two processes eight, one of them twice.
+    rows = constrained_rows(model, build_tokenizer(), [*RECORDS, RECORDS[0]])
+    trainer = Constrained(model, arguments, train_dataset=rows)
+    trainer.train()
+    return logged(trainer)
+
+
+TRAINERS = {  # of transformers and trl, as their own users ask for DeepSpeed
+    "trl, zero2": (trls, {}),
+    "trl, zero3": (trls, {}),
+    "trl, zero3, loaded in shares, anchors": (trls, {"kl_coef": 0.3}),
+    "trl, zero3, loaded in shares, a second model": (trls, {"second": True, "kl_coef": 0.3}),
+    "transformers, zero2": (transformers_own, {}),
+    "transformers, zero3": (transformers_own, {}),
+    "transformers, zero3, loaded in shares": (transformers_own, {}),
+}
+
+
+def others(rank, folder, name):
+    train, options = TRAINERS[name]
     auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero = {"stage": int(way[-1]), "stage3_param_persistence_threshold": 0}
+    zero = {"stage": 3 if "zero3" in name else 2, "stage3_param_persistence_threshold": 0}
     config = {"zero_optimization": zero} | dict.fromkeys(auto, "auto")
-    return trls(Path(folder) / way, 2, deepspeed=config)
+    if "loaded" in name:
+        options = {**options, "loaded": Path(folder) / "model"}
+        if rank == 0:
+            build_model(0).save_pretrained(options["loaded"])
+        dist.barrier()
+    return train(Path(folder) / name.replace(" ", "-"), 2, deepspeed=config, **options)
 
 
 def before(rank, folder, way):
@@ -168,7 +225,7 @@ def before(rank, folder, way):
 
 OTHERS = {
     f"{case.__name__} {way}": (case, way)
-    for case in (bf16, elsewhere, autocast, not_finite, before, trl)
+    for case in (bf16, elsewhere, autocast, not_finite, before)
     for way in ("zero2", "zero3")
 }
 
@@ -176,6 +233,8 @@ OTHERS = {
 def run(rank, folder, name):
     if name in CASES:
         return run_case(rank, folder, name, {**BASE, **CASES[name]})
+    if name in TRAINERS:
+        return others(rank, folder, name)
     case, way = OTHERS[name]
     return case(rank, folder, way)
 
@@ -196,7 +255,7 @@ def results():
     present = importlib.util.find_spec("peft") is not None
     names = [name for name in CASES if present or "LoRA" not in name]
     present = all(importlib.util.find_spec(name) for name in ("trl", "datasets"))
-    names += [name for name in OTHERS if present or "trl" not in name]
+    names += [*OTHERS, *(name for name in TRAINERS if present or "trl" not in name)]
     return spawn(work, names, limit=400.0)
 
 
@@ -253,11 +312,14 @@ def test_a_reference_that_two_processes_compute_before_a_run(results, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ("zero2", "zero3"))
-def test_trls_trainer_under_deepspeed(results, way, tmp_path):
-    pytest.importorskip("trl", reason="needs trl")
-    pytest.importorskip("datasets", reason="needs datasets")
-    lines, gold = results[f"trl {way}"], trls(tmp_path, 1)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_trainers_of_others_under_deepspeed(results, name, tmp_path):
+    """Losses and norms of one process, whose model is built, not loaded."""
+    if "trl" in name:
+        pytest.importorskip("trl", reason="needs trl")
+        pytest.importorskip("datasets", reason="needs datasets")
+    train, options = TRAINERS[name]
+    lines, gold = results[name], train(tmp_path / "one", 1, **options)
     print(lines, gold)
     assert len(lines) == WORLD and len(gold) == 3
     for ours in lines:
