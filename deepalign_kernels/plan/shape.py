@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from deepalign_kernels.train.load import config_of, text_part
+
+Adapt = Callable[[Any], Any]  # a model -> the same one with adapters, alone to be trained
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class ModelShape:
         head: those of the output head; the same tensor as the embedding where `tied`.
         layer: those of one decoder layer.
         layers, hidden, vocab: numbers of decoder layers, of features, of tokens.
+        adapters: parameters that are trained in the place of all those; None: there are none.
+        adapt: puts adapters into a model.
     """
 
     config: Any
@@ -51,22 +56,26 @@ class ModelShape:
     layers: int
     hidden: int
     vocab: int
+    adapters: int | None = None
+    adapt: Adapt | None = None
 
     def kept(
         self, batch: int, length: int, dtype: torch.dtype, autocast: torch.dtype | None
     ) -> Kept:
         """For a batch [batch, length] of weights of `dtype`, the forward under `autocast`."""
-        one, two = (_saved(self.config, n, batch, length, dtype, autocast) for n in (1, 2))
+        how = batch, length, dtype, autocast, self.adapt
+        one, two = (_saved(self.config, n, *how) for n in (1, 2))
         rows = batch * length * self.hidden * dtype.itemsize
         return Kept(one - (two - one), two - one, rows)
 
 
-def shape_of(model: str | Path | Any) -> ModelShape:
+def shape_of(model: str | Path | Any, adapt: Adapt | None = None) -> ModelShape:
     """The shape of a model.
 
     Args:
         model: a config of transformers, a folder with one, or a name that transformers resolves; of
             a model of text and images its text part counts.
+        adapt: gives a model its adapters and freezes all else; None: all weights are trained.
 
     Raises:
         ValueError: no such model, or not a decoder-only language model with layers of one kind.
@@ -80,6 +89,10 @@ def shape_of(model: str | Path | Any) -> ModelShape:
     sizes = [_parameters(_cut(config, n)) for n in (1, 2)]
     (whole, embedding, head, tied), (more, *_) = sizes
     layer = more - whole
+    adapters = None
+    if adapt is not None:
+        one, two = (_adapters(_cut(config, n), adapt) for n in (1, 2))
+        adapters = one + (config.num_hidden_layers - 1) * (two - one)
     return ModelShape(
         config=config,
         parameters=whole + (config.num_hidden_layers - 1) * layer,
@@ -90,6 +103,8 @@ def shape_of(model: str | Path | Any) -> ModelShape:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
+        adapters=adapters,
+        adapt=adapt,
     )
 
 
@@ -119,6 +134,12 @@ def _parameters(config: Any) -> tuple[int, int, int, bool]:
     return count, embedding.numel(), head.numel(), embedding is head
 
 
+def _adapters(config: Any, adapt: Adapt) -> int:
+    with torch.device("meta"):
+        model = adapt(_built(config, torch.float32))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def _saved(
     config: Any,
     layers: int,
@@ -126,10 +147,14 @@ def _saved(
     length: int,
     dtype: torch.dtype,
     autocast: torch.dtype | None,
+    adapt: Adapt | None,
 ) -> int:
     seen: dict[int, Any] = {}
+    with torch.device("meta"):
+        outline: Any = _built(_cut(config, layers), dtype)
+        outline = outline if adapt is None else adapt(outline)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = _built(_cut(config, layers), dtype).train()
+        model: Any = outline.to_empty(device="cpu").train()
         ids = torch.zeros(batch, length, dtype=torch.int64)
         weights = {id(p.untyped_storage()): p for p in model.parameters()}
 
@@ -143,6 +168,7 @@ def _saved(
         if autocast is not None:
             cast = torch.autocast("cpu", dtype=autocast)
         with saved_tensors_hooks(pack, lambda x: x), cast:
-            model.base_model(input_ids=ids, use_cache=False)
+            inner = model if adapt is None else model.get_base_model()
+            inner.base_model(input_ids=ids, use_cache=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         return sum(s.nbytes() for key, s in seen.items() if key not in own)

@@ -11,7 +11,7 @@ from dataclasses import MISSING
 from typing import Any
 
 import deepalign_kernels.quiet  # noqa: F401
-from deepalign_kernels.train.command import Option, options_of, run
+from deepalign_kernels.train.command import SEVERAL, Option, options_of, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def _add(out: argparse.ArgumentParser, option: Option) -> None:
         more["type"] = option.kind
     if option.name == "adam_betas":
         more |= {"nargs": 2, "type": float, "metavar": ("B1", "B2")}
-    if option.name == "beta_table":
+    if option.name in SEVERAL:
         more["nargs"] = "+"
     if option.name == "resume":
         more |= {"nargs": "?", "const": "yes"}

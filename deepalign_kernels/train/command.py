@@ -1,7 +1,7 @@
 """`deepalign train`: fine-tunes a causal language model and writes it, with its tokenizer.
 
-The options are the fields of `TrainConfig`, of its beta schedule and of `RecoveryAugmentation`,
-with the texts that those have: nothing is said twice.
+The options are the fields of `TrainConfig`, of its beta schedule, of `Lora` and of
+`RecoveryAugmentation`, with the texts that those have: nothing is said twice.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from deepalign_kernels.train.checkpoint import checkpoints
 from deepalign_kernels.train.config import TrainConfig
 from deepalign_kernels.train.load import config_of, load_model, outline_of
 from deepalign_kernels.train.loop import TrainingRun
+from deepalign_kernels.train.lora import Lora
 from deepalign_kernels.train.optimizers import OPTIMIZERS, make_optimizer
 from deepalign_kernels.train.ranks import PARALLEL, SHARDED, ProcessLost, way_of
 from deepalign_kernels.train.session import Terminated
@@ -65,6 +66,7 @@ ALLOWED = {
     "dtype": ("float32", "bfloat16"),
     "resume": ("no", "yes", "auto"),
 }
+SEVERAL = ("beta_table", "lora_target_modules")  # values of one option
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ class Option:
         one: Any = Literal[self.allowed] if self.allowed else self.kind
         if self.name == "adam_betas":
             one = tuple[float, float]
-        if self.name == "beta_table":
-            one = tuple[float, ...]
+        if self.name in SEVERAL:
+            one = tuple[self.kind, ...]  # type: ignore[name-defined]
         return one | None if self.default is None else one
 
 
 def options_of() -> list[Option]:
-    """All of them: of the command itself, `TrainConfig`, the schedule and the augmentation."""
+    """All: of the command itself, `TrainConfig`, the schedule, LoRA and the augmentation."""
     local = os.environ.get("LOCAL_RANK", "0")  # under a launcher: this process's device
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     out = [
@@ -121,6 +123,11 @@ def options_of() -> list[Option]:
                 text += f" Default {default}, with recovery {WITH_RECOVERY[f.name]}."
                 default = None
             out.append(Option(f.name, kind, default, text))
+    told = described(Lora.__doc__)
+    kinds = {"rank": int, "target_modules": str, "merge": bool}
+    for f in fields(Lora):
+        text = f"LoRA: {told[f.name]}"
+        out.append(Option(f"lora_{f.name}", kinds.get(f.name, float), f.default, text))
     taken, told = {option.name for option in out}, described(RecoveryAugmentation.__doc__)
     for p in signature(RecoveryAugmentation).parameters.values():
         if p.name not in taken and p.name not in GIVEN_ELSEWHERE:
@@ -183,15 +190,18 @@ def build(options: Any, refuse: Callable[[TrainConfig], None] = lambda config: N
         rest["data_cache"] = None  # nothing is written
     config = TrainConfig(options.output, beta=beta, **rest)
     refuse(config)
+    lora = lora_of(options)
     _check_paths(options, config)
+    _check_lora(options, config, lora)
     way, _ = way_of(config.parallel, config.cpu_offload, config.autocast_dtype is not None)
 
     def load(name: str) -> Any:
-        path = named[name]
+        own = lora if name == "model" else Lora()
         if dry:
-            return outline_of(path, dtype, name)
+            return own.adapt(outline_of(named[name], dtype, name), config.seed)
         # What is sharded goes to its device layer by layer.
-        return load_model(path, dtype).to("cpu" if way in SHARDED else options.device)
+        model = own.adapt(load_model(named[name], dtype), config.seed)
+        return model.to("cpu" if way in SHARDED else options.device)
 
     tokenizer = tokenizer_of(options.model, options.chat_template)
     ChatTemplate(tokenizer)  # refuses what it cannot train with, before a large model is loaded
@@ -219,6 +229,31 @@ def schedule_of(options: Any) -> BetaSchedule:
         other = ", ".join(f"beta_{name}" for name in given if name != "table")
         raise ValueError(f"beta_table: it says beta of every token; leave out {other}")
     return BetaSchedule(**given)
+
+
+def lora_of(options: Any) -> Lora:
+    """As the options say.
+
+    Raises:
+        ValueError: they are wrong, or of no use without a rank.
+    """
+    return Lora(**{f.name: getattr(options, f"lora_{f.name}") for f in fields(Lora)})
+
+
+def _check_lora(options: Any, config: TrainConfig, lora: Lora) -> None:
+    """Raises ValueError: what does not go with adapters, or only with them."""
+    if config.reference == "adapter_off" and config.needs_reference and lora.rank is None:
+        raise ValueError(
+            "reference: 'adapter_off' is a model without its adapters; give lora_rank, or"
+            " 'precomputed'"
+        )
+    if lora.merge and way_of(config.parallel, config.cpu_offload, False)[0] in SHARDED:
+        raise ValueError(
+            f"lora_merge: not with parallel={config.parallel!r}, which shares the weights out;"
+            " write the adapters alone, and merge them in one process (peft's merge_and_unload)"
+        )
+    if lora.rank is not None:
+        lora.adapt(outline_of(options.model, getattr(torch, options.dtype)))
 
 
 def _check_paths(options: Any, config: TrainConfig) -> None:
@@ -301,6 +336,9 @@ def _train(options: Any) -> str:
     result = run.train(resume={"no": False, "yes": True, "auto": "auto"}[options.resume])
     if options.early_stop is not None:
         which = f"model of step {run.load_best()['step']}, the best,"
+    if options.lora_merge:
+        merged: Any = run.model
+        run.model = merged.merge_and_unload()
     run.save_model(folder)
     nll = f"nll {result.metrics['nll']:.4g}"
     return f"{result.steps} steps, {nll}; {which} in {folder}, log in {result.log_path}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepalign_kernels import rules
 from deepalign_kernels.data.columns import TokenTable
 from deepalign_kernels.train.config import TrainConfig
+from deepalign_kernels.train.lora import about_adapters
 
 # What may differ between a run and its continuation without changing a single weight; the first
 # two together with the number of processes (`step_size` stays).
@@ -43,7 +44,12 @@ BY_VALUE = ("beta", "objective")
 
 
 def identity(
-    config: TrainConfig, table: TokenTable, frozen: str, processes: int, warmup: int
+    config: TrainConfig,
+    table: TokenTable,
+    model: nn.Module,
+    frozen: str,
+    processes: int,
+    warmup: int,
 ) -> dict[str, Any]:
     """Plain values and tensors that two runs share exactly if they train the same.
 
@@ -60,6 +66,7 @@ def identity(
         "rule": _values_of(config.rule) if callable(config.rule) else None,
         "data": _data_of(table),
         "frozen": frozen,
+        "adapters": about_adapters(model),
     }
 
 
@@ -100,9 +107,22 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str | None:
         return f"other training data than data gives now: its {' and its '.join(named)} changed"
     if not _same(then["betas"], now["betas"]):
         return f"another configuration: {_other_betas(then['betas'], now['betas'])}"
+    if odd := _other_adapters(then.get("adapters", {}), now["adapters"]):
+        return f"another model: of its adapters {odd}"
     if then["frozen"] != now["frozen"]:
         return "another model: its frozen parameters are not those the run began with"
     return None
+
+
+def _other_adapters(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Of those that were kept, as checkpoints of earlier versions have none."""
+    pairs = ((a, now.get(name, {})) for name, a in then.items())
+    return ", ".join(
+        f"{key} was {a[key]!r}, is {b.get(key)!r}"
+        for a, b in pairs
+        for key in a
+        if a[key] != b.get(key)
+    )
 
 
 def _other_betas(then: Tensor | None, now: Tensor | None) -> str:

@@ -21,6 +21,12 @@ def config_of(model: str | Path, name: str = "model") -> Any:
     """
     from transformers import AutoConfig
 
+    adapters, whole = (Path(model) / f"{kind}config.json" for kind in ("adapter_", ""))
+    if adapters.is_file() and not whole.is_file():
+        raise ValueError(
+            f"{name}: {model} holds adapters of a model, not a model; `deepalign train"
+            " --lora-merge` writes both as one, and so does peft's merge_and_unload"
+        )
     try:
         return text_part(AutoConfig.from_pretrained(str(model)))
     except (OSError, ValueError) as error:

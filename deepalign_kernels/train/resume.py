@@ -80,7 +80,8 @@ class Resumable:
     def _identity(self) -> dict[str, Any]:
         if self._frozen is None:
             self._frozen = frozen_hash(self.model)
-        parts = self.config, self.source.table(0), self._frozen, self.ranks.count
+        table, model = self.source.table(0), self.model
+        parts = self.config, table, model, self._frozen, self.ranks.count
         return identity(*parts, self.warmup_steps)
 
     def _rng_of(self, states: list[Any]) -> Any:
