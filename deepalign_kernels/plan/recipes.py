@@ -1,4 +1,4 @@
-"""Ways to fine-tune all weights, the most exact first; each is what `deepalign train` takes."""
+"""Ways to fine-tune, the most exact first; each is what `deepalign train` takes."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ RECIPES = (
         Setting(autocast=True, gradient_checkpointing=True, cpu_offload=True),
         "fp32 weights, gradients and states in host memory: exact, slow",
     ),
+)
+WITH_ADAPTERS = (
+    Recipe("lora-fp32", Setting(autocast=True), "frozen fp32 weights, bf16 products"),
+    Recipe(
+        "lora-fp32-checkpointing",
+        Setting(autocast=True, gradient_checkpointing=True),
+        "the same numbers, about a third more time",
+    ),
+    Recipe("lora-bf16", Setting(dtype="bfloat16"), "frozen bf16 weights, fp32 adapters"),
+    Recipe("lora-bf16-checkpointing", Setting(**_BF16), "the same, about a third more time"),
 )
 
 

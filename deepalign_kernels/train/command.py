@@ -332,7 +332,9 @@ def _train(options: Any) -> str:
     if options.dry_run:
         from deepalign_kernels.train import dry_run  # which asks plan, which asks this room
 
-        return dry_run.as_text(run, dry_run.facts(run, options.dtype))
+        lora = lora_of(options)
+        adapt = None if lora.rank is None else lora.adapt
+        return dry_run.as_text(run, dry_run.facts(run, options.dtype, adapt))
     result = run.train(resume={"no": False, "yes": True, "auto": "auto"}[options.resume])
     if options.early_stop is not None:
         which = f"model of step {run.load_best()['step']}, the best,"

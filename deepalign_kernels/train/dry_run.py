@@ -5,7 +5,7 @@ The run itself is made, of a model without weights: what it would refuse is refu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,32 +21,40 @@ GIB = 2**30
 SHOWN = 20  # records that are left out, by line
 
 
-def facts(run: TrainingRun, dtype: str) -> dict[str, Any]:
+def facts(
+    run: TrainingRun, dtype: str, adapt: Callable[[Any], Any] | None = None
+) -> dict[str, Any]:
     """The numbers of `run`, whose model may have no weights, as plain values.
 
     Args:
         run: not begun.
         dtype: of the weights, "float32" or "bfloat16".
+        adapt: what gave the model its adapters; None: it has none.
 
     Returns:
         "model", "data", "steps", "memory" (bytes on each device, and on the host of each process,
         at the fullest forward: see `deepalign_kernels.plan`).
     """
     config, table, ranks = run.config, run.source.table(0), run.ranks
-    shape = shape_of(run.model.config)  # type: ignore[arg-type]
+    shape = shape_of(run.model.config, adapt)  # type: ignore[arg-type]
     rows, length = _fullest(run)
     several = run.step_size > rows * ranks.count
     memory = estimate(
         shape,
-        Setting.of_run(config, dtype),
+        Setting.of_run(config, dtype, run._way[0]),
         batch=rows,
         length=length,
-        gpus=ranks.count if run.sharded else 1,
+        gpus=ranks.count,
         accumulate=several and not config.release_gradients,
         trained_share=sum(table.trained) / sum(table.lengths),
     )
     return {
-        "model": {"kind": type(run.model).__name__, "parameters": shape.parameters, "dtype": dtype},
+        "model": {
+            "kind": type(run.model).__name__,
+            "parameters": shape.parameters,
+            "adapters": shape.adapters,
+            "dtype": dtype,
+        },
         "data": {
             "conversations": len(table),
             "tokens": sum(table.lengths),
@@ -89,13 +97,16 @@ def as_text(run: TrainingRun, said: dict[str, Any]) -> str:
     beta = config.as_dict()["beta"]
     named = config.as_dict()["objective"]
     asks = run.objective.needs_reference
+    trained = ""
+    if model["adapters"] is not None:
+        trained = f"; trained: adapters of {model['adapters'] / 1e6:.3g} million, fp32"
 
     def beta_of(positions: Sequence[int]) -> list[float]:
         return config.beta_at(torch.tensor(positions)).tolist()
 
     lines = [
         f"model     {model['kind']}, {model['parameters'] / 1e9:.3g} billion parameters,"
-        f" {model['dtype']}",
+        f" {model['dtype']}" + trained,
         f"data      {data['conversations']} conversations{held_out}{dropped}; {data['tokens']}"
         f" tokens, {data['trained_tokens']} trained, the longest {data['longest']}",
         *_skipped(data["skipped"], "data"),
@@ -126,7 +137,7 @@ def _skipped(why: list[str], name: str) -> list[str]:
 
 
 def _memory(parts: dict[str, int]) -> str:
-    shown = ("weights", "gradients", "states", "activations", "head", "gathered")
+    shown = ("weights", "gradients", "states", "activations", "head", "gathered", "reference")
     inner = ", ".join(f"{name} {parts[name] / GIB:.3g}" for name in shown if parts[name])
     host = f"; {parts['host'] / GIB:.3g} GiB on the host" * bool(parts["host"])
     return f"peak {parts['peak'] / GIB:.3g} GiB a device ({inner}){host}"

@@ -111,11 +111,14 @@ class AnchorRows:
         return Anchors(hidden, self._weight, self._bias)
 
 
-def anchor_rows(entry: Entry, policy: nn.Module, device: torch.device) -> AnchorRows | None:
+def anchor_rows(
+    entry: Entry, policy: nn.Module, device: torch.device, heads: list[Tensor]
+) -> AnchorRows | None:
     """Those of an entry of the cache, None if it has none.
 
     A frozen head of the policy with the same numbers is used in the place of the kept one: one
-    tensor for both, and one product for both models' rows.
+    tensor for both, and one product for both models' rows. Else one of `heads`, in which those of
+    other entries are: each head is in memory once.
     """
     if entry.hidden is None:
         return None
@@ -131,7 +134,14 @@ def anchor_rows(entry: Entry, policy: nn.Module, device: torch.device) -> Anchor
         and torch.equal(p, weight)
     )
     weight = next(same, weight.to(dtype))
+    weight = next((each for each in heads if _equal(each, weight)), weight)
+    if not any(each is weight for each in heads):
+        heads.append(weight)
     return AnchorRows(entry.hidden, weight, None if bias is None else bias.to(device), dtype)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
 class Reference:
@@ -153,10 +163,11 @@ class Reference:
         self._config, self._objective, self._source = config, objective, source
         self._ranks = ranks
         self._hash: str | None = None  # None: it cannot be known any more
+        self._heads: list[Tensor] = []
 
     def begin(self, policy: nn.Module, given: nn.Module | None, resumed: bool) -> None:
         """Before the policy is sharded or moves: its copy and its hash, where they are needed."""
-        self.model, self._hash = None, None
+        self.model, self._hash, self._heads = None, None, []
         model, how = (policy if given is None else given), self._config.reference
         if how == "adapter_off":
             self.model = WithoutAdapters(policy)
@@ -168,7 +179,7 @@ class Reference:
 
     def like(self, other: Reference) -> None:
         """That of other data: the model is the same."""
-        self.model, self._hash = other.model, other._hash
+        self.model, self._hash, self._heads = other.model, other._hash, other._heads
 
     def must_be(self, keys: list[str]) -> None:
         """Raises ValueError: a frozen model is not the one of a checkpoint, which has `keys`."""
@@ -217,7 +228,8 @@ class Reference:
             if keys is None:
                 seconds = self._make(cache, key, table, about, model, device)
             entry = cache.load(key, table, about)
-            table.ref_logp, table.anchors = entry.logp, anchor_rows(entry, model, device)
+            table.ref_logp = entry.logp
+            table.anchors = anchor_rows(entry, model, device, self._heads)
             self.keys.append(key)
             path = cache.path(key)
             size = sum(file.stat().st_size for file in path.iterdir())

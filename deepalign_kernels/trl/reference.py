@@ -63,6 +63,7 @@ class KeptReference:
         # Only where each process has a share of the weights do they compute together.
         self._ranks = Ranks.here(device) if is_shared_out(policy) else ALONE
         self._sets: list[tuple[int, AnchorRows]] = []  # of each dataset the number of its first row
+        self._heads: list[Tensor] = []
         self._rows = 0
 
     def added(self, dataset: Any, batch_of: BatchOf, size: int) -> Any:
@@ -144,7 +145,7 @@ class KeptReference:
         """ref_logp stands beside the label that it is about, one place behind the table's."""
         rows = entry.logp[:-1].split(list(table.lengths))
         dataset = dataset.add_column("ref_logp", [[0.0, *row[:-1].tolist()] for row in rows])
-        anchors = anchor_rows(entry, self._policy, self._device)
+        anchors = anchor_rows(entry, self._policy, self._device, self._heads)
         if anchors is not None:
             first = self._rows
             self._sets.append((first, anchors))

@@ -15,6 +15,7 @@ from deepalign_kernels._memory import measure
 from deepalign_kernels.data import Example
 from deepalign_kernels.plan import command
 from deepalign_kernels.train import TrainConfig, TrainingRun
+from deepalign_kernels.train.lora import Lora
 
 BATCH, LENGTH = 4, 64
 
@@ -27,7 +28,7 @@ def config(kind="Llama", **options):
     return getattr(transformers, f"{kind}Config")(**{**sizes, **options})
 
 
-def peak_of_a_run(model_config, setting, folder):
+def peak_of_a_run(model_config, setting, folder, adapt=None):
     """Most bytes allocated from building the model to the end of its second step."""
     ids = torch.randint(10, 8000, (BATCH, LENGTH)).tolist()
     rows = [Example(row, [-100] + row[1:], list(range(LENGTH))) for row in ids]
@@ -36,11 +37,13 @@ def peak_of_a_run(model_config, setting, folder):
         progress=False, gradient_checkpointing=setting.gradient_checkpointing, warmup_steps=0,
         autocast_dtype="bfloat16" if setting.autocast else None, optimizer=setting.optimizer,
         release_gradients=setting.release_gradients, learning_rate=1e-2,
+        kl_coef=0.3 * setting.anchored, reference_dtype="float32",
     )  # fmt: skip
 
     def run():
         dtype = getattr(torch, setting.dtype)
         model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        model = model if adapt is None else adapt(model)
         TrainingRun(model, build_tokenizer(), options, rows).train()
 
     return measure(run)[1].peak
@@ -54,13 +57,18 @@ def peak_of_a_run(model_config, setting, folder):
         ("Qwen3", False, {"autocast": True}),
         ("Llama", False, {"release_gradients": True, "gradient_checkpointing": True}),
         ("Qwen2", False, {"dtype": "bfloat16"}),
+        ("Llama", False, {"anchored": True, "reference_head": True}),
+        ("Llama", True, {"rank": 8}),
     ],
     ids=str,
 )
 def test_peak_is_within_a_tenth(kind, tied, options, tmp_path):
+    options = dict(options)
+    rank = options.pop("rank", None)
+    adapt = Lora(rank).adapt if rank else None
     model, setting = config(kind, tie_word_embeddings=tied), plan.Setting(**options)
-    expected = plan.estimate(plan.shape_of(model), setting, batch=BATCH, length=LENGTH)
-    measured = peak_of_a_run(model, setting, tmp_path)
+    expected = plan.estimate(plan.shape_of(model, adapt), setting, batch=BATCH, length=LENGTH)
+    measured = peak_of_a_run(model, setting, tmp_path, adapt)
     assert measured == pytest.approx(expected.peak, rel=0.1)
 
 
@@ -122,6 +130,37 @@ def test_its_command_line_is_the_trainers(tmp_path):
             parsed = vars(parser().parse_args(["--model", *words]))
             for name in ("optimizer", "release_gradients", "gradient_checkpointing", "dtype"):
                 assert parsed[name] == getattr(recipe.setting, name), recipe.name
+
+
+def test_adapters_in_the_place_of_all_weights(tmp_path, capsys):
+    config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=40).save_pretrained(tmp_path)
+    options = {"lora_rank": 8, "lora_target_modules": ("q_proj", "down_proj"), "gpu_memory": 4}
+    status, said = told(capsys, tmp_path, **options)
+    trained = 40 * 8 * (1024 + 1024 + 4096 + 1024)  # [r, in] and [out, r] of both, 40 times
+    assert status == 0 and f"trained: adapters of {trained / 1e6:.3g} million" in said
+    assert "--lora-rank 8 --lora-target-modules q_proj down_proj" in said
+    status, said = told(capsys, tmp_path, gpu_memory=1.8, **{k: options[k] for k in ("lora_rank",)})
+    assert (
+        status == 1 and "more devices (--gpus)" in said and "adapters" not in said.split("over")[1]
+    )
+    with pytest.raises(ValueError, match="lora_target_modules: without lora_rank"):
+        told(capsys, tmp_path, lora_target_modules=("q_proj",))
+
+
+def test_deepspeed_keeps_a_copy_of_the_weights():
+    """Bytes per parameter of each of four, as the docs have it."""
+    shape, sizes = plan.shape_of(config()), {"batch": BATCH, "length": LENGTH, "gpus": 4}
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        for way, shared in (("zero2", 1), ("zero3", 4)):
+            setting = plan.Setting(dtype=dtype, parallel=way)
+            found = plan.estimate(shape, setting, **sizes)
+            n = shape.parameters
+            assert found.weights == n * size // shared
+            assert found.states == n * (4 + 8) // 4 and found.gradients == n * 4 // 4
+    two = plan.estimate(shape, plan.Setting(parallel="zero2", cpu_offload=True), **sizes)
+    assert two.weights == 4 * n and two.host == n * (4 + 8 + 4) // 4
+    alone = plan.estimate(shape, plan.Setting(parallel="ddp"), **sizes)
+    assert alone == plan.estimate(shape, plan.Setting(), **{**sizes, "gpus": 1})
 
 
 def test_bad_input(tmp_path):

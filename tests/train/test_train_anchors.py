@@ -255,6 +255,23 @@ def test_the_head_of_a_frozen_one_is_not_kept_twice(tmp_path):
     assert heads == {"LoRA": True, "full": False}
 
 
+def test_data_of_several_epochs_have_one_head(tmp_path):
+    """So do those of an evaluation."""
+    rows = tokenize_chat(build_tokenizer(), RECORDS)
+
+    class Changing:
+        def examples(self, epoch):
+            return rows[epoch : epoch + 6]
+
+    options = {**RUN, "objective": "sft", "kl_coef": KL, "max_steps": None, "epochs": 2}
+    parts = build_model(0), build_tokenizer(), TrainConfig(tmp_path, **options), Changing()
+    run = TrainingRun(*parts, eval_data=RECORDS[:2])
+    run.train()
+    tables = run.source.table(0), run.source.table(1), run.eval_source.table(0)
+    heads = [table.anchors.take([0], torch.device("cpu")).weight for table in tables]
+    assert tables[0] is not tables[1] and len({head.data_ptr() for head in heads}) == 1
+
+
 def test_all_of_it_is_reached_from_the_command_line(tmp_path):
     from deepalign_kernels.train.__main__ import parser
 
