@@ -64,7 +64,8 @@ class Setting:
         second = config.needs_reference and config.reference in ("frozen", "model")
         kept = config.kl_coef > 0 and config.reference == "precomputed"
         named |= {"frozen_reference": second, "anchored": config.kl_coef > 0, "parallel": way}
-        return cls(**named | {"reference_head": kept or config.eval_kl})
+        named["reference_head"] = kept or config.eval_kl
+        return cls(**named)
 
     def __post_init__(self) -> None:
         check.one_of("dtype", self.dtype, tuple(DTYPES))
