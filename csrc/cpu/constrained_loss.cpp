@@ -28,11 +28,11 @@ TokenLoss token_loss(double logp, double ref_logp, double beta, bool surrogate, 
 }
 
 // What both ops do with one row up to its weight.
-class Rows {
+class LossRows {
  public:
-  Rows(const Tensor& policy, const Tensor& target, const Tensor& beta,
-       const MaybeTensor& ref_logits, const MaybeTensor& ref_logp, int64_t ignore_index,
-       bool surrogate, double min_weight, Score score)
+  LossRows(const Tensor& policy, const Tensor& target, const Tensor& beta,
+           const MaybeTensor& ref_logits, const MaybeTensor& ref_logp, int64_t ignore_index,
+           bool surrogate, double min_weight, Score score)
       : x("policy", policy),
         targets(target, x, ignore_index),
         beta_("beta", beta, x.rows()),
@@ -96,8 +96,8 @@ class Rows {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> constrained_loss_fwd(
     Tensor policy, Tensor target, Tensor beta, MaybeTensor ref_logits, MaybeTensor ref_logp,
     int64_t ignore_index, bool surrogate, double min_weight, double temperature, double softcap) {
-  Rows rows(policy, target, beta, ref_logits, ref_logp, ignore_index, surrogate, min_weight,
-            score_of(temperature, softcap));
+  LossRows rows(policy, target, beta, ref_logits, ref_logp, ignore_index, surrogate, min_weight,
+                score_of(temperature, softcap));
   Tensor norm = new_f32(policy, {rows.x.rows(), 2});
   float* norm_to = f32(norm);
   for_rows(rows.x.rows(), rows.x.columns(),
@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constrained_loss_fused(
     Tensor policy, Tensor target, Tensor beta, MaybeTensor ref_logits, MaybeTensor ref_logp,
     Tensor scale, int64_t ignore_index, bool surrogate, double min_weight, double temperature,
     double softcap, Tensor out) {
-  Rows rows(policy, target, beta, ref_logits, ref_logp, ignore_index, surrogate, min_weight,
-            score_of(temperature, softcap));
+  LossRows rows(policy, target, beta, ref_logits, ref_logp, ignore_index, surrogate, min_weight,
+                score_of(temperature, softcap));
   STD_TORCH_CHECK(scale.is_cpu() && scale.numel() == 1, "scale: expected one number on the CPU");
   Tensor scale_f32 = torch::stable::to(scale, ScalarType::Float);
   double factor = *f32(scale_f32);

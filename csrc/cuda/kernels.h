@@ -61,6 +61,8 @@ inline Mixture mixture_of(double js_beta) {
            float(both * (1 - 6 * both) * l * l * l / 24)}};
 }
 
+// What every kernel is told of its rows: how many and how wide, what is done to a logit first, and
+// how the launch is cut.
 struct Rows {
   int64_t rows, tokens;
   int columns;
