@@ -177,6 +177,7 @@ def _heat(figure: Figure, grid: Heat) -> str:
     left = min(200, 30 + 7 * max(map(len, grid.rows), default=1))
     rows, columns = max(1, len(grid.rows)), max(1, len(grid.columns))
     size = min(34.0, max(9.0, 300 / rows))
+    size = max(size, 7.5 * len(figure.y) / rows)  # room for the label beside few rows
     width = (WIDTH - RIGHT - left) / columns
     height = TOP + size * rows + BOTTOM + 26
     known = [v for row in grid.values for v in row if v is not None]

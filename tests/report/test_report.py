@@ -69,7 +69,7 @@ def page(folders, tmp_path_factory):
 EXPECTED = {  # key: number of series, or rows of a grid
     "kl": 4, "kl-shape": 4, "prefill": 4, "nll": 5, "entropy": 5, "norm-head": 4, "norm-last": 4,
     "norm-whole": 4, "margin": 4, "js": 4, "kl-reverse": 4, "ratio": 4, "rank": 4, "agree": 4,
-    "layers-0": 2, "layers-1": 2, "asr-steps": 3, "dynamics-nll-0": 2, "dynamics-head_grad-0": 2,
+    "layers-0": 2, "layers-1": 1, "asr-steps": 3, "dynamics-nll-0": 2, "dynamics-head_grad-0": 2,
     "dynamics-kl_model_base-0": 2, "log-nll": 1, "log-nll_first": 1, "log-grad_norm": 1,
     "decoding-temperature": 1, "search-steps": 1, "search-flops": 1, "search-seconds": 1,
     "judges-0": 2, "judges-1": 2, "judges-2": 2,
@@ -308,7 +308,8 @@ window.addEventListener("load", () => setTimeout(() => {
     one.box = [box.width, box.height];
     one.outside = [...chart.querySelectorAll("text")].filter((t) => {
       const b = t.getBoundingClientRect();
-      return b.left < box.left - 2 || b.right > box.right + 2 || b.bottom > box.bottom + 2;
+      return b.left < box.left - 2 || b.right > box.right + 2 || b.bottom > box.bottom + 2
+        || b.top < box.top - 2;
     }).map((t) => t.textContent);
     const button = figure.querySelector(".legend button");
     if (button) {

@@ -13,7 +13,7 @@ def an_analysis(folder, title, means, seed=0, weights=None):
     rng = np.random.default_rng(seed)
     about = {"about": "analysis", "title": title, "base_title": "base", "positions": K}
     with Run(folder, about) as run:
-        records = []
+        records, second = [], [] if title == "deep" else [2.0]  # a layer
         for i in range(N):
             n = K - i % 3  # answers of unequal lengths
             kl = (np.array(means) * rng.lognormal(0, 0.2, K))[:n]
@@ -23,7 +23,7 @@ def an_analysis(folder, title, means, seed=0, weights=None):
             values |= {"kl_model_base": kl.tolist(), "rank": (1 + kl).tolist()}
             group = {"group": "asked" if i % 2 else "other"}
             records.append(Record("profile", "profile", group, f"{i}", data={"values": values}))
-            norms = {"layers": [[1.0 * t, 2.0, None] for t in range(n)], "head": [3.0] * n,
+            norms = {"layers": [[1.0 * t, *second, None] for t in range(n)], "head": [3.0] * n,
                      "last": [4.0] * n, "whole": [5.0] * n}  # fmt: skip
             data = {"kind": "exact", "values": norms}
             records.append(Record("profile", "gradients", group, f"{i}", data=data))
