@@ -77,7 +77,7 @@ def test_every_cut_is_mended(tmp_path):
 
 
 def test_killed_and_run_again(tmp_path):
-    """kill -9 in the middle, twice; the file is that of a run that nobody stopped."""
+    """kill -9 in the middle; the file is that of a run that nobody stopped."""
     code = (
         "import sys, time; sys.path[:0] = ['.', 'tests/runs']\n"
         "import test_runs_store as t\n"
@@ -90,16 +90,13 @@ def test_killed_and_run_again(tmp_path):
     )
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", code, str(folder)]
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT)
-        file = folder / "records.jsonl"
-        before = file.stat().st_size if file.exists() else 0
-        limit = time.monotonic() + 60
-        while (file.stat().st_size if file.exists() else 0) < before + 2000:
-            assert process.poll() is None and time.monotonic() < limit
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = subprocess.Popen(command, cwd=ROOT)
+    file, limit = folder / "records.jsonl", time.monotonic() + 60
+    while (file.stat().st_size if file.exists() else 0) < 2000:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     with Run(folder, ABOUT) as run:
         assert 0 < fill(run.records, units(40)) < 40
     with Run(tmp_path / "whole", ABOUT) as run:
