@@ -43,12 +43,10 @@ def run(options: Options) -> int:
     """Make the run.
 
     Raises:
-        ValueError: anything that `analyse` refuses.
+        ValueError: no such model; anything that `analyse` refuses.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    for note in check_tokenizers(tokenizer, AutoTokenizer.from_pretrained(options.base)):
+    tokenizer, other = (tokenizer_of(name, getattr(options, name)) for name in ("model", "base"))
+    for note in check_tokenizers(tokenizer, other):
         print(f"note: {note}", file=sys.stderr)
     pairs = pairs_of(tokenizer, groups_of(options.data), options.positions)
     names = [f.name for f in fields(Settings)]
@@ -68,6 +66,16 @@ def run(options: Options) -> int:
     )
     print(f"{len(pairs)} answers compared; records in {folder}, `deepalign report {folder}` shows")
     return 0
+
+
+def tokenizer_of(name: str, path: str) -> Any:
+    """Of a model that the option `name` names."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: no tokenizer of {path}: {error}") from error
 
 
 def groups_of(data: Sequence[str]) -> dict[str, str]:

@@ -144,6 +144,9 @@ def test_the_command(tmp_path, capsys):
     assert values_of(tmp_path / "run", "gradients")[0].data["relative_error"] == 0.5
     assert cli.main([*words[:-4], "--data", "a=x.jsonl", "a=y.jsonl"]) == 2
     assert "data: two files for the group 'a'" in capsys.readouterr().err
+    words[words.index("--base") + 1] = f"{tmp_path}/nowhere"
+    assert cli.main(words) == 2
+    assert f"error: base: no tokenizer of {tmp_path}/nowhere: " in capsys.readouterr().err
 
 
 # --- while a model is trained ---------------------------------------------------------------------
