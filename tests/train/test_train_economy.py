@@ -105,6 +105,7 @@ def test_what_a_forward_keeps_is_what_the_plan_says(numpys_memory):
 # Layers.
 
 
+@pytest.mark.slow  # 8 s
 def test_compiled_layers_compute_the_same_and_are_put_back(tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
 
@@ -122,8 +123,11 @@ def test_compiled_layers_compute_the_same_and_are_put_back(tmp_path, monkeypatch
     # For all layers and lengths: in training and not, with and without padding.
     assert 0 < counters["stats"]["unique_graphs"] <= 5
     assert relative(ends[1], ends[0]) < 1e-4
+
+
+def test_layers_without_a_name_are_not_compiled(tmp_path):
+    about = TrainConfig(tmp_path, **RUN, compile_layers=True, head="logits")
     with pytest.raises(ValueError, match="compile_layers: Linear does not name its layers"):
-        about = TrainConfig(tmp_path, **RUN, compile_layers=True, head="logits")
         TrainingRun(torch.nn.Linear(2, 2), build_tokenizer(), about, RECORDS)
 
 
