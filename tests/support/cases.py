@@ -298,7 +298,7 @@ def check_poisoned(poison: str, beta: float, device: torch.device | str) -> None
     the reference out of the formula of the gradient; the other rows are untouched."""
     modes = itertools.product(("none", "sum"), (False, True), ("exact", "surrogate"))
     for reduction, given, objective in modes:
-        r = make(4, 61).to(device, torch.float32)
+        r = make(3, 61).to(device, torch.float32)
         r.beta.fill_(beta)
         POISONS[poison](r)
         ref = {"ref_logp": dak.token_logp(r.ref, r.target)} if given else {"ref_logits": r.ref}
