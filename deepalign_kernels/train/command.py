@@ -35,7 +35,7 @@ from deepalign_kernels.train.loop import TrainingRun
 from deepalign_kernels.train.lora import Lora
 from deepalign_kernels.train.optimizers import OPTIMIZERS, make_optimizer
 from deepalign_kernels.train.ranks import PARALLEL, SHARDED, ProcessLost, way_of
-from deepalign_kernels.train.session import Terminated
+from deepalign_kernels.train.session import Terminated, prompt_stops
 
 # The augmentation makes a model differ from what it was, so nothing holds it there, and the paper
 # trains it with Adam's usual betas and no warm-up.
@@ -290,7 +290,15 @@ def run(options: Any) -> int:
 
     def saved() -> str:
         found = checkpoints(Path(options.output))
-        return f"--resume yes goes on from {found[-1]}" if found else "nothing was saved yet"
+        if found:
+            return f"--resume yes goes on from {found[-1]}"
+        kept = Path(options.reference_cache or options.output)
+        if any(kept.glob(".reference-*.part/done-*")) or any(kept.glob("reference-*")):
+            return (
+                f"before the first step; what is computed of the reference is kept in {kept}, and"
+                " the same command goes on there"
+            )
+        return "nothing was saved yet"
 
     return ended(lambda: _train(options), saved)
 
@@ -304,7 +312,8 @@ def ended(act: Callable[[], str], saved: Callable[[], str]) -> int:
     """
     said, status, to, tells = "", 0, sys.stderr, main_process()
     try:
-        said, to = act(), sys.stdout
+        with prompt_stops():
+            said, to = act(), sys.stdout
     except (ValueError, OSError, FloatingPointError) as error:
         said, status = f"error: {error}", 2
     except ProcessLost as error:

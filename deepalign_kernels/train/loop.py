@@ -33,6 +33,7 @@ from deepalign_kernels.train.session import (
     STOPS,
     check_models,
     deferred_stops,
+    prompt_stops,
     training_session,
 )
 from deepalign_kernels.train.trackers import Trackers
@@ -190,8 +191,8 @@ class TrainingRun(Prepared):
             FloatingPointError: the loss, the gradient or a weight is no longer finite. What is not
                 is never saved.
             OSError: no room for a checkpoint; those before it stay.
-            KeyboardInterrupt: after an interrupt, once a checkpoint is written; after SIGTERM its
-                subclass `Terminated`.
+            KeyboardInterrupt: after an interrupt, once a checkpoint is written (before the first
+                step at once); after SIGTERM its subclass `Terminated`.
         """
         if resume not in (True, False, "auto"):
             raise ValueError(f"resume: expected True, False or 'auto', got {resume!r}")
@@ -199,6 +200,7 @@ class TrainingRun(Prepared):
         config, ranks = self.config, self.ranks
         with contextlib.ExitStack() as stack:
             stack.enter_context(ranks.naming_the_lost())
+            stack.enter_context(prompt_stops())  # until the first step
             # The first process alone owns the folder; no other goes on before it does.
             ranks.first(lambda: self._own_folder(stack, resume))
             ranks.must_agree("data", repr(self._identity()["data"]))

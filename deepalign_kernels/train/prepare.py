@@ -23,7 +23,12 @@ from deepalign_kernels.train.optimizers import Released, make_optimizer
 from deepalign_kernels.train.ranks import SHARDED, shard, share_out
 from deepalign_kernels.train.reference import Kept, Reference
 from deepalign_kernels.train.resume import Resumable
-from deepalign_kernels.train.session import embeddings_of, positions_of, training_session
+from deepalign_kernels.train.session import (
+    embeddings_of,
+    positions_of,
+    prompt_stops,
+    training_session,
+)
 from deepalign_kernels.train.state import load_optimizer, load_trained
 from deepalign_kernels.train.zero import STAGES, Zero, installed, zero_of
 
@@ -119,6 +124,7 @@ class Prepared(Resumable):
         check_keeps(self.config)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.ranks.naming_the_lost())
+            stack.enter_context(prompt_stops())
             self.ranks.must_agree("data", repr(self._identity()["data"]))
             session = training_session(self._models, self.config, self.device, self.ranks.rank)
             stack.enter_context(session)

@@ -189,10 +189,33 @@ def _put(module: nn.Module, place: tuple[str, Any], value: object) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """A run ended by SIGTERM, as a batch system or a container sends it, its checkpoint written."""
+    """A run ended by SIGTERM, as a batch system or a container sends it: its checkpoint written, or
+    before its first step what the reference has said so far."""
 
 
 STOPS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
+@contextlib.contextmanager
+def prompt_stops() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated` at once, as Ctrl-C raises KeyboardInterrupt, instead of
+    ending the process without a word: for what comes before the first step.
+
+    Outside the main thread, and where SIGTERM has a handler already, nothing changes.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepalign_kernels.train import TrainConfig, TrainingRun, command, tokenize_chat
 from deepalign_kernels.train.__main__ import main, parser
+from deepalign_kernels.train.cache import Part
 from deepalign_kernels.train.command import build, options_of, settle
 
 
@@ -124,6 +125,31 @@ def test_a_stop_says_what_is_saved(tmp_path, capsys, monkeypatch):
     assert told.strip().endswith("checkpoint-0000001.pt")
     assert main([*arguments, "--resume", "auto"]) == 143  # one step more
     assert sorted(p.name for p in out.glob("c*")) == [f"checkpoint-000000{n}.pt" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_before_the_first_step_keeps_the_reference(
+    number, status, tmp_path, capsys, monkeypatch
+):
+    """The same command then asks only for what is missing."""
+    arguments, out = prepare(tmp_path)
+    arguments += ["--max-steps", "1"]
+    real, put = Part.put, []
+
+    def look(part, at, *rest):
+        put.append(at)
+        real(part, at, *rest)
+        if len(put) == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Part, "put", look)
+    before = signal.getsignal(number)
+    assert main(arguments) == status and signal.getsignal(number) == before
+    told = capsys.readouterr().err
+    assert f"before the first step; what is computed of the reference is kept in {out}" in told
+    assert len(put) == 2 and not list(out.glob("*.jsonl"))
+    assert main(arguments) == 0
+    assert len(put) == 3 and sorted(put) == [0, 1, 2]  # seven rows, three at a time
 
 
 @pytest.mark.slow
