@@ -19,7 +19,7 @@ loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True, collate_f
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, betas=(0.5, 0.999))
 model, optimizer, loader = accelerator.prepare(hf.attach(model.train()), optimizer, loader)
 for batch in loader:
-    count = accelerator.reduce((batch["labels"][:, 1:] != -100).sum())  # of all processes
+    count = accelerator.reduce(hf.weight_of(batch))  # trained tokens of all processes
     loss, inputs = hf.loss_of(batch)
     out = hf.compute_loss(model, loss, **inputs, num_items_in_batch=count)
     accelerator.backward(out.loss * accelerator.num_processes)  # gradients are averaged

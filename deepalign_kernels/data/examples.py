@@ -135,16 +135,6 @@ def compact(e: Example) -> Example:
     return replace(e, **small, weights=weights)
 
 
-def refuse_scales(examples: Iterable[Example], trainer: str) -> None:
-    """Raises ValueError: one has a `beta_scale`, which would be lost (`trainer`: where)."""
-    for e in examples:
-        if e.beta_scale != 1:
-            raise ValueError(
-                f"{e.where}: beta_scale {e.beta_scale:g} would be lost {trainer}; it is for"
-                " `deepalign train` and deepalign_kernels.train"
-            )
-
-
 def turn_weights(conversation: Conversation, train_on: str) -> list[float]:
     """What the tokens of each assistant turn weigh in the loss; 0: context alone."""
     at = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]

@@ -54,15 +54,15 @@ def examples_of(
     if "fork" not in multiprocessing.get_all_start_methods():
         workers = 0  # other ways would run the caller's main module again
     chunks = _chunks(chain(first, rows))
-    encoded = _here(template, chunks, encoding)
+    every = _here(template, chunks, encoding)
     if workers:
-        encoded = _elsewhere(template, chunks, encoding, workers)
-    examples = _kept(encoded, skipped)
+        every = _elsewhere(template, chunks, encoding, workers)
+    examples = _kept(every, skipped)
     return _shown(examples) if progress else examples
 
 
-def _kept(encoded: Iterable[Encoded], skipped: list[str]) -> Iterator[Example]:
-    for examples, wrong in encoded:
+def _kept(every: Iterable[Encoded], skipped: list[str]) -> Iterator[Example]:
+    for examples, wrong in every:
         skipped += wrong
         yield from examples
 
@@ -73,8 +73,9 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _encoded(template: ChatTemplate, chunk: list[Row], encoding: Encoding) -> Encoded:
-    """The one place where a bad record ends the run or is left out."""
+def encoded(template: ChatTemplate, chunk: list[Row], encoding: Encoding) -> Encoded:
+    """(Examples of these rows; why others are left out). The one place where a bad record ends the
+    run or is left out."""
     try:
         conversations = [check_record(row, where, encoding.unknown_keys) for row, where in chunk]
         return encode(template, conversations, encoding), []
@@ -83,7 +84,7 @@ def _encoded(template: ChatTemplate, chunk: list[Row], encoding: Encoding) -> En
             raise
         if len(chunk) == 1:
             return [], [str(error)]
-    ones = [_encoded(template, [row], encoding) for row in chunk]
+    ones = [encoded(template, [row], encoding) for row in chunk]
     return [e for kept, _ in ones for e in kept], [why for _, wrong in ones for why in wrong]
 
 
@@ -91,7 +92,7 @@ def _here(
     template: ChatTemplate, chunks: Iterable[list[Row]], encoding: Encoding
 ) -> Iterator[Encoded]:
     for chunk in chunks:
-        yield _encoded(template, chunk, encoding)
+        yield encoded(template, chunk, encoding)
 
 
 def _elsewhere(
@@ -122,7 +123,7 @@ def _begin(template: ChatTemplate, encoding: Encoding) -> None:
 
 
 def _work(chunk: list[Row]) -> Encoded:
-    examples, wrong = _encoded(_worker[0], chunk, _worker[1])
+    examples, wrong = encoded(_worker[0], chunk, _worker[1])
     return [compact(example) for example in examples], wrong
 
 

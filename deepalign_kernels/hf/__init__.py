@@ -42,7 +42,7 @@ from deepalign_kernels.hf.losses import (
     TokenLogp,
 )
 from deepalign_kernels.hf.rows import ReferencePass, hidden_rows, reference_pass
-from deepalign_kernels.hf.trainer import ConstrainedMixin, collate, loss_of
+from deepalign_kernels.hf.trainer import ConstrainedMixin, collate, loss_of, weight_of
 
 __all__ = [
     "ConstrainedLoss",
@@ -65,4 +65,5 @@ __all__ = [
     "reference_pass",
     "uninstall",
     "verify",
+    "weight_of",
 ]

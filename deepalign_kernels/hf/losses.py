@@ -117,6 +117,9 @@ class ConstrainedLoss(MustRun):
             beta): see `deepalign_kernels.rules`.
         reduction: "mean", "sum" or "none", as in `dak.constrained_loss`.
         normalizer: for "mean", as in `TokenLogp`.
+        weights: per-token float tensor >= 0, what each token's loss is multiplied by; "mean" is
+            then over them, divided by their sum over the trained tokens unless a normalizer or
+            num_items_in_batch says otherwise. None: 1 for each.
         options: passed on to `dak.linear_constrained_loss` (temperature, min_weight, kl_coef,
             kl_direction, max_workspace_bytes, ...).
 
@@ -140,6 +143,7 @@ class ConstrainedLoss(MustRun):
         objective: str | rules.Rule = "exact",
         reduction: str = "mean",
         normalizer: float | Tensor | None = None,
+        weights: Tensor | None = None,
         **options: Any,
     ):
         given = ref_logp is not None or ref_rows is not None
@@ -149,12 +153,27 @@ class ConstrainedLoss(MustRun):
         self.beta, self.ref_logp, self.ref_rows = beta, ref_logp, ref_rows
         self.ref_weight, self.ref_bias = ref_weight, ref_bias
         self.normalizer, self.options = normalizer, {"reduction": reduction, **options}
-        self.ran = False
+        self.weights, self.ran = weights, False
 
     def __call__(self, head: Head) -> LossOutput:
         self.ran = True
-        options = {**head.options, **self.options, "return_parts": True}
-        options["normalizer"] = _normalizer(self.normalizer, head, options["reduction"])
+        if self.weights is None:
+            return self._of(head, self.options["reduction"])
+        out, reduction = self._of(head, "none"), self.options["reduction"]
+        weights = head.align("weights", self.weights).float() * (head.target != IGNORE)
+        assert out.loss is not None
+        loss = out.loss * weights
+        if reduction == "mean":
+            divisor = _normalizer(self.normalizer, head)
+            loss = loss.sum() / (weights.sum().clamp(min=1e-9) if divisor is None else divisor)
+        elif reduction == "sum":
+            loss = loss.sum()
+        return LossOutput(loss=loss, logp=out.logp, parts=out.parts)
+
+    def _of(self, head: Head, reduction: str) -> LossOutput:
+        """The loss without weights."""
+        options = {**head.options, **self.options, "return_parts": True, "reduction": reduction}
+        options["normalizer"] = _normalizer(self.normalizer, head, reduction)
         beta = None if self.beta is None else head.align("beta", self.beta)
         if (rows := self.ref_rows) is None:
             if self.ref_logp is not None:

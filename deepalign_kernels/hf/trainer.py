@@ -15,16 +15,19 @@ from deepalign_kernels.hf.losses import ConstrainedLoss
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.rules import Rule
 
-# What a row has beside input_ids and labels, and what stands there in padding.
+# What a row has beside input_ids and labels, and what stands there in padding; what rows have of
+# data in which a message has a weight, or a conversation a beta_scale.
 COLUMNS = {"response_positions": 0, "ref_logp": 0.0}
-PADDING = {"input_ids": 0, "labels": IGNORE, **COLUMNS}
+RARE = {"token_weights": 0.0, "beta_scales": 1.0}
+PADDING = {"input_ids": 0, "labels": IGNORE, **COLUMNS, **RARE}
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows of `train.constrained_rows` as one batch, padded on the right.
 
     Args:
-        rows: each with input_ids, labels, response_positions, ref_logp of one length.
+        rows: each with input_ids, labels, response_positions, ref_logp of one length; perhaps with
+            token_weights and beta_scales.
 
     Returns:
         The same names [B, T], and attention_mask. Padding has id 0, which no attention sees.
@@ -54,14 +57,49 @@ def loss_of(
         beta: response positions -> beta; None: the paper's schedule.
         objective: as in `ConstrainedLoss`.
     """
-    positions = batch["response_positions"]
     loss = ConstrainedLoss(
-        beta=(beta or BetaSchedule())(positions), ref_logp=batch["ref_logp"], objective=objective
+        beta=scaled_beta(batch, beta or BetaSchedule()),
+        ref_logp=batch["ref_logp"],
+        objective=objective,
+        weights=batch.get("token_weights"),
     )
-    return loss, {k: v for k, v in batch.items() if k not in COLUMNS}
+    return loss, {k: v for k, v in batch.items() if k not in (*COLUMNS, *RARE)}
 
 
-class ConstrainedMixin:
+def scaled_beta(batch: dict[str, Any], beta: Callable[[Tensor], Tensor]) -> Tensor:
+    """beta [B, T] of the labels: by position, times what their conversation says."""
+    scales, by_position = batch.get("beta_scales"), beta(batch["response_positions"])
+    return by_position if scales is None else by_position * scales
+
+
+def weight_of(batch: dict[str, Any]) -> Tensor:
+    """What the trained tokens of a batch weigh in all, 0-d: their number, unless it has
+    token_weights. The sum of it over accumulation steps and processes is `num_items_in_batch`."""
+    trained = batch["labels"][:, 1:] != IGNORE
+    weights = batch.get("token_weights")
+    return trained.sum() if weights is None else (weights[:, 1:] * trained).sum()
+
+
+class WeighingSteps:
+    """Of a Trainer: a step's `num_items_in_batch` is what its trained tokens weigh, where rows have
+    token_weights. transformers counts tokens, which is right where each weighs 1."""
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """See transformers."""
+        above: Any = super()
+        own: Any = self
+        batches, count = above.get_batch_samples(epoch_iterator, num_batches, device)
+        if count is None or not batches or "token_weights" not in batches[0]:
+            return batches, count
+        total = torch.stack([weight_of(batch) for batch in batches]).sum().to(device)
+        if own.args.average_tokens_across_devices and own.args.world_size > 1:
+            total = torch.as_tensor(own.accelerator.gather(total)).sum()
+        return batches, total
+
+
+class ConstrainedMixin(WeighingSteps):
     """`class Mine(hf.ConstrainedMixin, Trainer)`: a Trainer of transformers whose loss is the
     constrained one, computed inside the model's own head.
 
@@ -98,7 +136,7 @@ class ConstrainedMixin:
     def _set_signature_columns_if_needed(self) -> None:
         own: Any = super()
         own._set_signature_columns_if_needed()
-        self._signature_columns = [*{*(self._signature_columns or ()), *COLUMNS}]
+        self._signature_columns = [*{*(self._signature_columns or ()), *COLUMNS, *RARE}]
 
     def compute_loss(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepalign_kernels.data.examples import refuse_scales, tokenize_chat
+from deepalign_kernels.data.examples import tokenize_chat
 from deepalign_kernels.modes import evaluating
 
 
@@ -34,17 +34,16 @@ def constrained_rows(
     Returns:
         Of every conversation input_ids, labels (-100 where not trained), response_positions, all
         int64 [T], and ref_logp fp32 [T]: the reference's log-probability of each label in nats, 0
-        where there is none.
+        where there is none. If any message has a weight, token_weights fp32 [T]; if any record has
+        a beta_scale, beta_scales fp32 [T].
 
     Raises:
-        ValueError: as `tokenize_chat`; a record with a `beta_scale`, which such a trainer does not
-            know; a model that `hf.attach` does not take.
+        ValueError: as `tokenize_chat`; a model that `hf.attach` does not take.
     """
     from deepalign_kernels import hf  # imports transformers, which `train` alone does not need
     from deepalign_kernels.hf.gathered import gathered
 
     examples = tokenize_chat(tokenizer, data, **options)
-    refuse_scales(examples, "in rows for another trainer")
     rows = [
         {
             "input_ids": torch.tensor(list(e.input_ids)),
@@ -53,6 +52,14 @@ def constrained_rows(
         }
         for e in examples
     ]
+    weighted = any(e.weights is not None for e in examples)
+    scaled = any(e.beta_scale != 1 for e in examples)
+    for row, e in zip(rows, examples, strict=True):
+        length = len(e.input_ids)
+        if weighted:
+            row["token_weights"] = torch.tensor(e.weights or [1.0] * length)
+        if scaled:
+            row["beta_scales"] = torch.full((length,), float(e.beta_scale))
     device = next(model.parameters()).device
     with hf.attached(model), gathered(model), evaluating(model):
         for at in range(0, len(rows), batch_size):

@@ -9,13 +9,14 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from deepalign_kernels.data.examples import IGNORE, refuse_scales, tokenize_chat
+from deepalign_kernels.data.examples import IGNORE, Encoding
+from deepalign_kernels.data.template import ChatTemplate
+from deepalign_kernels.data.tokenizing import encoded
 from deepalign_kernels.hf import trainer
 from deepalign_kernels.losses import response_positions
 
-COLUMNS = {**trainer.COLUMNS, "token_weights": 0.0}  # of each token, and what padding has there
+COLUMNS = {**trainer.COLUMNS, **trainer.RARE}  # of each token, and what padding has there
 OURS = (*COLUMNS, "ref_row")  # the last: a number for each row, under which its anchors are kept
-RARE = ("tools", "beta_scale")  # of a record
 TOKENS = ("input_ids", "labels", "response_positions")
 
 
@@ -49,31 +50,68 @@ def weighted(record: dict[str, Any]) -> bool:
 
 
 def tokenized(
-    batch: dict[str, list[Any]], tokenizer: Any, options: dict[str, Any], weights: bool
+    batch: dict[str, list[Any]],
+    at: list[int],
+    name: str,
+    tokenizer: Any,
+    encoding: Encoding,
+    weights: bool,
+    scales: bool,
 ) -> dict[str, list[Any]]:
-    names = [n for n in ("messages", "prompt", "completion", *RARE) if n in batch]
+    """Columns of a part of a dataset, and `why` one of its rows is left out, else "".
+
+    Args:
+        batch: columns of the dataset.
+        at: numbers of its rows.
+        name: of the dataset, in messages.
+        tokenizer: with a chat template.
+        encoding: how.
+        weights: whether messages may have weights; `scales`: records a beta_scale.
+        scales: see there.
+
+    Raises:
+        ValueError: as `tokenize_chat`; a weight or scale that nothing announced.
+    """
     records = [
-        {n: _plain(x) for n, x in zip(names, row, strict=True) if x is not None}
-        for row in zip(*(batch[n] for n in names), strict=True)
+        {n: _plain(x) for n, x in zip(batch, row, strict=True) if x is not None}
+        for row in zip(*batch.values(), strict=True)
     ]
-    examples = tokenize_chat(tokenizer, records, **options)
-    refuse_scales(examples, "in TRL's trainer")
+    rows = [(r, f"{name} dataset: row {n}") for r, n in zip(records, at, strict=True)]
+    examples, wrong = encoded(ChatTemplate(tokenizer), rows, encoding)
+    for e in examples:
+        for odd, what in (
+            (e.weights is not None and not weights, "a message has a weight and those"),
+            (e.beta_scale != 1 and not scales, "the record has a beta_scale and those"),
+        ):
+            if odd:
+                raise ValueError(
+                    f"{e.where}: {what} of the first row have none; in a stream the first one tells"
+                    " whether there are some: give it one"
+                )
+    none: list[list[Any]] = [[] for _ in wrong]
     columns: dict[str, list[Any]] = {
-        "input_ids": [list(e.input_ids) for e in examples],
-        "labels": [list(e.labels) for e in examples],
-        "response_positions": [list(e.positions) for e in examples],
+        "input_ids": [list(e.input_ids) for e in examples] + none,
+        "labels": [list(e.labels) for e in examples] + none,
+        "response_positions": [list(e.positions) for e in examples] + none,
+        "why": [""] * len(examples) + wrong,
     }
     if weights:
         every = [e.weights or [1.0] * len(e.input_ids) for e in examples]
-        columns["token_weights"] = [list(map(float, row)) for row in every]
-        return columns
-    for example in examples:
-        if example.weights is not None:
-            raise ValueError(
-                f"{example.where}: a message has a weight and those of the first conversation have"
-                " none; in a stream the first one tells whether there are weights: give it one"
-            )
+        columns["token_weights"] = [list(map(float, row)) for row in every] + none
+    if scales:
+        each = [[float(e.beta_scale)] * len(e.input_ids) for e in examples]
+        columns["beta_scales"] = each + none
     return columns
+
+
+def spread(row: dict[str, Any]) -> dict[str, Any]:
+    """The scale of a row that came as tokens, for each of them."""
+    scale = row["beta_scale"]
+    return {"beta_scales": [1.0 if scale is None else float(scale)] * len(row["input_ids"])}
+
+
+def kept(row: dict[str, Any]) -> bool:
+    return row["why"] == ""
 
 
 def _plain(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import SFTConfig
 
 from deepalign_kernels import check, rules
-from deepalign_kernels.data.examples import ORIGINS, TOO_LONG, TRAIN_ON
+from deepalign_kernels.data.examples import TOO_LONG, Encoding
 from deepalign_kernels.losses import BetaSchedule
 from deepalign_kernels.train.config import CACHED_DTYPES, KL_DIRECTIONS, OBJECTIVES
 
@@ -42,6 +42,9 @@ class ConstrainedSFTConfig(SFTConfig):
         reference_dtype: "bfloat16" or "float32", of the hidden states that are kept.
         train_on: "all" assistant turns, or the "last" of a conversation.
         position_origin: as in `deepalign_kernels.train.TrainConfig`.
+        unknown_keys: of records and messages: "ignore" leaves them out, "error" refuses them.
+        on_bad_record: "error" stops at a record that is none, or of which nothing can be trained;
+            "skip" leaves it out, with a warning that names the first.
         on_too_long: what to do with more than max_length tokens: "error", "drop" or "truncate".
     """
 
@@ -61,6 +64,8 @@ class ConstrainedSFTConfig(SFTConfig):
     reference_dtype: str = "bfloat16"
     train_on: str = "all"
     position_origin: str = "content"
+    unknown_keys: str = "ignore"
+    on_bad_record: str = "error"
     on_too_long: str = "error"
     learning_rate: float = field(default=2e-5)
     adam_beta1: float = field(default=0.5)
@@ -72,8 +77,7 @@ class ConstrainedSFTConfig(SFTConfig):
         check.one_of("objective", self.objective, (*OBJECTIVES, *rules.RULES))
         check.one_of("reference", self.reference, REFERENCES)
         check.one_of("kl_direction", self.kl_direction, KL_DIRECTIONS)
-        check.one_of("train_on", self.train_on, TRAIN_ON)
-        check.one_of("position_origin", self.position_origin, ORIGINS)
+        self.encoding  # noqa: B018  its own checks
         check.one_of("on_too_long", self.on_too_long, TOO_LONG)
         check.number("temperature", self.temperature, above=0.0)
         check.number("kl_coef", self.kl_coef, low=0.0)
@@ -99,6 +103,12 @@ class ConstrainedSFTConfig(SFTConfig):
     def beta(self) -> BetaSchedule:
         parts = self.beta_first, self.beta_prefix, self.beta_rest, self.prefix_length
         return BetaSchedule(*parts, self.beta_table)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How conversations become tokens."""
+        names = (f.name for f in fields(Encoding))
+        return Encoding(**{name: getattr(self, name) for name in names})
 
     @property
     def rule(self) -> str:

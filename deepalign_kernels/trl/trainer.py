@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -13,9 +14,9 @@ from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from deepalign_kernels import hf, rules
-from deepalign_kernels.data.examples import IGNORE
 from deepalign_kernels.fingerprint import model_hash
 from deepalign_kernels.hf.gathered import gathered, is_shared_out
+from deepalign_kernels.hf.trainer import RARE, WeighingSteps, scaled_beta
 from deepalign_kernels.modes import evaluating
 from deepalign_kernels.trl.columns import (
     OURS,
@@ -23,6 +24,8 @@ from deepalign_kernels.trl.columns import (
     ConstrainedCollator,
     counted,
     fits,
+    kept,
+    spread,
     tokenized,
     truncated,
     weighted,
@@ -31,7 +34,7 @@ from deepalign_kernels.trl.config import ConstrainedSFTConfig
 from deepalign_kernels.trl.reference import KeptReference, anchored
 
 
-class ConstrainedSFTTrainer(SFTTrainer):
+class ConstrainedSFTTrainer(WeighingSteps, SFTTrainer):
     """`trl.SFTTrainer` that minimises the constrained loss of arXiv 2406.05946, equation 3.
 
     Takes what SFTTrainer takes, with these differences. Datasets hold conversations (`messages`, or
@@ -104,8 +107,6 @@ class ConstrainedSFTTrainer(SFTTrainer):
     ) -> Any:
         """Columns TOKENS of `dataset`, at most max_length long, packed where asked for."""
         first = next(iter(dataset))
-        if "input_ids" in first and "beta_scale" in first:
-            raise ValueError(f"{dataset_name} dataset: beta_scale would be lost in TRL's trainer")
         keys = {"num_proc": args.dataset_num_proc} if hasattr(dataset, "num_rows") else {}
         if "input_ids" not in first:
             if not {"messages", "prompt"} & set(first):
@@ -113,17 +114,37 @@ class ConstrainedSFTTrainer(SFTTrainer):
                     f"{dataset_name} dataset: expected conversations (messages, or prompt and"
                     f" completion), got columns {sorted(first)}; plain text has no response"
                 )
-            chosen = {"position_origin": args.position_origin, "train_on": args.train_on}
-            how = {"tokenizer": processing_class, "options": chosen, "weights": weighted(first)}
+            how = {
+                "name": dataset_name,
+                "tokenizer": processing_class,
+                "encoding": args.encoding,
+                "weights": weighted(first),
+                "scales": "beta_scale" in first,
+            }
             dataset = dataset.map(
-                tokenized, batched=True, remove_columns=list(first), fn_kwargs=how, **keys
+                tokenized,
+                batched=True,
+                with_indices=True,
+                remove_columns=list(first),
+                fn_kwargs=how,
+                **keys,
             )
+            if args.on_bad_record == "skip":
+                dataset = _without_bad(dataset, dataset_name, keys)
         elif "labels" not in first:
             raise ValueError(f"{dataset_name} dataset: input_ids without labels")
         elif "response_positions" not in first:
             dataset = dataset.map(counted, **keys)
+        if "input_ids" in first and "beta_scale" in first:
+            dataset = dataset.map(spread, **keys)
         there = next(iter(dataset))
-        more = [c for c in ("ref_logp", "token_weights") if c in there]
+        if "beta_scales" in there and not rules.objective_of(args.rule).needs_beta:
+            warnings.warn(
+                f"{dataset_name} dataset: it has a beta_scale, and objective={args.objective!r} has"
+                " no beta",
+                stacklevel=3,
+            )
+        more = [c for c in ("ref_logp", *RARE) if c in there]
         dataset = dataset.select_columns([*TOKENS, *more])
         if args.max_length is not None:
             dataset = self._limited(dataset, args, dataset_name, keys)
@@ -251,7 +272,7 @@ class ConstrainedSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        args, positions = self.args, inputs["response_positions"]
+        args = self.args
         options: dict[str, Any] = {"objective": args.rule, "temperature": args.temperature}
         if args.objective == "surrogate":
             options["min_weight"] = args.min_weight
@@ -261,24 +282,17 @@ class ConstrainedSFTTrainer(SFTTrainer):
             live = args.reference != "precomputed"
             options |= self._live(model, inputs) if live else self._read(inputs)
         if rules.objective_of(args.rule).needs_reference:
-            options["beta"] = args.beta(positions)
+            options["beta"] = scaled_beta(inputs, args.beta)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        weights = inputs.get("token_weights")
-        if weights is not None:
-            options["reduction"] = "none"
         out = hf.compute_loss(
             model,
-            hf.ConstrainedLoss(**options),
+            hf.ConstrainedLoss(**options, weights=inputs.get("token_weights")),
             **_for_the_model(inputs),
             num_items_in_batch=num_items_in_batch,
         )
         loss = out.loss
         assert loss is not None
-        if weights is not None:
-            total = num_items_in_batch
-            total = _weight_of(inputs).clamp(min=1e-9) if total is None else total
-            loss = (loss * weights[:, 1:]).sum() / total
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled and out.aux_loss is not None:
@@ -291,19 +305,6 @@ class ConstrainedSFTTrainer(SFTTrainer):
             with torch.no_grad():
                 return loss, model(**_for_the_model(inputs))
         return loss
-
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """Of a step, with what the sum of its losses is divided by: transformers counts tokens,
-        which is right where each weighs 1."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if count is None or not batches or "token_weights" not in batches[0]:
-            return batches, count
-        total = torch.stack([_weight_of(batch) for batch in batches]).sum().to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = torch.as_tensor(self.accelerator.gather(total)).sum()
-        return batches, total
 
     def _record(self, inputs: dict[str, Any], out: hf.LossOutput) -> None:
         assert self.model is not None and out.mask is not None and out.logp is not None
@@ -339,6 +340,18 @@ def _for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in inputs.items() if k not in OURS} | {"use_cache": False}
 
 
-def _weight_of(batch: dict[str, Any]) -> Tensor:
-    """Of the trained tokens in all."""
-    return (batch["token_weights"][:, 1:] * (batch["labels"][:, 1:] != IGNORE)).sum()
+def _without_bad(dataset: Any, name: str, keys: dict[str, Any]) -> Any:
+    """Without the records of which nothing can be trained; of a stream silently."""
+    if not hasattr(dataset, "num_rows"):
+        return dataset.filter(kept)
+    why = [line for line in dataset["why"] if line]
+    if not why:
+        return dataset
+    if len(why) == dataset.num_rows:
+        raise ValueError(f"{name} dataset: none of its records can be trained; the first: {why[0]}")
+    warnings.warn(
+        f"{name} dataset: {len(why)} records are left out (on_bad_record='skip'); the first:"
+        f" {why[0]}",
+        stacklevel=4,
+    )
+    return dataset.filter(kept, **keys)

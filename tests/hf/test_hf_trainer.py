@@ -18,29 +18,36 @@ import deepalign_kernels.hf as hf
 from deepalign_kernels.train import constrained_rows, tokenize_chat
 
 pytestmark = pytest.mark.clean_memory
+MESSAGES = RECORDS[0]["messages"]
 UNTRAINED = (1, 8, 4, 6)  # of 10 tokens, per micro-batch
 
 
-def rows():
-    """Four rows, as a Trainer's dataset, with reference log-probs that spread the weights."""
+def rows(weighted=False):
+    """Four rows, as a Trainer's dataset, with reference log-probs that spread the weights.
+    `weighted`: tokens count differently, and rows scale their beta."""
     data = [batch(rows=1, seed=seed, untrained=n) for seed, n in enumerate(UNTRAINED)]
     for seed, row in enumerate(data):
         generator = torch.Generator().manual_seed(seed)
         row["ref_logp"] = -3 + torch.randn(row["labels"].shape, generator=generator)
         row["response_positions"] = dak.response_positions(row["labels"])
+        if weighted:
+            row["token_weights"] = torch.rand(row["labels"].shape, generator=generator)
+            row["beta_scales"] = torch.full(row["labels"].shape, (0.5, 1.0, 3.0, 1.0)[seed])
     return [{name: x[0].tolist() for name, x in row.items()} for row in data]
 
 
-def expected(model):
+def expected(model, weighted=False):
     """Loss and gradients of all four rows as one batch, equation 3 from the model's own logits."""
     total, count = 0.0, 0
-    for row in rows():
+    for row in rows(weighted):
         row = {name: torch.tensor([x]) for name, x in row.items()}
         logp = plain_logp(model(input_ids=row["input_ids"]).logits, row["labels"])
+        one = torch.ones_like(row["ref_logp"])
         beta = dak.BetaSchedule()(row["response_positions"])[:, 1:]
-        mask = row["labels"][:, 1:] != -100
+        beta = beta * row.get("beta_scales", one)[:, 1:]
+        weight = row.get("token_weights", one)[:, 1:] * (row["labels"][:, 1:] != -100)
         value = -2 / beta * torch.nn.functional.logsigmoid(beta * (logp - row["ref_logp"][:, 1:]))
-        total, count = total + torch.where(mask, value, 0.0).sum(), count + int(mask.sum())
+        total, count = total + (weight * value).sum(), count + weight.sum()
     return gradients(model, total / count), (total / count).item()
 
 
@@ -88,11 +95,12 @@ class Constrained(hf.ConstrainedMixin, transformers.Trainer):
     pass
 
 
-@pytest.mark.parametrize("drop", (True, False))
-def test_mixin(tmp_path, drop):
+@pytest.mark.parametrize("drop,weighted", ((True, True), (False, False)))
+def test_mixin(tmp_path, drop, weighted):
     model = build("gemma2")
-    theirs, loss = expected(model)
-    found, logged = train(model, tmp_path, Constrained, drop=drop)
+    theirs, loss = expected(model, weighted)
+    data = rows(weighted)
+    found, logged = train(model, tmp_path, Constrained, drop=drop, train_dataset=data)
     assert gradient_error(found, theirs) <= 1e-5
     assert logged == pytest.approx(loss, rel=1e-4)
 
@@ -109,8 +117,18 @@ def test_mixin_refuses_what_would_train_another_loss(tmp_path):
 def test_rows_of_a_trainer_are_the_models_own_numbers():
     model, tokenizer = build_model(0), build_tokenizer()
     made = constrained_rows(model, tokenizer, RECORDS, batch_size=3)
-    with pytest.raises(ValueError, match="beta_scale 2 would be lost"):
-        constrained_rows(model, tokenizer, [{**RECORDS[0], "beta_scale": 2}])
+    assert not {"token_weights", "beta_scales"} & set(made[0])
+    half = [{**m, "weight": 0.5} if m["role"] == "assistant" else m for m in MESSAGES]
+    more = constrained_rows(model, tokenizer, [{"messages": half}, {**RECORDS[0], "beta_scale": 2}])
+    for row, weight, scale in zip(more, (0.5, 1), (1, 2), strict=True):
+        trained = row["labels"] != -100
+        assert (row["token_weights"][trained] == weight).all() and trained.any()
+        assert (row["beta_scales"] == scale).all() and len(row["beta_scales"]) == len(trained)
+    batch = hf.collate(more)
+    trained = sum(int((row["labels"] != -100).sum()) for row in more)
+    assert (
+        hf.weight_of(batch) == 0.75 * trained and hf.weight_of(hf.collate(made[:1])) == trained / 2
+    )
     assert "forward" not in vars(model) and model.training  # as it came
     whole = hf.collate(made)
     for index, (row, example) in enumerate(

@@ -17,12 +17,16 @@ from train_runs import train
 import deepalign_kernels as dak
 from deepalign_kernels.analyze import profile
 from deepalign_kernels.analyze.dynamics import Dynamics
+from deepalign_kernels.data.examples import Encoding
 from deepalign_kernels.trl import ConstrainedSFTConfig, ConstrainedSFTTrainer
 from deepalign_kernels.trl.columns import tokenized
 
 CHATS = [r for r in RECORDS if "messages" in r]
 HALF = [{**m, "weight": 0.3} if m["role"] == "assistant" else m for m in CHATS[0]["messages"]]
-WEIGHTED = [{"messages": HALF}, *CHATS[1:]]
+SCALED = [{**chat, "beta_scale": scale} for chat, scale in zip(CHATS[1:], (3.0, 0.0), strict=False)]
+# And scaled; `from_list` takes the keys of the first one.
+WEIGHTED = [{"messages": HALF, "beta_scale": None}, *SCALED, *CHATS[3:]]
+BROKEN = [{"messages": [{"role": "user", "content": "hi"}]}, {"messages": None}]
 STEPS, EPS = 4, 1e-2  # Adam's: with less, what rounding leaves of a gradient of 0 moves weights
 PLAIN = {
     "max_steps": STEPS, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 0,
@@ -191,14 +195,16 @@ def test_what_a_trainer_refuses(tmp_path):
             trained(tmp_path, **options)
 
     refused("plain text has no response", data=[{"text": "hello"}])
-    with pytest.raises(
-        ValueError, match="in a stream the first one tells whether there are weights"
-    ):
-        tokenized({"messages": [HALF]}, build_tokenizer(), {}, weights=False)
-    scaled = [{**CHATS[0], "beta_scale": 2.0}]
-    refused("beta_scale 2 would be lost in TRL's trainer", data=scaled)
-    ready = [{"input_ids": [1, 2], "labels": [-100, 2], "beta_scale": 2.0}]
-    refused("beta_scale would be lost in TRL's trainer", data=ready)
+    how = [0], "train", build_tokenizer(), Encoding(), False, False
+    for said, late in (("message has a weight", {"messages": [HALF]}), (
+        "record has a beta_scale", {"messages": [CHATS[0]["messages"]], "beta_scale": [2]})
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"train dataset: row 0: .* {said}.* in a stream"):
+            tokenized(late, *how)
+    refused("train dataset: row 1: no assistant turn", data=[CHATS[0], *BROKEN])
+    refused("unknown key 'id'", data=[{**CHATS[0], "id": 1}], unknown_keys="error")
+    refused("is it meant to be 'beta_scale'", data=[{**CHATS[0], "beta_scal": 2.0}])
+    refused("none of its records can be trained", data=BROKEN, on_bad_record="skip")
     refused("'adapter_off' needs a PEFT model", reference="adapter_off")
     refused("ref_model: belongs to reference='model'", reference="model")
     refused("train dataset: conversation 0 has", max_length=20)
@@ -206,6 +212,21 @@ def test_what_a_trainer_refuses(tmp_path):
     assert all(len(ids) <= 40 for ids in kept.train_dataset["input_ids"])
     with pytest.raises(ValueError, match="args: expected a ConstrainedSFTConfig, got a SFTConfig"):
         ConstrainedSFTTrainer(build_model(), trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_bad_records_are_left_out(tmp_path):
+    """What is left is what it would be without them; rows that come as tokens have a scale too."""
+    said = "train dataset: 2 records are left out .* the first: train dataset: row 1: no assistant"
+    data = [WEIGHTED[0], *BROKEN, *WEIGHTED[1:]]
+    with pytest.warns(UserWarning, match=said):
+        made = trained(tmp_path, data=data, on_bad_record="skip", max_steps=1)[0].train_dataset
+    whole = trained(tmp_path, data=WEIGHTED, max_steps=1)[0].train_dataset
+    assert made.to_dict() == whole.to_dict() and set(whole[1]["beta_scales"]) == {3.0}
+    ready = [{**row, "beta_scale": row["beta_scales"][0]} for row in whole]
+    ready = [{k: v for k, v in row.items() if k != "beta_scales"} for row in ready]
+    with pytest.warns(UserWarning, match="it has a beta_scale, and objective='sft' has no beta"):
+        again = trained(tmp_path, data=ready, max_steps=1, objective="sft")[0].train_dataset
+    assert again["beta_scales"] == whole["beta_scales"]
 
 
 @pytest.mark.parametrize("lora", [None, peft.LoraConfig(r=2, target_modules=["q_proj"])])
