@@ -99,12 +99,12 @@ def check_record(record: object, where: str, unknown_keys: str = "ignore") -> Co
     if "messages" in record:
         prompt, reply = [], record["messages"]
         # A data set may carry a copy of its first message under "prompt".
-        _check_keys(set(record) - {"prompt", "completion"}, RECORD_KEYS, where, unknown_keys)
+        check_keys(set(record) - {"prompt", "completion"}, RECORD_KEYS, where, unknown_keys)
     elif {"prompt", "completion"} <= set(record):
         prompt, reply = record["prompt"], record["completion"]
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         reply = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
-        _check_keys(record, RECORD_KEYS, where, unknown_keys)
+        check_keys(record, RECORD_KEYS, where, unknown_keys)
     else:
         hint = next((f"; {say}" for key, say in OTHER_FORMATS.items() if key in record), "")
         got = ", ".join(map(repr, sorted(map(str, record)))) or "none"
@@ -141,7 +141,8 @@ def _is_tool(tool: object) -> bool:
     return isinstance(tool, Mapping)
 
 
-def _check_keys(keys: Iterable[str], known: tuple[str, ...], where: str, unknown: str) -> None:
+def check_keys(keys: Iterable[str], known: tuple[str, ...], where: str, unknown: str) -> None:
+    """Raises ValueError: a key is not `known`, and `unknown` is "error" or it looks like one."""
     for key in sorted(map(str, set(keys) - set(known))):
         if unknown == "error":
             raise ValueError(
@@ -161,7 +162,7 @@ def _check_message(message: object, where: str, unknown: str) -> tuple[Message, 
         )
     # None is what a table has where this message lacks the key.
     given = {key: value for key, value in message.items() if value is not None}
-    _check_keys(given, MESSAGE_KEYS, where, unknown)
+    check_keys(given, MESSAGE_KEYS, where, unknown)
     if "beta_scale" in given:
         raise ValueError(f"{where}: 'beta_scale' belongs beside the messages: it is of them all")
     role, content = given.get("role"), _text(given.get("content"))
@@ -204,8 +205,14 @@ def _weight(given: Mapping[str, Any], role: object, where: str) -> float | None:
         raise ValueError(f"{where}: expected true or false under 'train', got {train!r}")
     if weight is None:
         return float(bool(train))
+    weight = check_weight(weight, where)
+    return 0.0 if train is False else weight
+
+
+def check_weight(weight: object, where: str) -> float:
+    """Raises ValueError: no weight of tokens."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise ValueError(f"{where}: expected a number under 'weight', got {weight!r}")
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{where}: expected a finite number >= 0 under 'weight', got {weight!r}")
-    return 0.0 if train is False else float(weight)
+    return float(weight)

@@ -15,22 +15,31 @@ their tokens: equation 2 divided by the mean number of trained tokens of an exam
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from deepalign_kernels import check
 from deepalign_kernels.data.columns import PART_WEIGHTINGS
-from deepalign_kernels.data.examples import IGNORE, ORIGINS, Encoding, Example, compact, encode
+from deepalign_kernels.data.examples import IGNORE, Encoding, Example, compact
 from deepalign_kernels.data.packing import derived_seed
-from deepalign_kernels.data.reading import read_jsonl
-from deepalign_kernels.data.records import Conversation, Message, check_record, conversations_of
+from deepalign_kernels.data.reading import read_jsonl, rows_of
+from deepalign_kernels.data.records import (
+    Conversation,
+    Message,
+    check_keys,
+    check_record,
+    check_weight,
+)
 from deepalign_kernels.data.template import ChatTemplate, Turn
+from deepalign_kernels.data.tokenizing import encoded
 
 ANCHOR, RECOVERY = 0, 1
 KEYS = ("prompt", "answer", "refusal")
+MAY_HAVE = ("weight", "beta_scale")
 GLUES = ("ids", "text")
+T = TypeVar("T")
 
 
 class _Triplet(NamedTuple):
@@ -40,6 +49,8 @@ class _Triplet(NamedTuple):
     answer: str
     refusal: str
     where: str
+    weight: float
+    beta_scale: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class _Recovery:
     answer: list[int]  # content alone
     refusal: list[int]  # content and end of turn, as it stands at the start of a turn
     late_refusal: list[int]  # the same behind other text
-    where: str
+    about: _Triplet
 
 
 class RecoveryAugmentation:
@@ -59,7 +70,8 @@ class RecoveryAugmentation:
 
     Args:
         recovery: JSONL file or list of `{"prompt": .., "answer": str, "refusal": str}`; the prompt
-            is a string or a list of messages that ends with the user's.
+            is a string or a list of messages that ends with the user's. `"weight"` and
+            `"beta_scale"` beside them are of the refusal's tokens.
         tokenizer: as in `tokenize_chat`.
         anchors: ordinary conversations (file or list, see `load_chat_data`) that keep the model
             useful; None: none.
@@ -83,8 +95,13 @@ class RecoveryAugmentation:
             or ranks.
         position_origin: of the anchors, as in `tokenize_chat`; a refusal counts from its first
             token, whatever k.
+        train_on: of the anchors, as in `tokenize_chat`.
+        unknown_keys: of all records: "ignore" leaves them out, "error" refuses them.
+        on_bad_record: of all records: "error" stops at one of which nothing can be trained, "skip"
+            leaves it out.
 
     Attributes:
+        skipped: of each record that was left out, where it stands and what is wrong with it.
         part_weights: {ANCHOR: 1 - alpha, RECOVERY: alpha}.
         part_weighting: `weighting`.
 
@@ -108,6 +125,9 @@ class RecoveryAugmentation:
         system: str = "",
         seed: int = 0,
         position_origin: str = "content",
+        train_on: str = "all",
+        unknown_keys: str = "ignore",
+        on_bad_record: str = "error",
     ) -> None:
         for name, value in (("alpha", alpha), ("p0", p0)):
             check.number(name, value, low=0.0)
@@ -116,21 +136,18 @@ class RecoveryAugmentation:
         for name, value in (("max_k", max_k), ("anchors_per_recovery", anchors_per_recovery)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        check.one_of("position_origin", position_origin, ORIGINS)
+        encoding = Encoding(position_origin, train_on, unknown_keys, on_bad_record)
         check.one_of("weighting", weighting, PART_WEIGHTINGS)
         check.one_of("glue", glue, GLUES)
         self.p0, self.max_k, self.seed = p0, max_k, seed
         template = ChatTemplate(tokenizer)
-        self._recovery = _tokenize(
-            template, _read(recovery, system), separator if glue == "text" else None
-        )
-        self._anchors = []
+        self.skipped: list[str] = []
+        between = separator if glue == "text" else None
+        triplets = _read(recovery, system, encoding, self.skipped)
+        self._recovery = _tokenize(template, triplets, between, encoding, self.skipped)
+        self._anchors: list[Example] = []
         if anchors is not None:
-            conversations = conversations_of(anchors, "anchors")
-            conversations = [_below_system(c, system) for c in conversations]
-            encoding = Encoding(position_origin)
-            examples = encode(template, conversations, encoding, ANCHOR)
-            self._anchors = [compact(example) for example in examples]
+            self._anchors = _anchors_of(template, anchors, system, encoding, self.skipped)
         self._order: tuple[int, list[int]] = (-1, [])  # of the anchors, in the round asked for last
         self._anchors_per_epoch = anchors_per_recovery * len(self._recovery) if self._anchors else 0
         self.part_weights = (
@@ -157,7 +174,11 @@ class RecoveryAugmentation:
         refusal = row.late_refusal if k else row.refusal
         labels = [IGNORE] * len(context) + refusal
         positions = [0] * len(context) + list(range(1, len(refusal) + 1))
-        return Example(context + refusal, labels, positions, RECOVERY, row.where)
+        weight, weights = row.about.weight, None
+        if weight != 1:
+            weights = [1.0] * len(context) + [weight] * len(refusal)
+        about = RECOVERY, row.about.where, weights, row.about.beta_scale
+        return Example(context + refusal, labels, positions, *about)
 
     def _anchor(self, number: int) -> Example:
         """Anchor `number` of the run; every round through all of them has an order of its own."""
@@ -169,31 +190,93 @@ class RecoveryAugmentation:
         return self._anchors[self._order[1][at]]
 
 
-def _read(data: str | Path | Iterable[Mapping[str, Any]], system: str) -> list[_Triplet]:
-    """Checked records."""
+def _read(
+    data: str | Path | Iterable[Mapping[str, Any]],
+    system: str,
+    encoding: Encoding,
+    skipped: list[str],
+) -> list[_Triplet]:
+    """Checked records; why others are left out goes into `skipped`."""
+    skips, before = encoding.on_bad_record == "skip", len(skipped)
     if isinstance(data, (str, Path)):
-        records = list(read_jsonl("recovery", data))
+        records = list(read_jsonl("recovery", data, skips))
     else:
         records = [(record, f"recovery[{index}]") for index, record in enumerate(data)]
     if not records:
         raise ValueError(
             f"recovery: no example in {data if isinstance(data, (str, Path)) else 'this list'}"
         )
-    return [_checked(record, where, system) for record, where in records]
+    out: list[_Triplet] = []
+    for record, where in records:
+        about = record, where, system, encoding.unknown_keys
+        out += _or_skipped(encoding, skipped, _checked, *about)
+    return _some("recovery", out, skipped[before:])
 
 
-def _checked(record: object, where: str, system: str) -> _Triplet:
-    if not isinstance(record, Mapping) or set(record) != set(KEYS):
+def _or_skipped(
+    encoding: Encoding, skipped: list[str], make: Callable[..., T], *about: Any
+) -> list[T]:
+    """What `make` makes of `about`, unless it raises ValueError and that is to be skipped."""
+    try:
+        return [make(*about)]
+    except ValueError as error:
+        if encoding.on_bad_record == "error":
+            raise
+        skipped.append(str(error))
+        return []
+
+
+def _some(name: str, found: list[T], skipped: list[str]) -> list[T]:
+    if not found:
+        raise ValueError(f"{name}: none of its records can be trained; the first: {skipped[0]}")
+    return found
+
+
+def _checked(record: object, where: str, system: str, unknown: str) -> _Triplet:
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, Mapping) or not set(KEYS) <= set(record):
         got = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
         raise ValueError(f"{where}: expected the keys {', '.join(map(repr, KEYS))}; got {got}")
+    check_keys(record, (*KEYS, *MAY_HAVE), where, unknown)
     for key in ("answer", "refusal"):
         if not isinstance(record[key], str) or not record[key].strip():
             raise ValueError(f"{where}: expected text under {key!r}, got {record[key]!r}")
-    asked = check_record({"prompt": record["prompt"], "completion": record["answer"]}, where)
+    pair = {"prompt": record["prompt"], "completion": record["answer"]}
+    asked = check_record(pair, where, unknown)
     prompt = asked.messages[: asked.trained_from]
     if prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         raise ValueError(f"{where}: expected a prompt that ends with the user's text")
-    return _Triplet(_with_system(prompt, system), record["answer"], record["refusal"], where)
+    if asked.weights:
+        raise ValueError(
+            f"{where}: 'train' and 'weight' of a message in the prompt do nothing, as only the"
+            " refusal is trained; its weight stands beside the prompt"
+        )
+    given = {key: record[key] for key in MAY_HAVE if record.get(key) is not None}
+    weight = check_weight(given.get("weight", 1.0), where)
+    if weight == 0:
+        raise ValueError(f"{where}: weight 0, so nothing to train")
+    scale = check.number(f"{where}: beta_scale", given.get("beta_scale", 1.0), low=0.0)
+    said = record["answer"], record["refusal"]
+    return _Triplet(_with_system(prompt, system), *said, where, weight, scale)
+
+
+def _anchors_of(
+    template: ChatTemplate,
+    anchors: Any,
+    system: str,
+    encoding: Encoding,
+    skipped: list[str],
+) -> list[Example]:
+    """Ordinary conversations as the trainer has them, below the system prompt."""
+    before, rows = len(skipped), []
+    for row, where in rows_of(anchors, "anchors", encoding.on_bad_record == "skip"):
+        about = row, where, encoding.unknown_keys
+        for conversation in _or_skipped(encoding, skipped, check_record, *about):
+            rows.append((_below_system(conversation, system), where))
+    examples, wrong = encoded(template, rows, encoding)
+    skipped += wrong
+    return [compact(example) for example in _some("anchors", examples, skipped[before:])]
 
 
 def _with_system(messages: Sequence[Message], system: str) -> tuple[Message, ...]:
@@ -210,6 +293,26 @@ def _below_system(conversation: Conversation, system: str) -> Conversation:
 
 
 def _tokenize(
+    template: ChatTemplate,
+    triplets: list[_Triplet],
+    separator: str | None,
+    encoding: Encoding,
+    skipped: list[str],
+) -> list[_Recovery]:
+    """`_together`, or one by one where a bad one is left out."""
+    try:
+        return _together(template, triplets, separator)
+    except ValueError:
+        if encoding.on_bad_record == "error":
+            raise
+    before, out = len(skipped), []
+    for each in triplets:
+        for rows in _or_skipped(encoding, skipped, _together, template, [each], separator):
+            out += rows
+    return _some("recovery", out, skipped[before:])
+
+
+def _together(
     template: ChatTemplate, triplets: list[_Triplet], separator: str | None
 ) -> list[_Recovery]:
     """`separator`: between answer and refusal; None: the refusal as at the start of a turn."""
@@ -227,7 +330,7 @@ def _tokenize(
         if separator is not None:
             late = _in_running_text(template.tokenizer, separator + triplet.refusal.strip())
         prompt = r[: turn.content]
-        out.append(_Recovery(prompt, answer, refusal + ending, late + ending, triplet.where))
+        out.append(_Recovery(prompt, answer, refusal + ending, late + ending, triplet))
     return out
 
 

@@ -78,7 +78,9 @@ class Source:
         self.too_long = 0  # examples of epoch 0 that were dropped or truncated
         self.skipped: list[str] = []  # where and why, of records that were left out
         self.changing = hasattr(data, "examples")
-        if self.changing and self._encoding.on_bad_record == "skip":
+        if hasattr(data, "skipped"):
+            self.skipped += data.skipped
+        elif self.changing and self._encoding.on_bad_record == "skip":
             raise ValueError(
                 "on_bad_record: 'skip' is for records that are read one by one, not for data that"
                 f" bring their examples, {type(data).__name__}; give 'error'"

@@ -261,10 +261,6 @@ def _check_paths(options: Any, config: TrainConfig) -> None:
     loaded."""
     if config.early_stop is not None and options.eval_data is None:
         raise ValueError("early_stop: it counts evaluations on eval_data, and there are none")
-    if config.on_bad_record == "skip" and options.recovery:
-        raise ValueError(
-            "on_bad_record: 'skip' does not go with recovery, which refuses bad records"
-        )
     for name in ("data", "eval_data"):
         if (value := getattr(options, name)) is not None:
             for row, where in rows_of(value, name, keep_broken=True):

@@ -1,6 +1,7 @@
 """Safety-recovery augmentation: what is drawn, what is trained, how the two means are mixed."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from stock_templates import STOCK
 from tiny_chat import RECORDS, RECOVERIES, TEMPLATES, build_model, build_tokenizer, chat
-from train_runs import record_gradients, relative
+from train_runs import RUN, record_gradients, relative
 
 from deepalign_kernels.data.recovery import ANCHOR, RECOVERY
 from deepalign_kernels.train import (
@@ -17,6 +18,9 @@ from deepalign_kernels.train import (
     TrainConfig,
     TrainingRun,
 )
+
+WEIGHED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 2}]
+WEIGHED.append({"role": "user", "content": "c"})
 
 
 def texts(tokenizer, example):
@@ -216,6 +220,47 @@ def test_the_papers_weighting_is_the_mean_over_all_tokens(tmp_path):
     assert trainer.train().metrics["objective"] == pytest.approx(both.item(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:data. .*record:UserWarning")
+def test_weights_and_scales_of_both_kinds_of_records(tmp_path):
+    """ "tokens" mixes weighted means; bad records of both kinds are left out by name."""
+    first, *rest = RECORDS
+    said = [{**m, "weight": 0.3} if m["role"] == "assistant" else m for m in first["messages"]]
+    recovery = [
+        {**RECOVERIES[0], "weight": 0.5, "beta_scale": 2.0},
+        {"prompt": "?"},
+        *RECOVERIES[1:],
+    ]
+    anchors = [{"messages": said, "beta_scale": 3.0}, {"messages": []}, *rest]
+    options = {"alpha": 0.3, "weighting": "tokens", "p0": 0.0, "on_bad_record": "skip"}
+    data = RecoveryAugmentation(recovery, build_tokenizer(), anchors=anchors, **options)
+    assert [why.split(":")[0] for why in data.skipped] == ["recovery[1]", "anchors[1]"]
+    plain = RecoveryAugmentation(RECOVERIES, build_tokenizer(), anchors=RECORDS, **options)
+    examples, whole, gold = data.examples(0), plain.examples(0), build_model(0).double()
+    assert [e.labels for e in examples] == [e.labels for e in whole]
+    assert [e.beta_scale for e in examples[:3]] == [2.0, 1.0, 1.0]
+    assert 3.0 in {e.beta_scale for e in examples[3:]}
+    loss = 0.0
+    for part, share in ((RECOVERY, 0.3), (ANCHOR, 0.7)):
+        total, weight = 0.0, 0.0
+        for e in (e for e in examples if e.part == part):
+            mean, tokens = mean_nll(gold, [e])
+            w = {(RECOVERY, 2.0): 0.5, (ANCHOR, 3.0): 0.3}.get((part, e.beta_scale), 1.0)
+            total, weight = total + w * mean * tokens, weight + w * tokens
+        loss = loss + share * total / weight
+    config = TrainConfig(tmp_path, objective="sft", **{**RUN, "batch_size": 15})
+    result = TrainingRun(build_model(0), build_tokenizer(), config, data).train()
+    assert result.metrics["objective"] == pytest.approx(loss.item(), rel=1e-5)
+    trained = {}
+    for turns in ("all", "last"):
+        two = {"anchors": [RECORDS[2]], "train_on": turns}  # of two replies
+        row = RecoveryAugmentation(RECOVERIES, build_tokenizer(), **two).examples(0)[-1]
+        trained[turns] = [x for x in row.labels if x != -100]
+    assert 0 < len(trained["last"]) < len(trained["all"])
+    assert trained["all"][-len(trained["last"]) :] == trained["last"]
+    with pytest.raises(ValueError, match="recovery: none of its records can be trained; the first"):
+        RecoveryAugmentation([{"prompt": "?"}], build_tokenizer(), on_bad_record="skip")
+
+
 def test_every_step_has_its_share_of_both_parts(tmp_path):
     """A step of five holds one recovery example and four anchors, in every epoch."""
     trainer = trainer_of(tmp_path, build_model(), batch_size=5, max_steps=9)
@@ -276,7 +321,10 @@ def test_wrong_recovery_data_are_refused_with_their_place(tmp_path):
         ("{", "broken JSON"),
         ("[]", "one JSON object per line"),
         (json.dumps({"prompt": "a", "answer": "b"}), "expected the keys 'prompt', 'answer', 'ref"),
-        (json.dumps({**RECOVERIES[0], "id": 1}), "expected the keys"),
+        (json.dumps({**RECOVERIES[0], "refusals": "no"}), "is it meant to be 'refusal'"),
+        (json.dumps({**RECOVERIES[0], "weight": -1}), "number >= 0 under 'weight'"),
+        (json.dumps({**RECOVERIES[0], "beta_scale": -1}), "beta_scale: expected"),
+        (json.dumps({**RECOVERIES[0], "prompt": WEIGHED}), "'train' and 'weight' of a message"),
         (json.dumps({**RECOVERIES[0], "answer": " "}), "expected text under 'answer'"),
         (json.dumps({**RECOVERIES[0], "refusal": 3}), "expected text under 'refusal'"),
         (json.dumps({**RECOVERIES[0], "prompt": " "}), "expected a prompt that ends with the user"),
@@ -286,6 +334,12 @@ def test_wrong_recovery_data_are_refused_with_their_place(tmp_path):
         path.write_text(f"{good}\n{bad}\n")
         with pytest.raises(ValueError, match=f"recovery.jsonl:2: .*{why}"):
             RecoveryAugmentation(path, tokenizer)
+    odd = {**RECOVERIES[0], "id": 1}
+    assert RecoveryAugmentation([odd], tokenizer).examples(0)
+    for where, data in (("recovery[0]", [odd]), ("anchors[0]", RECOVERIES)):
+        with pytest.raises(ValueError, match=f"{re.escape(where)}: unknown key 'id'"):
+            anchors = [{**RECORDS[0], "id": 1}] if data is RECOVERIES else None
+            RecoveryAugmentation(data, tokenizer, anchors=anchors, unknown_keys="error")
     path.write_text("")
     with pytest.raises(ValueError, match="recovery: no example in"):
         RecoveryAugmentation(path, tokenizer)
