@@ -46,12 +46,12 @@ def recipes(shape: dict[str, Any], limit: float, batch: int, length: int, device
     from deepalign_kernels import plan
 
     sizes = plan.shape_of(transformers.LlamaConfig(**shape))
-    free, found = limit * GIB - RESERVED, []
+    free, found, kind = limit * GIB - RESERVED, [], device.partition(":")[0]
     for recipe in plan.RECIPES:
         setting = recipe.setting
         if setting.cpu_offload or (device == "cpu" and setting.optimizer == "adamw_offload"):
             continue  # FSDP's; and on a CPU there is nothing to move states away from
-        if plan.estimate(sizes, setting, batch=batch, length=length).peak <= free:
+        if plan.estimate(sizes, setting, batch=batch, length=length, device=kind).peak <= free:
             found.append(recipe.name)
     return found
 
@@ -72,8 +72,10 @@ def one(
     setting = next(r.setting for r in plan.RECIPES if r.name == name)
     config = transformers.LlamaConfig(**shape)
     sizes: dict[str, Any] = {"batch": batch, "length": length}
-    expected = plan.estimate(plan.shape_of(config), setting, trained_share=0.5, **sizes)
-    row = {"recipe": name, "limit_gib": limit, **sizes, "predicted": expected.peak}
+    sizes |= {"trained_share": 0.5, "device": device.partition(":")[0]}
+    expected = plan.estimate(plan.shape_of(config), setting, **sizes)
+    row = {"recipe": name, "limit_gib": limit, "batch": batch, "length": length}
+    row |= {"predicted": expected.peak}
     row |= {"predicted_host": expected.host}
     on_gpu, used, starts = device != "cpu", [0], []
     if on_gpu:

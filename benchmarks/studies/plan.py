@@ -67,7 +67,7 @@ def one(model: str, name: str) -> dict[str, Any]:
     config, setting = getattr(transformers, kind)(**options), plan.Setting(**SETTINGS[name])
     batch, length = SIZES[model]
     sizes = {"batch": batch, "length": length, "trained_share": 0.5}
-    expected = plan.estimate(plan.shape_of(config), setting, **sizes)
+    expected = plan.estimate(plan.shape_of(config), setting, device="cpu", **sizes)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(10, 1000, (batch, length), generator=generator).tolist()
     half = length // 2

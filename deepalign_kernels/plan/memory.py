@@ -120,6 +120,7 @@ def estimate(
     gpus: int = 1,
     accumulate: bool = False,
     trained_share: float = 1.0,
+    device: str = "cuda",
 ) -> Memory:
     """Memory of fine-tuning with the constrained loss, by default with a precomputed reference: of
     all weights, or of the adapters of `shape`, which are fp32.
@@ -132,6 +133,8 @@ def estimate(
         gpus: devices that share as `setting.parallel` says.
         accumulate: several forwards a step, so that gradients are there during the forward too.
         trained_share: of the tokens; the head sees no others.
+        device: "cuda" or "cpu", where it will run: the head's chunks are others. A GPU need not be
+            here; "cpu" means this machine's.
 
     Raises:
         ValueError: a number out of range, or gradients released with accumulation.
@@ -182,7 +185,7 @@ def estimate(
     if not weights or weights_of > 1:  # this layer and the next, and the head
         gathered = (2 * shape.layer + shape.head) * compute.itemsize
     rows = max(int(batch * length * trained_share), 1)
-    fused = _head(shape, setting, rows, batch * length, dtype, autocast)
+    fused = _head(shape, setting, rows, batch * length, dtype, autocast, device)
     # A frozen head of the policy is the reference's as well.
     reference = shape.head * size if setting.reference_head and not frozen else 0
     if setting.anchored and setting.reference_head:
@@ -213,6 +216,7 @@ def _head(
     tokens: int,
     dtype: torch.dtype,
     autocast: torch.dtype | None,
+    device: str,
 ) -> Any:
     frozen, more = shape.adapters is not None, {}
     if setting.anchored:
@@ -225,6 +229,7 @@ def _head(
         vocab_size=shape.vocab,
         dtype=dtype,
         autocast_dtype=autocast,
+        device=device,
         requires_grad=("hidden",) if frozen else ("hidden", "weight"),
         **more,
     )

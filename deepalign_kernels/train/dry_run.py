@@ -47,6 +47,7 @@ def facts(
         gpus=ranks.count,
         accumulate=several and not config.release_gradients,
         trained_share=sum(table.trained) / sum(table.lengths),
+        device="cpu" if run.device.type == "cpu" else "cuda",  # a run without weights: a GPU's
     )
     return {
         "model": {

@@ -67,7 +67,8 @@ def test_peak_is_within_a_tenth(kind, tied, options, tmp_path):
     rank = options.pop("rank", None)
     adapt = Lora(rank).adapt if rank else None
     model, setting = config(kind, tie_word_embeddings=tied), plan.Setting(**options)
-    expected = plan.estimate(plan.shape_of(model, adapt), setting, batch=BATCH, length=LENGTH)
+    sizes = {"batch": BATCH, "length": LENGTH, "device": "cpu"}
+    expected = plan.estimate(plan.shape_of(model, adapt), setting, **sizes)
     measured = peak_of_a_run(model, setting, tmp_path, adapt)
     assert measured == pytest.approx(expected.peak, rel=0.1)
 
