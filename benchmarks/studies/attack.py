@@ -9,7 +9,7 @@ Parts, each on the same model, ids and settings for all:
   search   whole searches of both from the same ids, as a user calls them: processor time of a
            step, best loss with several seeds, mean difference and its standard error
   replies  prefill depths and decoding settings: sequences/s of `generate` once per setting, and of
-           the engine for all settings at once; greedy ids must be equal
+           the engine for all settings at once, in turns, by processor time; greedy ids are compared
   store    an evaluation of 10,000 and of 100,000 samples without a model, and the same command once
            more when all is there: seconds of processor time, from prompts to summary
   share    an evaluation of 10,000 samples from prompts to summary: processor time that is neither
@@ -229,37 +229,41 @@ class Asks:
         return [Reply(text="r" * 800) for _ in requests]
 
 
-def replies(model: Any, tokenizer: Any, new: int, prompts: int) -> dict[str, Any]:
+def replies(model: Any, tokenizer: Any, new: int, prompts: int, laps: int) -> dict[str, Any]:
     """Part "replies"."""
     rows = [Prompt(str(n), f"{FILLER}number {n}", answer=FILLER * 3) for n in range(prompts)]
-    depths = Prefill(depths=(5, 10, 20, 40), temperature=0.0, max_new_tokens=new)
+    depths = Prefill(temperature=0.0, max_new_tokens=new)
     grid = Decoding(max_new_tokens=new)
     engine = LocalEngine(model, tokenizer, batch_size=256)
     out = {}
-    for name, attack in (("prefill", depths), ("decoding", grid)):
+    for name, attack, each in (
+        ("prefill", depths, len(depths.depths)), ("decoding", grid, len(grid.grid())),
+    ):  # fmt: skip
         asks: Any = Asks(tokenizer)
         list(attack(asks, rows))
         asked = asks.requests
-        begun = time.perf_counter()
-        got = engine.generate(asked)
-        ours = time.perf_counter() - begun
-        begun = time.perf_counter()
-        settings: dict[Any, list[int]] = {}
-        for index, r in enumerate(asked):
-            key = len(r.prompt) if name == "prefill" else r.sampling
-            settings.setdefault(key, []).append(index)
+        settings = [range(n, len(asked), each) for n in range(each)]
+        got: list[Reply] = []
         ids: dict[int, tuple[int, ...]] = {}
-        for indices in settings.values():
-            replied = plain_generate(model, tokenizer, [asked[i] for i in indices])
-            ids.update(zip(indices, replied, strict=True))
-        theirs = time.perf_counter() - begun
+        ours, theirs = [], []
+        for _ in range(laps):
+            begun = time.process_time()
+            got = engine.generate(asked)
+            ours.append(time.process_time() - begun)
+            begun = time.process_time()
+            for indices in settings:
+                replied = plain_generate(model, tokenizer, [asked[i] for i in indices])
+                ids.update(zip(indices, replied, strict=True))
+            theirs.append(time.process_time() - begun)
+        ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
         greedy = [i for i, r in enumerate(asked) if r.sampling.temperature == 0]
         greedy += [i for i, r in enumerate(asked) if r.sampling.top_k == 1]
         out[name] = {
             "sequences": len(asked),
-            "sequences_per_s": len(asked) / ours,
-            "generate_sequences_per_s": len(asked) / theirs,
-            "faster": theirs / ours,
+            "settings": len(settings),
+            "sequences_per_s": len(asked) / statistics.median(ours),
+            "generate_sequences_per_s": len(asked) / statistics.median(theirs),
+            "faster": [min(ratios), statistics.median(ratios), max(ratios)],
             "greedy": len(greedy),
             "greedy_different": sum(got[i].ids != ids[i] for i in greedy),
         }
@@ -364,7 +368,7 @@ def command(argv: list[str] | None = None) -> int:
     calls: dict[str, Callable[[], Any]] = {
         "losses": lambda: losses(model, tokenizer, config, args.prompt, args.laps),
         "search": lambda: search(model, tokenizer, config, args.prompt, args.seeds),
-        "replies": lambda: replies(model, tokenizer, args.new, args.prompts),
+        "replies": lambda: replies(model, tokenizer, args.new, args.prompts, args.laps),
         "store": lambda: store(tokenizer),
         "share": lambda: share(model, tokenizer, args.new),
     }
