@@ -28,6 +28,7 @@ from deepalign_kernels.runs.store import (
     MANIFEST,
     MEASURED,
     Run,
+    loaded,
     read_manifest,
     read_records,
     read_verdicts,
@@ -151,7 +152,7 @@ def run(options: Options) -> int:
                 _say(f"error: {folder} has no finished rows of this suite: nothing was verified")
             return 1 if wrong or not compared else 0
         evaluate(opened, engine, attacks, prompts, chunk=options.chunk, say=_say)
-        records = list(read_records(folder))
+        records = loaded(read_records(folder))
         about = json.dumps({j.name: j.about() for j in judges}, indent=1)
         write_private(folder / "judges.json", about + "\n")
         judge_run(opened, judges, records=records, say=_say)

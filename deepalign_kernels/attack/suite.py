@@ -13,7 +13,7 @@ from deepalign_kernels.attack.attack import Attack
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.judge import Exchange, Judge
 from deepalign_kernels.runs.record import Record, digest
-from deepalign_kernels.runs.store import Run, Unit, fill, read_records
+from deepalign_kernels.runs.store import Run, Unit, fill, loaded, read_records
 
 Say = Callable[[str], None]
 STATE = "state"  # folder in a run: what attacks have finished of the unit that is under way
@@ -115,7 +115,7 @@ def judge_run(
     Replies that another run of a failed request has changed are judged anew. `records` are the
     run's, if they are read already.
     """
-    records = list(read_records(run.folder)) if records is None else records
+    records = loaded(read_records(run.folder)) if records is None else records
     samples = [r for r in records if r.kind == "sample"]
     pieces = []
     for at in range(0, len(samples), chunk):

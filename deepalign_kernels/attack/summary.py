@@ -11,7 +11,7 @@ from deepalign_kernels.attack.failures import failures
 from deepalign_kernels.attack.worst import worst_trial
 from deepalign_kernels.runs.grids import Beside, beside_paper, is_grid, label, over_grids
 from deepalign_kernels.runs.record import Record
-from deepalign_kernels.runs.store import read_manifest, read_records, read_verdicts
+from deepalign_kernels.runs.store import loaded, read_manifest, read_records, read_verdicts
 from deepalign_kernels.runs.table import (
     Cell,
     agreement,
@@ -42,8 +42,8 @@ def summary(
     Raises:
         ValueError: a label of no reply of the run.
     """
-    records = list(read_records(folder)) if records is None else records
-    samples, verdicts = [r for r in records if r.kind == "sample"], list(read_verdicts(folder))
+    records = loaded(read_records(folder)) if records is None else records
+    samples, verdicts = [r for r in records if r.kind == "sample"], loaded(read_verdicts(folder))
     table, manifest = cells(samples, verdicts), read_manifest(folder)
     grids = over_grids(table, samples, verdicts, manifest)
     parts = [*told(manifest), text_table(table), *(_whole(c) for c in grids if c.rate is not None)]
