@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import report
 from benchmarks.harness.cells import Row
-from benchmarks.studies import analysis, depth, growth, picture, step, toy
+from benchmarks.studies import analysis, depth, growth, picture, robustness, step, toy
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,7 +36,7 @@ KEPT_HEAP = "cpu-2core-linear-wide-kept-heap-2026-11-24.json"
 PEERS = "cpu-2core-linear-peers-2026-11-29.json"
 GROWTH = "growth-cpu-2core-2026-11-23/growth.json"
 PIECES, GCG = "pieces-cpu-2core-2026-11-24.json", "gcg-cpu-2core-2026-11-24.json"
-HOST = "host-cpu-2core-2026-11-29.json"
+HOST, ROBUSTNESS = "host-cpu-2core-2026-11-29.json", "robustness-cpu-2core-2026-11-29.json"
 STEP, STEP_LONGER = (f"step{name}-cpu-2core-2026-11-29.json" for name in ("", "-longer"))
 DEMO = "demo-cpu-2core-2026-11-23.json"
 
@@ -340,6 +340,12 @@ def training_page() -> dict[str, str]:
     return {"source": told, "longer_source": more, **step.values(timed, longer)}
 
 
+def robustness_page() -> dict[str, str]:
+    found = _json(ROBUSTNESS)
+    told = source("python -m benchmarks robustness --work DIR", ROBUSTNESS, found["machine"])
+    return {"source": told, **robustness.values(found)}
+
+
 PAGES = {
     "logits": logits_page,
     "linear": linear_page,
@@ -348,6 +354,7 @@ PAGES = {
     "toy": lambda: toy.values(_json(depth.TOY)),
     "depth": depth.values,
     "analysis": analysis.values,
+    "robustness": robustness_page,
 }
 
 
