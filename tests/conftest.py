@@ -75,7 +75,9 @@ def pytest_configure(config):
         "markers", "clean_memory: torch.empty is left alone (see poisoned_memory)"
     )
     config.addinivalue_line(
-        "markers", "every_isa: `device` also runs the native kernels of lesser instruction sets"
+        "markers",
+        "every_isa(fast): `device` also runs the native kernels of lesser instruction sets; with"
+        " fast=True when there is little time, too",
     )
 
 
@@ -83,7 +85,9 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         every = metafunc.definition.get_closest_marker("every_isa")
-        lesser = [("cpu", "native", isa) for isa in lesser_isas()] if every else []
+        later = [] if every and every.kwargs.get("fast") else [pytest.mark.slow]
+        isas = lesser_isas() if every else ()
+        lesser = [pytest.param(("cpu", "native", isa), marks=later) for isa in isas]
         metafunc.parametrize("device", PLACES + lesser, ids="-".join, indirect=True)
 
 

@@ -67,6 +67,7 @@ def test_a_users_project(tmp_path):
     assert lines == wanted, "\n".join(d["message"] for d in found)
 
 
+@pytest.mark.slow
 def test_rooms_that_are_imported_late_are_shown():
     """Each folder of the package but the insides and the command line is an attribute of it."""
     pytest.importorskip("trl", reason="of the room `trl`")

@@ -248,7 +248,13 @@ def core(text, index):
 
 
 @pytest.mark.skipif(not SHIPPED, reason="TRL is not installed")
-@pytest.mark.parametrize("name", sorted(SHIPPED) or ["none"])
+@pytest.mark.parametrize(
+    "name",
+    [  # every third when there is little time
+        pytest.param(name, marks=[pytest.mark.slow] * bool(i % 3))
+        for i, name in enumerate(sorted(SHIPPED) or ["none"])
+    ],
+)
 def test_labels_of_all_templates_that_trl_carries(name):
     """Where a content stands is seen on a rendering in disguise; what follows it, on TRL's own
     marked version of the template."""

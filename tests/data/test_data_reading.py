@@ -327,6 +327,7 @@ print((private() - before) / (200 * n), files / (200 * n))
 """
 
 
+@pytest.mark.slow
 def test_a_token_of_data_takes_eight_bytes_on_disk_and_less_than_one_in_memory():
     """It was 299 bytes in memory. Measured in a process of its own, over 6 million tokens."""
     run = subprocess.run(

@@ -147,7 +147,7 @@ def test_the_default_chunks():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(F32, marks=pytest.mark.slow), F16], ids=str)
 def test_a_frozen_head_allocates_nothing_of_its_size(reduction, dtype):
     """Forward and backward, with LoRA on the head or without (few rows, so that a head would
     show)."""

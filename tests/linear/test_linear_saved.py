@@ -245,7 +245,7 @@ def test_a_step_takes_no_more_memory_than_with_recomputation(name, dtype):
     assert kept <= 1.02 * again + packed
 
 
-@pytest.mark.parametrize("ignored", [0, 1])
+@pytest.mark.parametrize("ignored", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["linear_token_logp", "linear_token_kl/ref_policy"])
 def test_what_is_kept_counts_as_workspace(name, dtype, ignored):

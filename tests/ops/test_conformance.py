@@ -30,6 +30,7 @@ HARD += [(kind, torch.bfloat16) for kind in ("confident_20", "leading_block_mask
 HARD += [(kind, torch.float16) for kind in ("noise", "confident_50", "all_at_plus_1e4")]
 
 
+@pytest.mark.every_isa(fast=True)
 @OP
 @pytest.mark.parametrize("kind,dtype", some(HARD, (HARD[2], HARD[12], HARD[14])), ids=str)
 def test_hard_rows(op, dtype, kind, device, interpreted):
@@ -38,6 +39,7 @@ def test_hard_rows(op, dtype, kind, device, interpreted):
     check(op, make(6, 1103 if interpreted else 5003, kind).to(device, dtype))
 
 
+@pytest.mark.every_isa(fast=True)
 @OP
 @pytest.mark.parametrize("V,dtype", some(SMALL_V, (SMALL_V[2], SMALL_V[10], SMALL_V[13])), ids=str)
 def test_small_vocabularies(op, dtype, V, device, interpreted):
