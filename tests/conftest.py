@@ -23,6 +23,7 @@ from deepalign_kernels import backends, use_backend
 REHEARSAL = bool(os.environ.get("DEEPALIGN_GPU_REHEARSAL"))  # of benchmarks/gpu.sh, without a GPU
 DEVICES = ("cpu", *["cuda"] * torch.cuda.is_available())
 PLACES = [(d, b) for d in DEVICES for b in backends.BACKENDS]
+INTERPRETED = ("cpu", "triton")
 ISAS = ("portable", "avx2", "avx512")  # as the native library numbers them
 
 
@@ -75,6 +76,9 @@ def pytest_configure(config):
         "markers", "clean_memory: torch.empty is left alone (see poisoned_memory)"
     )
     config.addinivalue_line(
+        "markers", "interpreter_slow: of `device`, Triton's interpreter is left to `make test`"
+    )
+    config.addinivalue_line(
         "markers",
         "every_isa(fast): `device` also runs the native kernels of lesser instruction sets; with"
         " fast=True when there is little time, too",
@@ -88,7 +92,12 @@ def pytest_generate_tests(metafunc):
         later = [] if every and every.kwargs.get("fast") else [pytest.mark.slow]
         isas = lesser_isas() if every else ()
         lesser = [pytest.param(("cpu", "native", isa), marks=later) for isa in isas]
-        metafunc.parametrize("device", PLACES + lesser, ids="-".join, indirect=True)
+        slow = metafunc.definition.get_closest_marker("interpreter_slow")
+        places = [
+            pytest.param(place, marks=[pytest.mark.slow] * bool(slow and place == INTERPRETED))
+            for place in PLACES
+        ]
+        metafunc.parametrize("device", places + lesser, ids="-".join, indirect=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -49,6 +49,7 @@ def test_small_vocabularies(op, dtype, V, device, interpreted):
     check(op, make(5, V).to(device, dtype))
 
 
+@pytest.mark.interpreter_slow
 @OP
 @pytest.mark.parametrize("V", some(REAL_V, (50257,)))
 def test_real_vocabularies(op, V, device, interpreted):

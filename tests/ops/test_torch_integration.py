@@ -105,6 +105,7 @@ def _leaf(op, x):
 REGISTERED = sorted(name.partition("::")[2] for name in _LIB._op_defs)
 
 
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("op", REGISTERED)
 def test_opcheck(op, device, backend, interpreted):
     """F32: schema, fakes, autograd registration, AOT dispatch with static and dynamic shapes, of
@@ -201,6 +202,7 @@ def test_activation_checkpointing(reduction, reentrant, device):
     assert torch.equal(leaf.grad, expected)
 
 
+@pytest.mark.interpreter_slow
 @pytest.mark.parametrize("op", CASES)
 def test_autocast_leaves_the_ops_alone(op, device):
     """F21: fp32 logits stay fp32 inside a bf16 autocast region; bf16 ones that come out of a matmul
