@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ def activations_on_host(model: nn.Module) -> Iterator[None]:
     With activation checkpointing that is the input of every layer. Weights stay where they are: as
     such, cast to the dtype of autocast, or as the gradient of the head that a loss makes at once.
     """
-    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
+    # Of a share, as ZeRO-3 makes them, the shape of the whole.
+    shapes = {_sizes(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
     shapes |= {shape[::-1] for shape in shapes}
 
     def pack(x: Tensor) -> Any:
-        if not x.is_floating_point() or x.numel() < SMALL or tuple(x.shape) in shapes:
+        if not x.is_floating_point() or x.numel() < SMALL or _sizes(x.shape) in shapes:
             return x
         return x.device, to_host(x)
 
@@ -34,6 +35,11 @@ def activations_on_host(model: nn.Module) -> Iterator[None]:
 
     with saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without those of 1: the loss has a gradient of the head for each group of heads."""
+    return tuple(size for size in shape if size != 1)
 
 
 def to_host(x: Tensor) -> Any:

@@ -63,7 +63,8 @@ def test_gradients_with_activations_away_are_the_same_bits(tmp_path, numpys_memo
         found.append(seen)
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
     rows = [shape for shape in numpys_memory if len(shape) == 3 and shape[2] == 32]
-    assert len(rows) >= 2 * 2 and not set(numpys_memory) & shapes_of(build_model(0))
+    away = {tuple(size for size in shape if size != 1) for shape in numpys_memory}
+    assert len(rows) >= 2 * 2 and not away & shapes_of(build_model(0))
 
 
 SGD = {"optimizer": lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr)}

@@ -19,7 +19,7 @@ from parallel_runs import compute_before, distance, make, run_case, trained
 from tiny_chat import RECORDS, build_model, build_tokenizer
 from two_processes import WORLD, run_cases, spawn, start
 
-from deepalign_kernels.train import TrainConfig, prepare
+from deepalign_kernels.train import TrainConfig, economy, prepare
 from deepalign_kernels.train.checkpoint import checkpoints
 from deepalign_kernels.train.folder import read
 from deepalign_kernels.train.ranks import Ranks
@@ -47,6 +47,9 @@ CASES = {
     },
     "zero3, checkpointing, decay": {
         "parallel": "zero3", "gradient_checkpointing": True, "weight_decay": 0.1,
+    },
+    "zero3, activations away": {
+        "parallel": "zero3", "gradient_checkpointing": True, "offload_activations": True,
     },
     "zero2, whole logits, packed": {
         "parallel": "zero2", "head": "logits", "packing": True, "max_batch_tokens": 130,
@@ -230,13 +233,45 @@ OTHERS = {
 }
 
 
+def truly_shared():
+    """DeepSpeed leaves parameters of fewer than 1e5 elements, here all of them, whole between
+    steps: not in the block."""
+    import deepspeed
+
+    begin = deepspeed.initialize
+
+    def initialize(*, config, **options):
+        zero = {**config["zero_optimization"], "stage3_param_persistence_threshold": 0}
+        return begin(config={**config, "zero_optimization": zero}, **options)
+
+    return mock.patch.object(deepspeed, "initialize", initialize)
+
+
+def away(x):
+    """`economy.to_host` as on a GPU, a copy. The head's gradient, of a shape that no activation of
+    these data has, must not go that way."""
+    assert x.shape[-2:] != build_model(0).lm_head.weight.shape
+    AWAY.append(x)
+    return x.clone()
+
+
+AWAY = []
+
+
 def run(rank, folder, name):
-    if name in CASES:
-        return run_case(rank, folder, name, {**BASE, **CASES[name]})
     if name in TRAINERS:
         return others(rank, folder, name)
-    case, way = OTHERS[name]
-    return case(rank, folder, way)
+    with truly_shared():
+        if "away" in name:
+            small = mock.patch.object(economy, "SMALL", 64)
+            with small, mock.patch.object(economy, "to_host", away):
+                out = run_case(rank, folder, name, {**BASE, **CASES[name]})
+            assert len(AWAY) > 20
+            return out
+        if name in CASES:
+            return run_case(rank, folder, name, {**BASE, **CASES[name]})
+        case, way = OTHERS[name]
+        return case(rank, folder, way)
 
 
 def work(rank, folder, names):
