@@ -1,6 +1,7 @@
 """Every example runs as it stands, and the README's Python is cut out of examples."""
 
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -124,6 +125,16 @@ def test_accelerate(run):
     assert 0 < left["out"].parts["log_ratio"].abs().max() < 0.1  # the second step has moved
 
 
+def play(modules, monkeypatch):
+    """Modules of a package that is not here, with these members."""
+    for name, members in modules.items():
+        parents = [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 2)]
+        for parent in parents:
+            module = sys.modules.get(parent) or types.ModuleType(parent)
+            monkeypatch.setitem(sys.modules, parent, module)
+        vars(sys.modules[name]).update(members)
+
+
 def test_axolotl(run, monkeypatch, tmp_path):
     """The plugin as Axolotl would use it, whose classes are played: it wants a GPU to be installed.
     Its trainer is one of transformers."""
@@ -133,12 +144,7 @@ def test_axolotl(run, monkeypatch, tmp_path):
         "axolotl.core.trainers.base": {"AxolotlTrainer": transformers.Trainer},
         "axolotl.integrations.base": {"BasePlugin": object},
     }
-    for name, members in played.items():
-        parents = [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 2)]
-        for parent in parents:
-            module = sys.modules.get(parent) or types.ModuleType(parent)
-            monkeypatch.setitem(sys.modules, parent, module)
-        vars(sys.modules[name]).update(members)
+    play(played, monkeypatch)
     left, tiny = run("16_axolotl"), importlib.import_module("tiny")
     model, tokenizer = tiny.load()
     arguments = transformers.TrainingArguments("out", max_steps=2, report_to="none", use_cpu=True)
@@ -149,6 +155,37 @@ def test_axolotl(run, monkeypatch, tmp_path):
     plugin.post_trainer_create(cfg, trainer)
     trainer.train()
     assert trainer.state.global_step == 2 and left["Arguments"](constrained_data="x")
+
+
+def test_llamafactory(run, monkeypatch, tmp_path):
+    """LLaMA-Factory's functions and trainer are played: it wants an older trl."""
+    transformers = pytest.importorskip("transformers")
+    tiny = importlib.import_module("tiny")
+    model, tokenizer = tiny.load()
+
+    class Theirs(transformers.Seq2SeqTrainer):
+        def __init__(self, finetuning_args, processor, tokenizer, **options):
+            super().__init__(processing_class=tokenizer, **options)
+
+    how = {"max_steps": 2, "report_to": "none", "use_cpu": True, "predict_with_generate": False}
+    arguments = transformers.Seq2SeqTrainingArguments("out", **how)
+    tokens = {"tokenizer": tokenizer, "processor": None}
+    parts = (None, None, arguments, None, None)
+    played = {
+        "llamafactory.hparams": {"get_train_args": lambda: parts},
+        "llamafactory.model": {
+            "load_model": lambda tokenizer, model_args, tuning, is_trainable: model,
+            "load_tokenizer": lambda model_args: tokens,
+        },
+        "llamafactory.train.sft.trainer": {"CustomSeq2SeqTrainer": Theirs},
+    }
+    play(played, monkeypatch)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in tiny.CHATS * 2))
+    monkeypatch.setattr(sys, "argv", ["", "arguments.yaml", str(tmp_path / "chats.jsonl")])
+    left = run("18_llamafactory")
+    assert left["trainer"].state.global_step == 2
+    assert left["trainer"].compute_loss.__qualname__.startswith("ConstrainedMixin")
+    assert list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_trl(run):
