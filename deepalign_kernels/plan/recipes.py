@@ -24,7 +24,7 @@ RECIPES = (
     Recipe(
         "fp32-checkpointing",
         Setting(autocast=True, gradient_checkpointing=True),
-        "the same numbers, about a third more time",
+        "as fp32, to the same numbers, layers computed twice: about a third more time",
     ),
     Recipe(
         "bf16-kahan",
@@ -39,12 +39,12 @@ RECIPES = (
     Recipe(
         "bf16-8bit-release",
         Setting(optimizer="adamw_8bit", release_gradients=True, **_BF16),
-        "the same, updated inside the backward: no accumulation, no clipping",
+        "as bf16-8bit, updated inside the backward: no accumulation, no clipping",
     ),
     Recipe(
         "bf16-4bit-release",
         Setting(optimizer="adamw_4bit", release_gradients=True, **_BF16),
-        "the same with states of 4 bits",
+        "as bf16-8bit-release, with states of 4 bits",
     ),
     Recipe(
         "bf16-offload",
@@ -62,10 +62,14 @@ WITH_ADAPTERS = (
     Recipe(
         "lora-fp32-checkpointing",
         Setting(autocast=True, gradient_checkpointing=True),
-        "the same numbers, about a third more time",
+        "as lora-fp32, to the same numbers, layers computed twice: about a third more time",
     ),
     Recipe("lora-bf16", Setting(dtype="bfloat16"), "frozen bf16 weights, fp32 adapters"),
-    Recipe("lora-bf16-checkpointing", Setting(**_BF16), "the same, about a third more time"),
+    Recipe(
+        "lora-bf16-checkpointing",
+        Setting(**_BF16),
+        "frozen bf16 weights, fp32 adapters, layers computed twice: about a third more time",
+    ),
 )
 
 
