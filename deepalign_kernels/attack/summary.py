@@ -46,10 +46,17 @@ def summary(
     samples, verdicts = [r for r in records if r.kind == "sample"], loaded(read_verdicts(folder))
     table, manifest = cells(samples, verdicts), read_manifest(folder)
     grids = over_grids(table, samples, verdicts, manifest)
-    parts = [*told(manifest), text_table(table), *(_whole(c) for c in grids if c.rate is not None)]
+    parts = [
+        *told(manifest),
+        *_as_text(manifest, samples),
+        text_table(table),
+        *(_whole(c) for c in grids if c.rate is not None),
+    ]
     for found in (r for r in records if r.kind == "search"):
         loss = "no suffix" if found.error else f"loss {found.data['loss']:.3f}"
-        detail = found.error or f"{found.data['steps']} steps, {found.data['flops']:.2g} FLOP"
+        ended = found.data.get("ended", "steps")
+        steps = f"{found.data.get('steps')} steps" + (f" ({ended})" if ended != "steps" else "")
+        detail = found.error or f"{steps}, {found.data['flops']:.2g} FLOP"
         parts.append(f"{found.name} {found.item or 'universal'}: {loss}, {detail}")
     for metric in (r for r in records if r.kind == "metric"):
         where = ", ".join(f"{k}={v}" for k, v in metric.cell.items())
@@ -67,6 +74,19 @@ def summary(
             parts += _beside(beside_paper(table, grids, manifest, judge), model)
     parts += failures(records, verdicts)
     return "\n".join(parts)
+
+
+def _as_text(manifest: Mapping[str, Any], samples: Sequence[Record]) -> list[str]:
+    """Of a chat server, which is given text, the prefixes that are other tokens there."""
+    if (manifest.get("engine") or {}).get("send") != "chat":
+        return []
+    found = [r.data["survives_as_text"] for r in samples if r.data.get("prefilled")
+             and "survives_as_text" in r.data]  # fmt: skip
+    lost = found.count(False)
+    told = (
+        f"NOT EXACT: {lost} of {len(found)} prefixes are other tokens as text, which a chat takes"
+    )
+    return [told] if lost else []
 
 
 def _whole(c: Cell) -> str:

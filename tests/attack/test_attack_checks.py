@@ -14,12 +14,13 @@ from bad_server import planned
 from deepalign_kernels.attack import GCG, Decoding, Direct
 from deepalign_kernels.attack.config import local_engine
 from deepalign_kernels.attack.self_check import self_check
+from deepalign_kernels.attack.summary import summary
 from deepalign_kernels.cli.main import main
 from deepalign_kernels.data.prompts import Prompt
 from deepalign_kernels.generate.engine import Reply
 from deepalign_kernels.generate.local import LocalEngine
 from deepalign_kernels.report import build
-from deepalign_kernels.runs import read_manifest, read_records
+from deepalign_kernels.runs import Record, Run, Unit, fill, read_manifest, read_records
 from deepalign_kernels.runs.stats import wilson
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.clean_memory]
@@ -44,7 +45,7 @@ class Modes:
 
     def generate(self, requests):
         self.asked.append((self.mode, list(requests)))
-        return [Reply(ids=(self.mode == "fast" and self.wrong(r),)) for r in requests]
+        return [Reply(ids=(r.seed, self.mode == "fast" and self.wrong(r))) for r in requests]
 
 
 def test_rows_that_differ_are_counted():
@@ -110,15 +111,22 @@ def test_the_self_check_of_a_run(world, tmp_path, capsys, monkeypatch):
 
 
 def test_targets_of_searches(world, tmp_path, capsys):
-    (tmp_path / "suite.yaml").write_text("gcg: {steps: 1, width: 4, topk: 4, init: mix mix}\n")
+    (tmp_path / "suite.yaml").write_text(
+        "gcg: {steps: 1, width: 4, topk: 4, init: mix mix}\n"
+        "rs: {attack: random_search, steps: 5, plateau: 1, plateau_from: 1.0e-12,"
+        " plateau_gain: 0.5, init: mix mix}\n"
+    )
     (tmp_path / "targets.json").write_text(json.dumps({"1": "flour flour", "9": "none"}))
     suite = str(tmp_path / "suite.yaml")
     args = words(world, tmp_path / "run", "--limit", "2", suite="direct")
     args[args.index("direct")] = suite
     assert main([*args, "--targets", str(tmp_path / "targets.json")]) == 0
     assert "1 of 2 prompts have no target in" in capsys.readouterr().err
-    found = {r.item: r.data["loss"] for r in read_records(tmp_path / "run", "search")}
+    searches = [r for r in read_records(tmp_path / "run", "search") if r.name == "gcg"]
+    found = {r.item: r.data["loss"] for r in searches}
     config = GCG(steps=1, width=4, topk=4, init="mix mix", max_new_tokens=4)
+    lines = (tmp_path / "run" / "summary.txt").read_text().splitlines()
+    assert any(line.startswith("rs 0: loss") and "1 steps (plateau)," in line for line in lines)
     rows = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]
     engine = local_engine(str(world / "model0"))
     for row, target in zip(rows, (None, "flour flour"), strict=False):
@@ -197,3 +205,15 @@ def test_a_run_of_before_there_was_a_chunk(world, tmp_path, capsys):
         assert (tmp_path / "records.jsonl").read_bytes() == records
     (tmp_path / "records.jsonl").write_bytes(cut)  # nothing is done yet: any chunk is as good
     assert main(words(world, tmp_path, suite="direct")) == 0
+
+
+def test_prefixes_that_are_other_tokens_as_text(tmp_path):
+    """A chat takes text: where its k tokens are others than were meant, the summary says so."""
+    rows = [{"prefilled": 2, "survives_as_text": n > 0} for n in range(3)]
+    rows.append({"prefilled": 0, "survives_as_text": True})
+    for send, lines in (("chat", ["NOT EXACT: 1 of 3 prefixes are other tokens"]), ("ids", [])):
+        with Run(tmp_path / send, {"engine": {"send": send}, "attacks": {}}) as run:
+            records = [Record("sample", "prefill", {"k": n}, data=d) for n, d in enumerate(rows)]
+            fill(run.records, [Unit("prefill", lambda records=records: records)])
+        told = [x for x in summary(tmp_path / send).splitlines() if x.startswith("NOT EXACT")]
+        assert [x.partition(" as text")[0] for x in told] == lines

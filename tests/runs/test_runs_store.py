@@ -267,6 +267,10 @@ def test_what_was_measured_is_no_setting(tmp_path):
         Run(tmp_path, ABOUT | {"chunk": 8})
     with pytest.raises(ValueError, match="another seed;"):
         Run(tmp_path, {**ABOUT, "seed": 1, "chunk": 8}, may_lack=("chunk",))
+    with pytest.raises(
+        ValueError, match="another depths;"
+    ):  # only what is not there is passed over
+        Run(tmp_path, {**ABOUT, "depths": (1,)}, may_lack=("depths",))
 
 
 def test_records_are_plain():
