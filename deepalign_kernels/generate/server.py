@@ -26,6 +26,8 @@ from deepalign_kernels.generate.engine import Reply, Request, Sampling
 SEND = ("ids", "text", "chat")
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that may be better next time
 
+# A server takes what is not sent from the model's generation config; vLLM and SGLang know these.
+PINNED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 BEGINS_ANEW = "begins a reply of its own behind a given beginning of one: ask it with ids or text"
 NEVER = {  # the same for every request
     401: "the key is missing or wrong (OPENAI_API_KEY)",
@@ -81,7 +83,8 @@ class ServerEngine:
         url: of the server, such as "http://127.0.0.1:8000"; "/v1" is added if it is not there.
         model: its name there.
         tokenizer: of the same model.
-        send: what goes out. "ids": token ids to /v1/completions (vLLM, SGLang), which is exact.
+        send: what goes out. "ids": token ids to /v1/completions (vLLM, SGLang), which is exact;
+            settings that a model's generation config would fill in are pinned (`PINNED`).
             "text": the ids as text, refused where that would not be the same ids again. "chat":
             the request's messages to /v1/chat/completions; a last turn of the assistant is to be
             continued (`continue_final_message`), which `continues` checks before the first.
@@ -216,6 +219,8 @@ class ServerEngine:
             "top_p": s.top_p,
             "seed": request.seed % 2**31,
         }
+        if self.send == "ids":
+            body |= PINNED
         if s.top_k:
             body["top_k"] = s.top_k
         if self.send == "chat":

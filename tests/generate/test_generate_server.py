@@ -53,8 +53,21 @@ def test_what_goes_out():
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 5,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "seed": 3,
     }
+
+
+def test_nothing_is_left_to_the_models_generation_config():
+    """Top-k 0 is all tokens, not what the server's copy of the checkpoint says. Servers that take
+    text or chats know other fields, and refuse these."""
+    every = Request((1, 300, 4), Sampling(0.7), messages=({"role": "user", "content": "hi"},))
+    for send, fields in (("ids", {"top_k", "min_p", "repetition_penalty"}), ("chat", set())):
+        _, server = ask(lambda *_: good(), [every], send=send)
+        body = server.seen[0][1]
+        assert {"top_k", "min_p", "repetition_penalty"} & body.keys() == fields
+        assert body.get("top_k", -1) == -1
 
 
 BAD = {
