@@ -257,8 +257,13 @@ def _check_lora(options: Any, config: TrainConfig, lora: Lora) -> None:
 
 
 def _check_paths(options: Any, config: TrainConfig) -> None:
-    """Raises ValueError: data, models or packages that are not there, told before a large model is
-    loaded."""
+    """Raises ValueError: a device, data, models or packages that are not there, told before a large
+    model is loaded."""
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA has the latter
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: {options.device!r} cannot be used here: {why}") from error
     if config.early_stop is not None and options.eval_data is None:
         raise ValueError("early_stop: it counts evaluations on eval_data, and there are none")
     for name in ("data", "eval_data"):

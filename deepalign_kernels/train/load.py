@@ -27,6 +27,8 @@ def config_of(model: str | Path, name: str = "model") -> Any:
             f"{name}: {model} holds adapters of a model, not a model; `deepalign train"
             " --lora-merge` writes both as one, and so does peft's merge_and_unload"
         )
+    if str(model).startswith((".", "/", "~")) and not Path(model).exists():
+        raise ValueError(f"{name}: no config of {model}: no such folder")
     try:
         return text_part(AutoConfig.from_pretrained(str(model)))
     except (OSError, ValueError) as error:

@@ -163,11 +163,11 @@ def share_rounded_away(params: Sequence[Tensor], step: float, sample: int = 1 <<
 def _refuse_rounding_away(optimizer: str, params: Sequence[Tensor], rate: float) -> None:
     lost = share_rounded_away(params, rate)
     if lost > TOO_MANY_LOST:
-        near = "adamw_8bit" if "8bit" in optimizer else "adamw_bf16_sr' or 'adamw_kahan"
+        near = "'adamw_8bit'" if "8bit" in optimizer else "'adamw_bf16_sr' or 'adamw_kahan'"
         raise ValueError(
             f"optimizer: {optimizer!r} on bf16 weights rounds each step to the nearest, and"
             f" {lost:.0%} of them are further from the next bf16 number than two steps of"
-            f" learning_rate {rate:g}: they would hardly move. Use {near!r}, or fp32 weights with"
+            f" learning_rate {rate:g}: they would hardly move. Use {near}, or fp32 weights with"
             " autocast_dtype='bfloat16'"
         )
 

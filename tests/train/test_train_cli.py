@@ -214,7 +214,9 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path, capsys, monkeypatch):
     "more,said",
     [
         (["--eval-data", "gone.jsonl"], "eval_data: gone.jsonl: no such file"),
-        (["--ref-model", "./gone"], "ref_model: no config of ./gone"),
+        (["--ref-model", "./gone"], "ref_model: no config of ./gone: no such folder"),
+        (["--device", "cuda:77"], "device: 'cuda:77' cannot be used here: "),
+        (["--device", "nothing"], "device: 'nothing' cannot be used here: "),
         (["--recovery", "gone.jsonl"], "recovery: gone.jsonl: no such file"),
         (["--beta-prefix", "-1"], "prefix: expected"),
         (["--beta-table", "1", "-1"], "table, token 2: expected"),

@@ -99,7 +99,9 @@ def test_a_share_rounded_away_is_what_rounding_does():
 
 
 def test_bf16_weights_that_would_not_move_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"optimizer: 'adamw' on bf16 .*, and \d\d% .*bf16_sr"):
+    with pytest.raises(
+        ValueError, match=r"'adamw' on bf16 .*, and \d\d% .* Use 'adamw_bf16_sr' or "
+    ):
         run(tmp_path, torch.bfloat16, learning_rate=2e-5)
 
     with pytest.raises(ValueError, match="optimizer: 'adamw_8bit_paged' .* Use 'adamw_8bit'"):
