@@ -310,6 +310,6 @@ def test_bad_records_are_named_in_log_and_dry_run(tmp_path, capsys):
     files = [f"{arguments[3]}:{n}" for n in (8, 9)]
     assert skipped == [(name, at) for name in ("data", "eval_data") for at in files]
     recovery = ["--recovery", write(tmp_path / "recovery.jsonl", [*RECOVERIES, {"x": 1}])]
-    with pytest.warns(UserWarning, match="data: 3 records are left out .* recovery.jsonl:4: exp"):
+    with pytest.warns(UserWarning, match="data: 3 records are left out .*recovery.jsonl:4: exp"):
         assert main([*arguments, *recovery, "--output", str(tmp_path / "other"), "--dry-run"]) == 0
     assert "skipped   3 of data:\n" in capsys.readouterr().out
