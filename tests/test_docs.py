@@ -78,6 +78,7 @@ def test_readme_is_short_and_its_links_lead_somewhere():
         assert not anchor or anchor in slugs, target
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_results():
     from benchmarks.studies import page
 

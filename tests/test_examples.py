@@ -232,6 +232,7 @@ def test_python_of_the_readme_is_cut_out_of_the_examples():
         assert block in known, f"in no example between two marks:\n{block}"
 
 
+@pytest.mark.slow
 def test_attack(run):
     pytest.importorskip("scipy")
     table = run("12_attack")["table"]

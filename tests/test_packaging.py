@@ -186,6 +186,7 @@ def test_code_that_does_not_compile_leaves_no_stale_library(checkout: pathlib.Pa
     assert call(checkout, *command, DEEPALIGN_BUILD_NATIVE="1").returncode != 0
 
 
+@pytest.mark.slow
 def test_module_prints_a_row_for_each_op() -> None:
     shown = call(ROOT, "-m", "deepalign_kernels")
     assert shown.returncode == 0, shown.stdout

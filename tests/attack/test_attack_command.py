@@ -97,6 +97,7 @@ def killed(args, owner, name, call):
     assert in_child(act)() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_bytes(world, tmp_path):
     """SIGKILL in the replies of a unit, its writing, a search in it, the verdicts of a judge."""
     suite = tmp_path / "suite.yaml"
@@ -182,6 +183,7 @@ def test_rates_corrected_by_labels(world, tmp_path, capsys):
     assert "is not corrected: verdicts: sens" in printed("d.csv", ["key,label", *chance])
 
 
+@pytest.mark.slow
 def test_two_models_compared(world, tmp_path, capsys):
     for model in (0, 1):
         args = words(world, tmp_path / str(model), model=model, suite="quick")

@@ -101,6 +101,7 @@ def test_wheels_are_installed_once_and_a_large_one_when_its_parts_came(tmp_path,
     assert (tmp_path / "site" / "b.whl").read_bytes() == b"xx"
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_files_that_harvest_reads(tmp_path, monkeypatch, capfd):
     steps = (Step("chunks", 1, 90, (), (*CHUNKS, "1,2")), Step("ncu native", 1, 9, (), None, "ncu"))
     monkeypatch.setattr(gpu, "CALLS", (Call(4, "linear", steps),))
@@ -302,6 +303,7 @@ def test_harvest_says_where_there_is_nothing(tmp_path):
         harvest.command([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_recipes_under_a_limit_are_those_that_the_plan_says_fit():
     pytest.importorskip("transformers")
     names = capped.recipes(capped.SHAPE, 48, 2, 2048, "cuda")

@@ -34,6 +34,7 @@ def test_a_quick_run_prints_and_writes_every_line(tmp_path, capsys):
         assert [x for x in data["lines"] if x["variant"] == "native bf16 -> fp32"]
 
 
+@pytest.mark.slow
 def test_columns_on_one_thread_and_on_all():
     torch.set_num_threads(2)
     lines = pieces.columns(0.001)

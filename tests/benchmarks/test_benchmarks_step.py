@@ -13,6 +13,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_way_makes_its_steps_and_logits_leave_the_peak(monkeypatch):
     monkeypatch.setitem(step.MODELS, "tiny", ("LlamaConfig", TINY))
     monkeypatch.setitem(step.SIZES, "tiny", (2, 64))

@@ -117,6 +117,7 @@ def test_hosts():
     assert set(hosts.values()) == {(1, 2, 3), (1, 2, 4, 5), (1, 3), (2,)}
 
 
+@pytest.mark.slow
 def test_many_samples_follow_the_model(model, prompts):
     """First tokens of 4000 seeds have the model's own distribution under each setting."""
     prompt = prompts[0]

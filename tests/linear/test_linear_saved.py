@@ -27,7 +27,7 @@ from deepalign_kernels.ops.linear import gemm, plan, torch_ops
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD = ("hidden", "weight")
 PRODUCTS = ("scores_into", "rows_gradient_into", "head_gradient_add")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.interpreter_slow]
 
 
 @contextlib.contextmanager
@@ -229,6 +229,7 @@ def test_nothing_is_kept_without_gradients():
         assert not seen["kept"] and allocated.kept < 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["linear_token_logp", "linear_token_kl/js"])
 def test_a_step_takes_no_more_memory_than_with_recomputation(name, dtype):

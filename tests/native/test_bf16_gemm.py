@@ -148,6 +148,7 @@ def test_who_takes_it(isa, monkeypatch):
     assert gemm.score_route("cpu", F32, F32) == gemm.Route.SAME
 
 
+@pytest.mark.slow
 @needed
 def test_the_environment_can_ask_for_portable_code():
     code = "from deepalign_kernels import backends; print(backends.native_gemm('cpu'))"

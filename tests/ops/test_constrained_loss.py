@@ -9,7 +9,7 @@ from cases import IGNORE, POISONS, check_poisoned, make, plain_constrained, plai
 import deepalign_kernels as dak
 from deepalign_kernels.testing import assert_in_budget
 
-pytestmark = pytest.mark.every_isa
+pytestmark = [pytest.mark.every_isa, pytest.mark.interpreter_slow]
 
 
 def rows(device, T=9, V=301, dtype=torch.float32):

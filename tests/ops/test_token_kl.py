@@ -9,7 +9,7 @@ from cases import make
 import deepalign_kernels as dak
 from deepalign_kernels import backends
 
-pytestmark = pytest.mark.every_isa
+pytestmark = [pytest.mark.every_isa, pytest.mark.interpreter_slow]
 
 DIRECTIONS = ("policy_ref", "ref_policy", "js")
 

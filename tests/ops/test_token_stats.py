@@ -9,7 +9,7 @@ from cases import IGNORE, KINDS, make, plain_kl, plain_logp
 import deepalign_kernels as dak
 from deepalign_kernels.testing import assert_in_budget
 
-pytestmark = pytest.mark.every_isa
+pytestmark = [pytest.mark.every_isa, pytest.mark.interpreter_slow]
 
 FLOATS = ("logp", "ref_logp", "kl_policy_ref", "kl_ref_policy", "js", "entropy", "ref_entropy")
 

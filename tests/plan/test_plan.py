@@ -105,6 +105,7 @@ def told(capsys, folder, **options):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=40).save_pretrained(tmp_path)
     status, roomy = told(capsys, tmp_path, gpu_memory=80)

@@ -74,7 +74,12 @@ LATER = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param(path, id=path.stem, marks=[LATER] * ("gemma-3" in path.stem))
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[LATER] * ("gemma-3" in path.stem)
+            + [pytest.mark.slow] * ("1x48gb" not in path.stem),
+        )
         for path in RECIPES
     ],
 )
