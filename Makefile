@@ -37,7 +37,7 @@ demo: build ## the whole method end to end on a toy model, into demo_output/
 test: lint docs ## all checks: build, lint, documentation, pytest
 	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-test-fast: build ## pytest without the slow tests: 2.5 minutes on two idle cores
+test-fast: build ## pytest without the slow tests: two minutes on two idle cores
 	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-avx2: export DEEPALIGN_CPU_ISA=avx2
