@@ -32,8 +32,8 @@ HIDDEN, LAYERS, ANSWERS = 640, 2, 16
 VOCABS, POSITIONS = (32768, 262144), (20, 200)
 RECORDS = pathlib.Path(__file__).resolve().parents[1] / "results"
 STORED = "analysis-cpu-2core-2026-11-29.json"
-PROFILES = {"SmolLM2-135M": "profile-smollm2-2026-11-28.json",
-            "random weights, H = 512, 8 layers": "profile-128k-2026-11-28.json"}  # fmt: skip
+PROFILES = {"SmolLM2-135M": "profile-smollm2-2026-11-29.json",
+            "random weights, H = 512, 8 layers": "profile-128k-2026-11-29.json"}  # fmt: skip
 
 
 def memory(vocab: int, lengths: Sequence[int]) -> list[dict[str, Any]]:
@@ -178,8 +178,8 @@ def _scripts() -> str:
         rows = d["rows"]
         shown = []
         for way in ways:
-            busy, mib = rows[way].get("cpu_seconds"), rows[way]["MiB"]
-            shown.append((f"{busy:.1f} s, " if busy else "") + f"{mib:.0f} MiB")
+            busy, mib = rows[way]["cpu_seconds"], rows[way]["MiB"]
+            shown.append(f"{busy:.1f} s, {mib:.0f} MiB")
         lines.append([f"{name}, V = {d['vocab']}, {d['answers']} answers", *shown])
     return report.table(["model", *ways], lines, markdown=True)
 
