@@ -297,8 +297,19 @@ def command(argv: list[str] | None = None) -> int:
         p.error(f"CALL: expected some of 1 to {len(CALLS)}, got {min(unknown)}")
     out = pathlib.Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _interrupted)
-    signal.signal(signal.SIGINT, _interrupted)
+    before = {n: signal.signal(n, _interrupted) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        good = _in_order(args, out)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not good:
+        p.error(f"--seconds: expected time for one call at least, got {args.seconds:g}")
+    return 0 if all(good) else 1
+
+
+def _in_order(args: argparse.Namespace, out: pathlib.Path) -> list[bool]:
+    """Of each call that ran, whether all of it ended well."""
     good, began = [], time.monotonic()
     for call in CALLS:
         overhead = gpu_plan.START_SECONDS + gpu_plan.BETWEEN_SECONDS * len(good)
@@ -310,6 +321,4 @@ def command(argv: list[str] | None = None) -> int:
             rest = f"{call.seconds} s predicted, {args.seconds - spent:.0f} s left"
             print(f"{call.number} {call.name}: not begun, {rest}", flush=True)
             break
-    if not good:
-        p.error(f"--seconds: expected time for one call at least, got {args.seconds:g}")
-    return 0 if all(good) else 1
+    return good

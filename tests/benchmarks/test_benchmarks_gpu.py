@@ -63,7 +63,9 @@ def test_calls_run_while_the_budget_lasts_or_when_they_are_named(tmp_path, monke
 
     monkeypatch.setattr(gpu, "run_call", as_predicted)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    handler = signal.getsignal(signal.SIGTERM)
     assert gpu.command([str(tmp_path)]) == 0 and ran == [1, 2, 3, 4]
+    assert signal.getsignal(signal.SIGTERM) == handler
     said = "5 counters: not begun, 230 s predicted, 110 s left"
     assert said in capsys.readouterr().out
     ran.clear()

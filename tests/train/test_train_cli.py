@@ -144,8 +144,9 @@ def test_a_stop_before_the_first_step_keeps_the_reference(
 
     monkeypatch.setattr(Part, "put", look)
     found = signal.getsignal(number)
-    if number == signal.SIGINT:  # a shell ignores it in what it starts in the background
-        signal.signal(number, signal.default_int_handler)
+    # A shell has SIGINT ignored in what it starts in the background.
+    plain = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, plain)
     try:
         before = signal.getsignal(number)
         assert main(arguments) == status and signal.getsignal(number) == before
